@@ -1,0 +1,1 @@
+"""Pure torch on log-probs: weights, losses, metrics."""

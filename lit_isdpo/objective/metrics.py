@@ -1,0 +1,166 @@
+"""Sums and counts in, scalars out: what is logged about B pairs, and estimators of KL.
+
+Values of micro-batches are never averaged: sums and counts are added over the accumulation window and over the ranks,
+and divided once, so a short last batch and uneven ranks change nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_isdpo.objective.losses import PairLogps
+from lit_isdpo.objective.weights import PairWeights
+
+MEANS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+    "logratios/chosen_fell",
+    "weights/mean",
+    "weights/clip_fraction",
+)
+"""Log keys that are means over pairs, in the order of ``PairMetrics``' columns."""
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """Kish's ``(sum w)^2 / sum w^2`` from ``(N,)`` log-weights: a scalar between 1 and N, in pairs.
+
+    In log space it is finite also where every weight underflows.
+
+    >>> float(effective_sample_size(torch.tensor([-1000.0, -1000.0])))
+    2.0
+    """
+    return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
+
+
+class PairMetrics(Metric):
+    """Means over pairs of everything in ``MEANS``, the largest weight, and the effective sample size.
+
+    Args:
+        beta: scales log-ratios to rewards.
+        window: the effective sample size is taken over this many most recent pairs of this rank, across resets (a
+            small batch cannot show a small ESS/N: it is at least 1/N); ``None`` takes it over all pairs since the
+            last reset.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    num_pairs: Tensor
+    max_log_weight: Tensor
+    recent_log_weights: Tensor
+
+    def __init__(self, beta: float, window: int | None = None) -> None:
+        super().__init__()
+        self.beta = beta
+        self.window = window
+        self.add_state("sums", torch.zeros(len(MEANS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_pairs", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("max_log_weight", torch.tensor(-math.inf), dist_reduce_fx="max")
+        self.add_state("recent_log_weights", torch.zeros(0), dist_reduce_fx="cat")
+
+    def update(self, losses: Tensor, pairs: PairLogps, weights: PairWeights, counted: Tensor) -> None:
+        """Adds B pairs.
+
+        Args:
+            losses: ``(B,)`` weighted losses, the auxiliary term included.
+            pairs: log-probs of the B pairs.
+            weights: their weights.
+            counted: ``(B,)`` bool, false at pairs that only fill up a batch.
+        """
+        chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+        columns = [
+            losses.detach(),
+            self.beta * chosen,
+            self.beta * rejected,
+            (chosen > rejected).float() + (chosen == rejected).float() / 2,
+            self.beta * (chosen - rejected),
+            pairs.chosen_logps.detach(),
+            pairs.rejected_logps.detach(),
+            chosen,
+            rejected,
+            (chosen < 0).float(),
+            weights.weights,
+            weights.clipped,
+        ]
+        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
+        self.num_pairs += counted.sum()
+        log_weights = weights.log_weights[counted]
+        if log_weights.numel():
+            self.max_log_weight = torch.maximum(self.max_log_weight, log_weights.max())
+        recent = torch.cat([self.recent_log_weights, log_weights])
+        self.recent_log_weights = recent if self.window is None else recent[-self.window :]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns the log keys without their stage prefix; ``weights/ess`` is a share of the pairs, ESS/N."""
+        means = (self.sums / self.num_pairs).float()
+        ess = effective_sample_size(self.recent_log_weights) / self.recent_log_weights.numel()
+        return {
+            **dict(zip(MEANS, means, strict=True)),
+            "weights/max": self.max_log_weight.exp(),
+            "weights/ess": ess,
+        }
+
+    def reset(self) -> None:
+        """Starts a new window of sums; the recent log-weights stay where a window was asked for."""
+        recent = self.recent_log_weights
+        super().reset()
+        if self.window is not None:
+            self.recent_log_weights = recent
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, both scalars."""
+
+    mean: Tensor
+    stderr: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Estimate":
+        """From ``(N,)`` independent values; the standard error of a single one is infinite."""
+        if values.numel() < 2:
+            return cls(values.mean(), torch.full_like(values.mean(), math.inf))
+        return cls(values.mean(), values.std() / math.sqrt(values.numel()))
+
+
+class KLValues(NamedTuple):
+    """Per-response estimates of KL(policy || reference) from responses sampled from the policy, each ``(S,)``, in nats.
+
+    All three are unbiased for responses drawn at temperature 1 and top-p 1, and for those only.
+
+    Attributes:
+        rao_blackwell: sum over the response of the exact next-token KL (arXiv 2504.10637): the headline, least noisy.
+        k1: ``log pi(y|x) - log ref(y|x)``.
+        k3: ``r - 1 - log r`` with ``r = ref/pi``: never negative, heavy-tailed at sequence level.
+    """
+
+    rao_blackwell: Tensor
+    k1: Tensor
+    k3: Tensor
+
+
+def kl_values(logratios: Tensor, token_kl: Tensor, completion_mask: Tensor) -> KLValues:
+    """Computes the three estimates of each response.
+
+    Args:
+        logratios: ``(S,)`` ``log pi(y|x) - log ref(y|x)``, summed over tokens, in nats.
+        token_kl: ``(N,)`` ``KL(pi(.|x, y_<t) || ref(.|x, y_<t))`` at each completion token.
+        completion_mask: ``(S, C)`` true at the N completion tokens.
+    """
+    per_token = torch.zeros(completion_mask.shape, dtype=token_kl.dtype, device=token_kl.device)
+    per_token = per_token.masked_scatter(completion_mask, token_kl)
+    return KLValues(per_token.sum(dim=1), logratios, (-logratios).exp() - 1 + logratios)
+
+
+def token_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Exact KL of the next-token distributions, ``(N, V), (N, V) -> (N,)``, in nats."""
+    logps, ref_logps = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
+    return (logps.exp() * (logps - ref_logps)).sum(dim=1)

@@ -1,0 +1,67 @@
+"""Responses sampled from a language model."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from lit_isdpo.types import PromptBatch, Response
+
+
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int,
+) -> list[Response]:
+    """Draws one response a prompt.
+
+    Args:
+        model: the policy.
+        prompts: P prompts, padded on the left, on the model's device.
+        max_new_tokens: a response without EOS ends here, unfinished.
+        eos_token_ids: each of them ends a response and is its last token.
+        pad_token_id: fills rows that have ended.
+        temperature: divides the logits; KL estimates need 1.
+        top_p: nucleus; KL estimates need 1.
+        seed: the responses are a function of it; the global random state is left as it was.
+
+    Returns:
+        P responses.
+    """
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    model.eval()  # a model in training mode with gradient checkpointing has no key-value cache
+    # The model's own generation config would fill in what is not said here (a chat model's top_k, say).
+    own_config, model.generation_config = model.generation_config, config
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            output = model.generate(
+                input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config
+            )
+    finally:
+        model.generation_config = own_config
+        model.train(was_training)
+    ends = set(eos_token_ids)
+    responses = []
+    for row in output[:, prompts.input_ids.shape[1] :].tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        responses.append(Response(row, False) if end is None else Response(row[: end + 1], True))
+    return responses

@@ -1,0 +1,117 @@
+"""A Hugging Face causal language model in, with the settings that preference training needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lit_isdpo.types import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Which model is trained, and in which numerics.
+
+    Args:
+        path: folder or hub id of a Hugging Face causal language model, or ``lab:posts`` for the embedded one.
+        revision: branch, tag or commit of a hub id.
+        init: ``pretrained`` loads the weights; ``random`` draws them anew from the architecture in ``path``.
+        dtype: of the weights in memory. ``float32`` weights are what small learning rates need: at 1e-6 a step
+            vanishes in bfloat16's 8 bits.
+        compute_dtype: of the matrix products in the decoder (autocast). The head, the log-probs and the loss are fp32
+            always. There is no float16: its range is too small for log-ratios.
+        attn_implementation: transformers' name of the attention kernel.
+        gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+        chunk_size: completion tokens whose logits exist at a time.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    path: str = "lab:posts"
+    revision: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    chunk_size: int = 2048
+    trust_remote_code: bool = False
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Sets every dropout rate to 0: with dropout on, policy and reference differ at the first step already."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_config(policy: PolicyConfig) -> PretrainedConfig:
+    """Reads the architecture alone.
+
+    Raises:
+        InputError: no such model, or not a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_why_not_loaded(policy, error)) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not policy.trust_remote_code:
+        raise InputError(
+            f"model.policy.path: {policy.path!r} is a {config.model_type!r} model, which is not a causal language "
+            "model; name one that AutoModelForCausalLM can load."
+        )
+    return without_dropout(config)
+
+
+def load_causal_lm(policy: PolicyConfig) -> PreTrainedModel:
+    """Loads the model on the CPU.
+
+    Raises:
+        InputError: no such model, weights that do not fit the architecture, or an attention kernel that is not there.
+    """
+    config = load_config(policy)
+    options: dict[str, Any] = {
+        "dtype": DTYPES[policy.dtype],
+        "attn_implementation": policy.attn_implementation,
+        "trust_remote_code": policy.trust_remote_code,
+    }
+    try:
+        if policy.init == "random":
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                policy.path, config=config, revision=policy.revision, output_loading_info=True, **options
+            )
+            if missing := sorted(report["missing_keys"]):
+                raise InputError(
+                    f"model.policy.path: {policy.path!r} has no weights for {missing[0]} "
+                    f"({len(missing)} of the model's tensors are missing): it is not a causal language model."
+                )
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(_why_not_loaded(policy, error)) from error
+    assert isinstance(model, PreTrainedModel)
+    model.eval()
+    if policy.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _why_not_loaded(policy: PolicyConfig, error: Exception) -> str:
+    path = Path(policy.path)
+    if path.is_dir():
+        reason = str(error).strip().splitlines()[0]
+        return f"model.policy.path: the folder {policy.path!r} holds no loadable Hugging Face model: {reason}"
+    if path.is_absolute() or policy.path.startswith((".", "~")) or policy.path.count("/") > 1:
+        return f"model.policy.path: no such folder: {policy.path!r}."
+    return (
+        f"model.policy.path: no such model: {policy.path!r} is neither a folder here nor a model that the Hugging Face "
+        "hub gave (is the name right, are you online, do you have access?)."
+    )

@@ -1,0 +1,98 @@
+"""A causal language model as a function from a batch to log-probs."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from lit_isdpo.objective.logprobs import completion_hidden_states, sequence_logps
+from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
+from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
+
+
+class LogProbModel(nn.Module):
+    """Wraps a Hugging Face causal LM; ``forward`` goes from token ids to the log-probs of the completions.
+
+    The head lives inside ``forward``, behind the decoder, so that whoever wraps this module (FSDP, DDP) sees one root
+    whose every parameter is used in its forward.
+
+    Args:
+        model: the language model; kept as ``self.model``, so its parameter names stay recognisable.
+        compute_dtype: autocast dtype of the decoder.
+        chunk_size: completion tokens whose logits exist at a time.
+
+    Raises:
+        InputError: the model changes its logits in a way that this head does not know.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32, chunk_size: int = 2048
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+        self.chunk_size = chunk_size
+        text_config = model.config.get_text_config()
+        # The three ways in which published families change their logits: Cohere, Granite, Gemma.
+        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
+            getattr(text_config, "logits_scaling", None) or 1.0
+        )
+        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        if model.device.type != "meta":
+            self._check_head()
+
+    def forward(self, tokens: TokenBatch) -> SequenceLogps:
+        """Log-probs of each completion given its prompt."""
+        return sequence_logps(self.decode(tokens), tokens, self.head, chunk_size=self.chunk_size)
+
+    @torch.no_grad()
+    def completion_logits(self, tokens: TokenBatch) -> Tensor:
+        """Full fp32 logits of the N completion tokens, ``(N, V)``, for measures of whole distributions. Mind N * V."""
+        return self.head(completion_hidden_states(self.decode(tokens), tokens))
+
+    def decode(self, tokens: TokenBatch) -> Tensor:
+        """Last hidden states, ``(R, T, H)``."""
+        with torch.autocast(
+            tokens.input_ids.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        ):
+            output = self.model.base_model(
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                position_ids=tokens.position_ids,
+                use_cache=False,  # the default changes results where positions restart
+            )
+        return cast(Tensor, output.last_hidden_state)
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Logits in fp32, ``(..., H) -> (..., V)``: importance weights exponentiate what is rounded away here."""
+        embeddings = cast(nn.Linear, self.model.get_output_embeddings())
+        bias = None if embeddings.bias is None else embeddings.bias.float()
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = linear(hidden_states.float(), embeddings.weight.float(), bias) * self.logit_scale
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently."""
+        input_ids = torch.arange(4, device=self.model.device)[None]
+        own = self.model(input_ids=input_ids, use_cache=False).logits.float()
+        decoded = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        ours = self.head(decoded)
+        # Half-precision weights round the model's own logits; an unknown scale or cap is off by far more.
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.05
+        if not torch.allclose(own, ours, atol=tolerance * float(own.abs().max()) + 1e-6, rtol=0):
+            raise InputError(
+                f"model.policy.path: {type(self.model).__name__} changes its logits after the head in a way that is "
+                "not supported (known: logit_scale, logits_scaling, final_logit_softcapping)."
+            )
+
+
+def load_logprob_model(config: PolicyConfig) -> LogProbModel:
+    """Loads the model that ``config`` names, on the CPU."""
+    return LogProbModel(
+        load_causal_lm(config), compute_dtype=DTYPES[config.compute_dtype], chunk_size=config.chunk_size
+    )

@@ -1,0 +1,141 @@
+"""What crosses the border of a room: the types that data, objective, policy, lab and training share.
+
+Shape legend: B pairs, S sequences (2B in a preference batch: chosen first, then rejected), R rows of the padded
+input, T positions of a row, C positions of the longest completion, V vocabulary.
+"""
+
+from typing import Literal, NamedTuple, TypedDict
+
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """The user's input (a file, a config, a model) is at fault; the message is one sentence that names the culprit.
+
+    The command line prints it without a traceback and exits with status 2. Programming errors are ``assert``s.
+    """
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as in the Hugging Face chat format."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class PreferenceExample(NamedTuple):
+    """One preference pair as text: what ``data.formats`` makes of a row.
+
+    A ``str`` prompt is used as it stands; a list of messages is rendered with the tokenizer's chat template (or, without
+    one, as a plain transcript). The behavior log-probs are those of the policy that wrote the response (nats, summed
+    over its tokens, EOS included), where the data has them.
+    """
+
+    prompt: str | list[Message]
+    chosen: str
+    rejected: str
+    chosen_behavior_logps: float | None = None
+    rejected_behavior_logps: float | None = None
+
+
+class SFTExample(NamedTuple):
+    """One demonstration as text."""
+
+    prompt: str | list[Message]
+    completion: str
+
+
+class TokenizedPair(NamedTuple):
+    """A pair as token ids. The prompt is one list shared by both responses, so that they cannot disagree about it."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_behavior_logps: float | None = None
+    rejected_behavior_logps: float | None = None
+
+
+class TokenizedExample(NamedTuple):
+    """A demonstration as token ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+class TokenBatch(NamedTuple):
+    """Padded token ids, and where the model predicts each completion token.
+
+    The completion fields are apart from the input's layout on purpose: a row may hold one sequence (the plain layout),
+    a prompt with both of its responses, or several pairs; ``logit_positions`` says where to look.
+
+    Attributes:
+        input_ids: ``(R, T)`` int64.
+        attention_mask: ``(R, T)`` bool, true at tokens, false at padding.
+        position_ids: ``(R, T)`` int64.
+        completion_ids: ``(S, C)`` int64, the response tokens, EOS included; 0 where masked.
+        completion_mask: ``(S, C)`` bool, true at response tokens.
+        logit_positions: ``(S, C)`` int64, index into the flattened ``R * T`` positions of the hidden state that predicts
+            ``completion_ids``; 0 where masked.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logit_positions: Tensor
+
+
+class PreferenceBatch(NamedTuple):
+    """B pairs, stacked once as ``[chosen; rejected]`` (S = 2B).
+
+    Attributes:
+        tokens: the stacked sequences.
+        behavior_logps: ``(2B,)`` float32 in nats, or ``None`` where the data has none.
+        row_ids: ``(B,)`` int64, the pair's row in its data set; -1 marks a pair that only fills up the last batch of an
+            evaluation and must not be counted.
+    """
+
+    tokens: TokenBatch
+    behavior_logps: Tensor | None
+    row_ids: Tensor
+
+
+class SFTBatch(NamedTuple):
+    """S demonstrations. ``row_ids`` as in :class:`PreferenceBatch`."""
+
+    tokens: TokenBatch
+    row_ids: Tensor
+
+
+class PromptBatch(NamedTuple):
+    """P prompts for generation, padded on the left.
+
+    Attributes:
+        input_ids: ``(P, T)`` int64.
+        attention_mask: ``(P, T)`` bool, true at tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class SequenceLogps(NamedTuple):
+    """Log-probabilities of S completions given their prompts, in nats, fp32.
+
+    Attributes:
+        logps: ``(S,)`` sums over the completion's tokens, EOS included.
+        num_tokens: ``(S,)`` int64, completion tokens.
+        per_token_logps: ``(S, C)``, 0 where masked.
+    """
+
+    logps: Tensor
+    num_tokens: Tensor
+    per_token_logps: Tensor
+
+
+class Response(NamedTuple):
+    """One sampled response. ``token_ids`` ends with EOS where ``finished``; otherwise it was cut at the token limit."""
+
+    token_ids: list[int]
+    finished: bool

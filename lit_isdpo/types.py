@@ -26,9 +26,9 @@ class Message(TypedDict):
 class PreferenceExample(NamedTuple):
     """One preference pair as text: what ``data.formats`` makes of a row.
 
-    A ``str`` prompt is used as it stands; a list of messages is rendered with the tokenizer's chat template (or, without
-    one, as a plain transcript). The behavior log-probs are those of the policy that wrote the response (nats, summed
-    over its tokens, EOS included), where the data has them.
+    A ``str`` prompt is used as it stands; a list of messages is rendered with the tokenizer's chat template (or,
+    without one, as a plain transcript). The behavior log-probs are those of the policy that wrote the
+    response (nats, summed over its tokens, EOS included), where the data has them.
     """
 
     prompt: str | list[Message]
@@ -74,8 +74,8 @@ class TokenBatch(NamedTuple):
         position_ids: ``(R, T)`` int64.
         completion_ids: ``(S, C)`` int64, the response tokens, EOS included; 0 where masked.
         completion_mask: ``(S, C)`` bool, true at response tokens.
-        logit_positions: ``(S, C)`` int64, index into the flattened ``R * T`` positions of the hidden state that predicts
-            ``completion_ids``; 0 where masked.
+        logit_positions: ``(S, C)`` int64, index into the flattened ``R * T`` positions of the hidden state that
+            predicts ``completion_ids``; 0 where masked.
     """
 
     input_ids: Tensor

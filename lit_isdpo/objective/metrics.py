@@ -39,7 +39,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     >>> float(effective_sample_size(torch.tensor([-1000.0, -1000.0])))
     2.0
     """
-    return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
+    log_weights = log_weights.double()
+    return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp().float()
 
 
 class PairMetrics(Metric):

@@ -53,7 +53,7 @@ def sample_responses(
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config
             )
     finally:

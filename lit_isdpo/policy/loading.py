@@ -85,9 +85,10 @@ def load_causal_lm(policy: PolicyConfig) -> PreTrainedModel:
         if policy.init == "random":
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 policy.path, config=config, revision=policy.revision, output_loading_info=True, **options
             )
+            model, report = loaded
             if missing := sorted(report["missing_keys"]):
                 raise InputError(
                     f"model.policy.path: {policy.path!r} has no weights for {missing[0]} "

@@ -23,10 +23,10 @@ class ReferenceConfig:
 
 
 class ResidentReference:
-    """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so that log-ratios start at 0.
+    """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so log-ratios start at 0.
 
-    It is not an ``nn.Module``, so that the policy's module cannot register it: checkpoints then hold the policy alone. The
-    price is that nobody moves it to a device but ``to``.
+    It is not an ``nn.Module``, so that the policy's module cannot register it: checkpoints then hold the policy
+    alone. The price is that nobody moves it to a device but ``to``.
     """
 
     def __init__(self, model: LogProbModel) -> None:

@@ -1,0 +1,166 @@
+"""The command line: LightningCLI's verbs, and two of our own.
+
+``main`` serves ``python -m lit_isdpo``, the console script ``lit-isdpo`` and Python.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace, auto_cli
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_isdpo import __version__
+from lit_isdpo.data.datamodule import PreferenceDataModule, TextDataModule
+from lit_isdpo.lab.folder import PREFIX, resolve
+from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_isdpo.training.export import export
+from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.preference import PreferenceModule
+from lit_isdpo.training.probe import SamplingProbe
+from lit_isdpo.training.report import RunReport
+from lit_isdpo.training.throughput import Throughput
+from lit_isdpo.types import InputError
+
+OWN_VERBS = {"export": export}
+
+
+class IsdpoCLI(LightningCLI):
+    """LightningCLI with the run's callbacks as config sections and the lab's names resolved."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Gives ``model`` and ``data`` a default class, so that flags work without a file, and adds the sections."""
+        parser.set_defaults(
+            {"model": {"class_path": _path(PreferenceModule)}, "data": {"class_path": _path(PreferenceDataModule)}}
+        )
+        parser.add_lightning_class_args(SamplingProbe, "probe")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyper-parameters override the config: here the config is the one truth."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses what does not work together, before anything is loaded."""
+        config = self.config[self.subcommand]
+        check(config)
+
+    def instantiate_classes(self) -> None:
+        """Builds everything from a copy in which the lab's names are folders; the saved config keeps the names."""
+        written = self.config
+        self.config = written.clone()
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir) / "lab"
+        _resolve_lab(config.model.init_args, root, default="reference")
+        _resolve_lab(config.data.init_args, root, default="pairs")
+        super().instantiate_classes()
+        self.config = written
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Logs to TensorBoard and CSV in one folder a run, unless the config names loggers of its own."""
+        if self._get(self.config_init, "trainer").get("logger") in (None, True):
+            root = self._get(self.config_init, "trainer").default_root_dir
+            tensorboard = TensorBoardLogger(root, name="", default_hp_metric=False)
+            kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
+        return super().instantiate_trainer(**kwargs)
+
+
+def check(config: Namespace) -> None:
+    """Raises for options that are not supported, alone or together.
+
+    Raises:
+        InputError: names the option and what to use instead.
+    """
+    precision = str(config.trainer.precision or "32-true")
+    if precision not in ("32", "32-true"):
+        raise InputError(
+            f"trainer.precision {precision!r} is not supported: log-ratios need fp32 weights and losses. "
+            "For bfloat16 matrix products use --model.policy.compute_dtype bfloat16"
+            + (" (float16 is too narrow for them)." if "16" in precision and "b" not in precision else ".")
+        )
+    strategy = config.trainer.strategy
+    if not isinstance(strategy, str) or strategy.split("_")[0] not in ("auto", "ddp"):
+        raise InputError(f"trainer.strategy {strategy!r} is not supported: use 'auto' (one device) or 'ddp'.")
+    ckpt_path = config.get("ckpt_path")
+    if ckpt_path and ckpt_path not in ("last", "best", "hpc") and not Path(ckpt_path).exists():
+        raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        args: as on the command line, without the program's name; by default those of the process.
+
+    Raises:
+        SystemExit: with status 2 after one sentence on bad input.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    _quieten()
+    try:
+        if arguments and arguments[0] in OWN_VERBS:
+            auto_cli(OWN_VERBS[arguments[0]], args=arguments[1:], prog=f"lit-isdpo {arguments[0]}", as_positional=False)
+            return
+        IsdpoCLI(
+            PolicyModule,
+            TextDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=arguments,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "use_distributed_sampler": False,  # the data module's own order knows ranks, and resumes
+                "num_sanity_val_steps": 0,  # RunReport validates before the first step, and logs it
+                "enable_model_summary": False,
+                "callbacks": [RunReport(), Throughput()],
+            },
+            parser_kwargs={"version": __version__, "prog": "lit-isdpo"},
+        )
+    except (InputError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _resolve_lab(config: Any, root: Path, *, default: Any) -> Any:
+    """Replaces, in place, every string that names something of the lab by its folder."""
+    items = config.items() if isinstance(config, Namespace | dict) else enumerate(config)
+    for key, value in list(items):
+        if isinstance(value, str) and value.startswith(PREFIX):
+            config[key] = str(resolve(value, root, default=default))
+        elif isinstance(value, Namespace | dict | list):
+            _resolve_lab(value, root, default=default)
+        elif hasattr(value, "path"):
+            ...
+    return config
+
+
+def _quieten() -> None:
+    """Leaves the messages that a user can act on."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
+    for message in SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    torch.set_float32_matmul_precision("highest")
+
+
+NOISE = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Trainer.fit` stopped", "Seed set to")
+SILENCED_WARNINGS = (
+    ".*does not have many workers.*",  # the data is tokenized before the first step; there is little for workers to do
+)

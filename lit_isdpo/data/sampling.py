@@ -1,0 +1,132 @@
+"""Which rows make up which batch: a function of the seed and the optimizer step, and of nothing else.
+
+The rows of an optimizer step are one slice of the epoch's permutation; ranks and micro-batches only share it out. With
+``batch_size`` 4, ``micro_batch_size`` 1 and 2 ranks, an epoch over the 9 rows ``a`` to ``i`` may read
+
+    permutation  d g a i   b h c f   e        the rest, e, is left out in this epoch
+    step         0         1
+    rank 0       d a       b c                one row a micro-batch, two micro-batches a step
+    rank 1       g i       h f
+
+Training goes on at the step that the trainer is at, so that a run that was resumed reads what it would have read.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+class TrainingOrder(DistributedSampler[int]):
+    """Row indices for one rank, micro-batch after micro-batch.
+
+    It is a ``DistributedSampler`` because Lightning leaves the sharing-out to one.
+
+    Args:
+        num_rows: rows of each source; indices count through the sources one after another.
+        weights: how many times an epoch passes over each source. Every source is read as an endless stream of
+            permutations, of which an epoch takes the next ``weight * num_rows``: with 0.5, two epochs see every row once.
+        batch_size: rows of an optimizer step, over all ranks.
+        micro_batch_size: rows of a forward on one rank.
+        world_size: number of ranks; ``micro_batch_size * world_size`` divides ``batch_size``.
+        rank: this rank.
+        seed: of all permutations.
+        optimizer_step: says how many optimizer steps were taken, whenever an iteration begins.
+
+    >>> order = TrainingOrder([9], weights=[1.0], batch_size=4, micro_batch_size=2)
+    >>> order.steps_per_epoch, len(list(order))
+    (2, 8)
+    """
+
+    def __init__(
+        self,
+        num_rows: Sequence[int],
+        *,
+        weights: Sequence[float],
+        batch_size: int,
+        micro_batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        optimizer_step: Callable[[], int] = lambda: 0,
+    ) -> None:
+        assert batch_size % (micro_batch_size * world_size) == 0
+        rows: Any = range(sum(num_rows))  # all that the parent does with its data set is to take the length
+        super().__init__(rows, num_replicas=world_size, rank=rank, seed=seed)
+        self.num_rows = list(num_rows)
+        self.rows_per_epoch = [round(weight * rows) for weight, rows in zip(weights, num_rows, strict=True)]
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.optimizer_step = optimizer_step
+        self.steps_per_epoch = sum(self.rows_per_epoch) // batch_size
+
+    def __len__(self) -> int:
+        """Rows that this rank reads in an epoch. Lightning counts on the whole epoch's, also after a resume."""
+        return self.steps_per_epoch * self.batch_size // self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        """One epoch's worth of rows, from the trainer's step on; past the end of an epoch comes the next one."""
+        first = self.optimizer_step()
+        epoch, order = -1, torch.empty(0)
+        for step in range(first, first + self.steps_per_epoch):
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
+                order = self.epoch_order(epoch)
+            start = step % self.steps_per_epoch * self.batch_size
+            batch = order[start : start + self.batch_size].view(-1, self.num_replicas, self.micro_batch_size)
+            yield from batch[:, self.rank].flatten().tolist()
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        """The rows of an epoch, ``(N,)`` int64, in the order in which batches are cut from them."""
+        offsets = torch.tensor([0, *self.num_rows]).cumsum(0).tolist()
+        rows = torch.cat([offsets[source] + self._next_rows(source, epoch) for source in range(len(self.num_rows))])
+        return rows[_permutation(len(rows), self.seed, "epoch", epoch)]
+
+    def _next_rows(self, source: int, epoch: int) -> Tensor:
+        size, count = self.num_rows[source], self.rows_per_epoch[source]
+        start = epoch * count
+        passes = range(start // max(size, 1), -(-(start + count) // max(size, 1)))
+        stream = [_permutation(size, self.seed, "source", source, number) for number in passes]
+        skip = start - passes.start * size
+        return torch.cat([torch.empty(0, dtype=torch.long), *stream])[skip : skip + count]
+
+
+class EvaluationOrder(DistributedSampler[int]):
+    """Every row once over the ranks; -1 fills up, so that no rank waits for another's last batch.
+
+    >>> [list(EvaluationOrder(5, world_size=2, rank=rank)) for rank in range(2)]
+    [[0, 2, 4], [1, 3, -1]]
+    """
+
+    def __init__(self, num_rows: int, *, world_size: int = 1, rank: int = 0) -> None:
+        rows: Any = range(num_rows)
+        super().__init__(rows, num_replicas=world_size, rank=rank, shuffle=False)
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        for row in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
+            yield row if row < self.num_rows else -1
+
+
+class TrainingLoader(DataLoader[Any]):
+    """A ``DataLoader`` that Lightning knows to be resumable: its place is the trainer's step, which is saved anyway."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def _permutation(size: int, *key: int | str) -> Tensor:
+    """A permutation of ``range(size)`` that only its key decides."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.randperm(size, generator=generator)

@@ -1,0 +1,292 @@
+"""Where rows come from: local files, folders, globs and hub data sets, and which of their splits is read.
+
+A path that is there is read from disk; ``owner/name`` is otherwise a data set on the hub. Files are told apart by what
+they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parquet`` those are the splits ``train`` and
+``validation``; files that are not named after a split are all ``train``.
+"""
+
+import glob
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from lit_isdpo.types import InputError
+
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
+_BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
+# A CSV column has no type of its own: text is read as it stands, or a response "None" would be a missing one.
+_CSV = {
+    "converters": dict.fromkeys(_TEXT_COLUMNS, str),
+    "keep_default_na": False,
+    "na_values": dict.fromkeys(_BEHAVIOR_COLUMNS, [""]),
+}
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> the reader of `datasets` and its options
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text; Parquet and Arrow compress by themselves
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+@dataclass
+class DataSource:
+    """A data set, or one part of a mixture.
+
+    Attributes:
+        path: file, folder, glob (quoted on the command line) or hub id.
+        split: which split; by default the one that the use calls for, or the only one there is.
+        weight: how many times one epoch of training passes over it.
+        revision: branch, tag or commit of a hub data set.
+        name: configuration of a hub data set.
+    """
+
+    path: str
+    split: str | None = None
+    weight: float = 1.0
+    revision: str | None = None
+    name: str | None = None
+
+
+Sources = str | DataSource | list[str | DataSource]
+
+
+def as_sources(value: Sources | Mapping[str, Any] | list[Any] | None, option: str) -> list[DataSource]:
+    """Puts what a user may write for ``data.train`` into one form.
+
+    Args:
+        value: path, source, or a list of either; a mapping stands for a source.
+        option: what it was written for, for the messages.
+
+    Raises:
+        InputError: a path or a weight that cannot be.
+
+    >>> [source.weight for source in as_sources(["a.jsonl", {"path": "b.jsonl", "weight": 2}], "data.train")]
+    [1.0, 2.0]
+    """
+    if value is None:
+        return []
+    sources = []
+    for item in value if isinstance(value, list) else [value]:
+        try:
+            source = DataSource(str(item)) if isinstance(item, str | Path) else item
+            source = source if isinstance(source, DataSource) else DataSource(**source)
+        except TypeError as error:
+            raise InputError(f"{option}: {item!r} is neither a path nor {{path, split, weight}}: {error}") from error
+        if not source.path:
+            raise InputError(f"{option}: an empty path")
+        if not 0 < source.weight < float("inf"):
+            raise InputError(f"{option}: the weight of {source.path!r} is {source.weight}; it must be above 0")
+        source.weight = float(source.weight)
+        sources.append(source)
+    if not sources:
+        raise InputError(f"{option}: an empty list")
+    return sources
+
+
+@dataclass
+class OpenSource:
+    """A source that was found, and the splits that it has."""
+
+    source: DataSource
+    option: str
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits there are."""
+        return list(self.files) + list(self.hub)
+
+    def find(self, split: str) -> str | None:
+        """The name under which the source has a split, if it does: ``dev`` and ``val`` are ``validation`` too."""
+        if split in self.splits:
+            return split
+        wanted = _SPLIT_WORDS.get(split, split)
+        return next((name for name in self.splits if _SPLIT_WORDS.get(name, name) == wanted), None)
+
+    def choose(self, default: str) -> str:
+        """The split to read: the one that was named, else ``default``, else the only one.
+
+        Raises:
+            InputError: there is no such split.
+        """
+        found = self.find(self.source.split or default)
+        if found is None and self.source.split is None and len(self.splits) == 1:
+            return self.splits[0]
+        if found is None:
+            raise InputError(
+                f"{self.option}: {self.source.path!r} has no split {self.source.split or default!r}; "
+                f"name one of: {', '.join(self.splits)}"
+            )
+        return found
+
+    def rows(self, split: str) -> Any:
+        """Reads a split as a memory-mapped ``datasets.Dataset``.
+
+        Raises:
+            InputError: a file cannot be read, or there are no rows.
+        """
+        rows = self.hub[split] if self.hub else _read(self.files[split], self.option)
+        if not len(rows):
+            raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
+        return rows
+
+
+def open_source(source: DataSource, option: str) -> OpenSource:
+    """Finds a source and its splits; local files are not read yet.
+
+    Args:
+        source: what to look for.
+        option: what it was written for (``data.train``), for the messages.
+
+    Raises:
+        InputError: there is nothing of that name, or nothing that can be read.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        files, folder = [path], path.parent
+    elif path.is_dir():
+        files, folder = [file for file in sorted(path.rglob("*")) if _is_data(file, path)], path
+    else:
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        files = [file for file in sorted(map(Path, matches)) if file.is_file()]
+        folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    if not files and path.is_dir():
+        raise InputError(f"{option}: no data files ({', '.join(_READERS)}) in the folder {source.path!r}")
+    if not files:
+        return OpenSource(source, option, hub=_from_hub(source, option))
+    if source.name or source.revision:
+        raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
+    for file in files:
+        _reader(file, option)
+    return OpenSource(source, option, files=_by_split(files, folder))
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and not hidden and file.name not in _NOT_DATA and _suffixes(file)[0] in _READERS
+
+
+def _suffixes(file: Path) -> tuple[str, str]:
+    """The suffix of the format and that of the compression."""
+    *_, last = ["", *(suffix.lower() for suffix in file.suffixes)]
+    return (Path(file.stem).suffix.lower(), last) if last in _COMPRESSED else (last, "")
+
+
+def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or of their folders, ``train/0.jsonl``.
+
+    Where several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name: they are
+    not to be mixed by accident. Files that no split is named by are left out where others are.
+    """
+    named: dict[str, dict[str, list[Path]]] = {}
+    for file in files:
+        name = re.sub(r"([-_.]?\d+)+(-of-\d+)?$", "", file.name.split(".")[0])
+        parents = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
+        for part in (name, *parents):
+            words = [word for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLIT_WORDS]
+            if words:
+                named.setdefault(_SPLIT_WORDS[words[0]], {}).setdefault(part, []).append(file)
+                break
+    if not named:
+        return {"train": files}
+    splits: dict[str, list[Path]] = {}
+    for split, groups in named.items():
+        splits |= {split: next(iter(groups.values()))} if len(groups) == 1 else groups
+    return splits
+
+
+def _reader(file: Path, option: str) -> tuple[str, dict[str, Any]]:
+    suffix, compression = _suffixes(file)
+    if suffix not in _READERS or (compression and suffix in (".parquet", ".arrow")):
+        raise InputError(
+            f"{option}: {str(file)!r} has an unknown suffix; known: {', '.join(_READERS)}, text also with "
+            f"{', '.join(_COMPRESSED)}"
+        )
+    if compression == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise InputError(f"{option}: {str(file)!r} needs `pip install zstandard` to be read")
+    return _READERS[suffix]
+
+
+def _read(files: list[Path], option: str) -> Any:
+    readers = {_suffixes(file)[0]: _reader(file, option) for file in files}
+    if len({reader for reader, _ in readers.values()}) > 1:
+        raise InputError(f"{option}: {str(files[0].parent)!r} mixes files of several formats: {', '.join(readers)}")
+    reader, options = readers[_suffixes(files[0])[0]]
+    # `datasets` would take brackets in a file's name for a pattern.
+    names = [glob.escape(str(file.absolute())) for file in files if file.stat().st_size]
+    if not names:
+        return []
+    try:
+        with _quiet():
+            return datasets.load_dataset(reader, data_files={"rows": names}, split="rows", **options)
+    except Exception as error:  # the readers raise whatever their libraries do
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            return []
+        if len(files) > 1:
+            for file in files:
+                _read([file], option)  # names the one at fault
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        which = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name} together"
+        raise InputError(f"{option}: cannot read {which} as {reader}: {reason}") from error
+
+
+def _from_hub(source: DataSource, option: str) -> Mapping[str, Any]:
+    """Loads all splits of a hub data set; ``datasets`` prepares them together anyway."""
+    nothing = f"{option}: no such file, folder, glob or hub data set: {source.path!r}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source.path) or _suffixes(Path(source.path))[0] in _READERS:
+        raise InputError(nothing)
+    try:
+        HfApi().dataset_info(source.path, revision=source.revision, timeout=20)
+    except OfflineModeIsEnabled:
+        pass  # `datasets` looks into its cache
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(f"{nothing} (or it is not open to you)") from error
+    except Exception as error:  # the kind of a network's failure depends on the HTTP library
+        # Asked here, because `datasets` would try for half a minute to tell a mistyped path from a lost network.
+        raise InputError(
+            f"{nothing} on this machine, and the hub cannot be asked; HF_HUB_OFFLINE=1 uses what it loaded before"
+        ) from error
+    try:
+        with _quiet():
+            loaded: Mapping[str, Any] = datasets.load_dataset(source.path, source.name, revision=source.revision)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{option}: cannot load {source.path!r} from the hub: {reason}") from error
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the bars and the log lines of ``datasets`` off the terminal: what went wrong is said once, by us."""
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,263 @@
+r"""Text in, token ids out: one prompt for both responses, and exact boundaries between prompt and response.
+
+What is encoded, for a conversation with one turn and the response "4":
+
+    a string prompt      "2 + 2 ="  (with the tokenizer's BOS)               " 4" + EOS
+    a chat template      "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"   "4<|im_end|>"
+    without a template   "\n\nHuman: 2 + 2?\n\nAssistant:"  (with BOS)        " 4" + EOS
+
+A prompt that is too long loses its beginning (or its end); a response that is too long loses its end, EOS included, so that the
+model does not learn to stop where the data was merely cut.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_isdpo.data.formats import Reason, RowError
+from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample, TokenizedExample, TokenizedPair
+
+TruncationMode = Literal["keep_end", "keep_start"]
+ChatTemplate = Literal["auto", "always", "never"]
+Prompt = str | list[Message]
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a local folder or from the hub.
+
+    Args:
+        path: folder or hub id of a model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        InputError: there is none, or it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        # The libraries' messages run over many lines; the first one says what went wrong.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows up: EOS where the tokenizer has no padding token, as masks say what counts."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: EOS, and what the chat template ends an assistant turn with, where it differs."""
+    eos = int(tokenizer.eos_token_id)
+    if not tokenizer.chat_template:
+        return [eos]
+    try:
+        _, (ids,) = _encode_chat([Message(role="user", content="a")], ["b"], tokenizer)
+    except RowError:
+        return [eos]
+    return list(dict.fromkeys([eos, ids[-1]]))
+
+
+def tokenize_pair(
+    example: PreferenceExample,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: TruncationMode = "keep_end",
+    chat_template: ChatTemplate = "auto",
+) -> TokenizedPair:
+    """Encodes a pair. Both responses follow the same prompt ids.
+
+    Args:
+        example: the pair as text.
+        tokenizer: with an EOS token.
+        max_length: of the prompt and a response together, in tokens.
+        max_prompt_length: in tokens, at least 1 and less than ``max_length``.
+        truncation_mode: which end of a prompt that is too long is kept.
+        chat_template: ``auto`` uses the tokenizer's template for message lists, ``always`` for strings too (as one user
+            turn), ``never`` writes conversations as a plain transcript.
+
+    Raises:
+        RowError: the prompt or a response has no tokens, the responses are the same, or they were cut although they
+            have behavior log-probs, which are those of the whole response.
+        InputError: the template does not render a prompt as the beginning of prompt and response.
+    """
+    prompt_ids, (chosen_ids, rejected_ids), was_cut = _tokenize(
+        example.prompt,
+        [example.chosen, example.rejected],
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        chat_template=chat_template,
+    )
+    if chosen_ids == rejected_ids:
+        raise RowError(Reason.IDENTICAL_TOKENS)
+    if was_cut and example.chosen_behavior_logps is not None:
+        raise RowError(Reason.CUT_BEHAVIOR)
+    return TokenizedPair(
+        prompt_ids, chosen_ids, rejected_ids, example.chosen_behavior_logps, example.rejected_behavior_logps
+    )
+
+
+def tokenize_example(
+    example: SFTExample,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: TruncationMode = "keep_end",
+    chat_template: ChatTemplate = "auto",
+) -> TokenizedExample:
+    """Encodes a demonstration; arguments and errors as in :func:`tokenize_pair`."""
+    prompt_ids, (completion_ids,), _ = _tokenize(
+        example.prompt,
+        [example.completion],
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        chat_template=chat_template,
+    )
+    return TokenizedExample(prompt_ids, completion_ids)
+
+
+def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> str:
+    r"""The text of a prompt as the model gets it, up to where the response begins; a BOS is added to all but templated ones.
+
+    Raises:
+        RowError: the chat template refuses the conversation.
+    """
+    messages = _templated(prompt, tokenizer, chat_template)
+    if messages is not None:
+        return _render(messages, tokenizer, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else transcript(prompt)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    r"""A conversation as plain text, in the form of Anthropic's hh-rlhf; a system turn stands without a name.
+
+    >>> transcript([{"role": "user", "content": "2 + 2?"}])
+    '\n\nHuman: 2 + 2?\n\nAssistant:'
+    """
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: "}
+    text = "".join(names.get(turn["role"], "\n\n" if i else "") + turn["content"] for i, turn in enumerate(messages))
+    return text + "\n\nAssistant:"
+
+
+def _tokenize(
+    prompt: Prompt,
+    responses: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: TruncationMode,
+    chat_template: ChatTemplate,
+) -> tuple[list[int], list[list[int]], bool]:
+    """Encodes a prompt with its responses, and cuts them; also says whether anything was cut."""
+    assert 1 <= max_prompt_length < max_length
+    messages = _templated(prompt, tokenizer, chat_template)
+    if messages is not None:
+        prompt_ids, completions = _encode_chat(messages, responses, tokenizer)
+    else:
+        # A transcript's turns begin with a space; a string's own spaces are the user's.
+        space = "" if isinstance(prompt, str) else " "
+        prompt_ids = _encode_prompt(render_prompt(prompt, tokenizer, "never"), tokenizer)
+        completions = [_with_eos(_encode(space + response, tokenizer), tokenizer) for response in responses]
+    if not prompt_ids:
+        raise RowError(Reason.EMPTY_PROMPT)
+    if any(len(ids) == 1 for ids in completions):  # the terminator alone
+        raise RowError(Reason.EMPTY_RESPONSE)
+    kept = prompt_ids
+    if len(prompt_ids) > max_prompt_length:
+        if truncation_mode == "keep_start":
+            kept = prompt_ids[:max_prompt_length]
+        else:
+            head = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
+            kept = head + prompt_ids[len(prompt_ids) - max_prompt_length + len(head) :]
+    room = max_length - len(kept)
+    was_cut = len(kept) < len(prompt_ids) or any(len(ids) > room for ids in completions)
+    return kept, [ids[:room] for ids in completions], was_cut
+
+
+def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTemplate) -> list[Message] | None:
+    """The messages to render with the chat template, or ``None`` where it is not to be used."""
+    if mode == "always" and not tokenizer.chat_template:
+        raise InputError(
+            f"data.chat_template is 'always', but the tokenizer of {tokenizer.name_or_path!r} has no chat template"
+        )
+    if isinstance(prompt, str):
+        return [Message(role="user", content=prompt)] if mode == "always" else None
+    return None if mode == "never" or not tokenizer.chat_template else prompt
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encodes with the tokenizer's own special tokens before the text, but none after it: the response follows."""
+    ids = list(tokenizer(text)["input_ids"])
+    while len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        ids.pop()
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text had one already
+        ids.pop(0)
+    return ids
+
+
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return _ended_once(ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, int(tokenizer.eos_token_id)])
+
+
+def _ended_once(ids: list[int]) -> list[int]:
+    while len(ids) > 1 and ids[-1] == ids[-2]:
+        ids.pop()
+    return ids
+
+
+def _encode_chat(
+    messages: list[Message], responses: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[list[int]]]:
+    """Renders a conversation with and without its last turn; what the turn adds is the completion."""
+    prompt = _render(messages, tokenizer, add_generation_prompt=True)
+    completions = []
+    for response in responses:
+        turn = Message(role="assistant", content=response)
+        full = _render([*messages, turn], tokenizer, add_generation_prompt=False)
+        if not full.startswith(prompt):
+            at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} does not render a prompt as the beginning of prompt and "
+                f"response: the prompt goes on with {prompt[at:][:60]!r} where prompt and response go on with "
+                f"{full[at:][:60]!r}; templates that think need data.chat_template: never, or another template"
+            )
+        completions.append(_encode_turn(full[len(prompt) :], response, tokenizer))
+    # The template writes BOS itself, where it wants one.
+    return _encode(prompt, tokenizer), completions
+
+
+def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise RowError(Reason.TEMPLATE) from error
+    return str(text)
+
+
+def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encodes a rendered assistant turn up to the token that ends it, and adds EOS where the template has none.
+
+    Templates write more after that token, mostly a line break, which the model is never asked for.
+    """
+    ids = _encode(text.rstrip(), tokenizer)
+    # A special token vanishes in decoding. Not every terminator is among tokenizer.all_special_ids: <|eot_id|> is not.
+    if ids and tokenizer.decode(ids[-1:], skip_special_tokens=True) == "":
+        return _ended_once(ids)
+    return _with_eos(_encode(text, tokenizer) if text.endswith(response) else ids, tokenizer)

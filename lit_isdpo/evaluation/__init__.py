@@ -1,0 +1,1 @@
+"""What a policy is worth: samples, KL, gold reward, win rate."""

@@ -1,0 +1,107 @@
+"""A fit can always go on: ``last.ckpt`` at every stop, whoever asked for it."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_isdpo.types import InputError
+
+
+def run_dir(trainer: Trainer) -> Path:
+    """The folder of this run: the first logger's, or the root where there is no logger."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoints by a metric of the validation, beside ``last.ckpt``.
+
+    Args:
+        monitor: a logged key, ``val/gold_reward`` say; without one nothing but the last checkpoint is kept.
+        mode: whether a good value is small or large.
+        save_top_k: how many are kept.
+    """
+
+    def __init__(self, monitor: str | None = None, mode: str = "min", save_top_k: int = 1) -> None:
+        if mode not in ("min", "max"):
+            raise InputError(f"checkpoint.mode must be 'min' or 'max', not {mode!r}.")
+        super().__init__(
+            filename="best-{step}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k if monitor else 0,
+            save_last=False,
+            auto_insert_metric_name=False,  # keys hold slashes
+        )
+
+
+class LastCheckpoint(Callback):
+    """Saves ``checkpoints/last.ckpt`` where a fit ends: its last step, ``max_steps``, an interrupt, each epoch's end.
+
+    It is written between two optimizer steps only, so that a resumed fit continues as if it had not stopped, and under
+    another name first, so that a crash while saving leaves the previous one whole.
+
+    Args:
+        every_n_steps: save every so many optimizer steps too; 0 does not.
+    """
+
+    def __init__(self, every_n_steps: int = 0) -> None:
+        if every_n_steps < 0:
+            raise InputError(f"last.every_n_steps must be at least 0 optimizer steps, not {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self._interrupted = False
+        self._saved_at = -1
+        self._previous_handler: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """From here on a first Ctrl-C asks for a stop after the current optimizer step; a second stops at once."""
+        if stage == "fit":
+            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives Ctrl-C back."""
+        if stage == "fit" and self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves if the fit ends here, or a save is due."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+            return  # in the middle of an accumulation window there is gradient that no checkpoint holds
+        step = trainer.global_step
+        at_max_steps = step == trainer.max_steps
+        interrupted = self._interrupted
+        if trainer.world_size > 1:  # a signal may reach the ranks at different steps
+            interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
+        due = self.every_n_steps and step % self.every_n_steps == 0
+        if at_max_steps or interrupted or due or trainer.is_last_batch:
+            self._save(trainer)
+        if interrupted:
+            rank_zero_info(f"\nStopped at optimizer step {step}. Continue with --ckpt_path {self.path(trainer)}")
+            raise KeyboardInterrupt
+        if at_max_steps:
+            trainer.should_stop = True  # Lightning then validates the final state before it ends
+
+    def path(self, trainer: Trainer) -> Path:
+        """Where the last checkpoint is."""
+        return run_dir(trainer) / "checkpoints" / "last.ckpt"
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.path(trainer)
+        temporary = path.with_suffix(".saving")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(path)
+        trainer.strategy.barrier("last.ckpt")
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        rank_zero_info("\nStopping after this optimizer step; press Ctrl-C again to stop at once.")

@@ -1,0 +1,117 @@
+"""A checkpoint in, a Hugging Face folder out."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from lit_isdpo import __version__
+from lit_isdpo.types import InputError
+
+WEIGHTS_PREFIX = "policy.model."
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- lit-isdpo
+- preference-optimization
+---
+
+# {name}
+
+A language model trained with lit_isdpo {version}, exported from optimizer step {step}.
+Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+
+## Measured on the validation set, at step {metrics_step}
+
+{metrics}
+
+Rewards are beta times the log-ratio, policy over reference; KL is sampled, in nats a response; gold reward and win rate
+are there only where the true reward is known.
+
+## Configuration of the run
+
+```yaml
+{config}```
+"""
+
+
+def export(ckpt_path: str, output_dir: str, run_dir: str | None = None) -> None:
+    """Writes the policy of a checkpoint as a Hugging Face folder: safetensors, tokenizer, chat template, model card.
+
+    Args:
+        ckpt_path: the checkpoint, ``RUN/checkpoints/last.ckpt`` say.
+        output_dir: the folder to write; it must be new or empty.
+        run_dir: the run's folder, with its ``model`` and ``config.yaml``, where the checkpoint was moved away from it.
+
+    Raises:
+        InputError: a path is missing, is not what it should be, or would be overwritten.
+    """
+    checkpoint_file, output = Path(ckpt_path), Path(output_dir)
+    if not checkpoint_file.is_file():
+        raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
+    run = Path(run_dir) if run_dir else checkpoint_file.resolve().parent.parent
+    if not (run / "model" / "config.json").is_file():
+        raise InputError(f"{str(run)!r} is not the run's folder (it has no model/config.json): name it with --run_dir.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
+    checkpoint = _load(checkpoint_file)
+    model = _model(run / "model", checkpoint["state_dict"], checkpoint_file)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
+    (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"])))
+    print(f"Wrote {output} ({sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}).")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever its parts raise
+        raise InputError(f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it may be cut short.") from error
+    if not any(key.startswith(WEIGHTS_PREFIX) for key in checkpoint.get("state_dict", {})):
+        raise InputError(f"ckpt_path: {str(path)!r} holds no policy of this project.")
+    return checkpoint
+
+
+def _model(folder: Path, state_dict: dict[str, torch.Tensor], path: Path) -> PreTrainedModel:
+    weights = {key.removeprefix(WEIGHTS_PREFIX): v for key, v in state_dict.items() if key.startswith(WEIGHTS_PREFIX)}
+    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"ckpt_path: the weights in {str(path)!r} do not fit the model of {str(folder)!r}.") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _card(run: Path, name: str, step: int) -> str:
+    config_file = run / "config.yaml"
+    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    metrics_step, metrics = _last_validation(run / "metrics.csv")
+    rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
+    return CARD.format(
+        name=name,
+        version=__version__,
+        step=step,
+        metrics_step=metrics_step,
+        metrics="\n".join(rows) if metrics else "(the run logged none)",
+        config=yaml.safe_dump(config, sort_keys=False),
+    )
+
+
+def _last_validation(file: Path) -> tuple[str, dict[str, float]]:
+    """The step and values of the last logged validation."""
+    if not file.is_file():
+        return "-", {}
+    with file.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("val/loss")]
+    if not rows:
+        return "-", {}
+    last = rows[-1]
+    return last["step"], {key: float(value) for key, value in last.items() if key.startswith("val/") and value}

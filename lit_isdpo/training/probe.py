@@ -1,0 +1,151 @@
+"""Samples the policy at every validation: KL to the reference, gold reward, win rate, and text to read."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_isdpo.evaluation.probe import ProbeValues, Reward, SampledText, run_probe, summarize
+from lit_isdpo.lab.folder import gold_reward_for
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.types import InputError
+
+
+class SamplingProbe(Callback):
+    """Logs ``{val,test}/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
+
+    The same seed serves every validation: differences between two steps are then less noisy than either value.
+
+    Args:
+        num_prompts: distinct prompts of the validation (or test) set, over all ranks; 0 switches the probe off.
+        max_new_tokens: longer responses are cut. Part of what the KL means: keep it the same in runs you compare.
+        batch_size: prompts sampled at a time on one rank.
+        num_shown: responses that are logged as text.
+        seed: the responses are a function of it and the weights.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int = 64,
+        max_new_tokens: int = 128,
+        batch_size: int = 128,
+        num_shown: int = 8,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("num_prompts", num_prompts, 0),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("batch_size", batch_size, 1),
+            ("num_shown", num_shown, 0),
+        ):
+            if value < least:
+                raise InputError(f"probe.{name} must be at least {least}, not {value}.")
+        self.num_prompts = num_prompts
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.num_shown = num_shown
+        self.seed = seed
+        self.reward: Reward | None = None
+        self.samples: list[SampledText] = []
+        self.ref_samples: list[SampledText] = []
+        self._ref_rewards: Tensor | None = None
+        self._prepared_for: str | None = None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probes on prompts of the validation set."""
+        if not trainer.sanity_checking:
+            self._probe(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probes on prompts of the test set."""
+        self._probe(trainer, pl_module, "test")
+
+    def _probe(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        assert isinstance(module, PolicyModule)
+        prompts = trainer.datamodule.prompts(stage, self.num_prompts)[trainer.global_rank :: trainer.world_size]  # type: ignore[attr-defined]
+        if not self.num_prompts or not prompts:
+            return
+        reference = None if module.reference is None else module.reference.model
+        if self._prepared_for != stage:
+            self._prepared_for = stage
+            self.reward = self._find_reward(trainer, stage)
+            self._ref_rewards = None
+            if reference is not None:
+                # Another seed than the policy's: a win rate compares independent responses.
+                drawn = self._draw(reference, None, prompts, module, trainer, seed=self.seed + 1)
+                self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
+        values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed)
+        self.samples = values.texts
+        module.log_dict({f"{stage}/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
+        self._log_texts(trainer, stage)
+
+    def _draw(
+        self,
+        model: LogProbModel,
+        reference: LogProbModel | None,
+        prompts: list[Any],
+        module: PolicyModule,
+        trainer: Trainer,
+        *,
+        seed: int,
+    ) -> ProbeValues:
+        tokenizer = module.tokenizer
+        values = run_probe(
+            model,
+            reference,
+            [prompt.prompt_ids for prompt in prompts],
+            prompt_texts=[prompt.text for prompt in prompts],
+            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            eos_token_ids=module.eos_token_ids,
+            pad_token_id=module.pad_token_id,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=seed * 1009 + trainer.global_rank,
+            reward=self.reward,
+        )
+        return values if trainer.world_size == 1 else _gather(values, trainer.world_size)
+
+    def _find_reward(self, trainer: Trainer, stage: str) -> Reward | None:
+        folders = trainer.datamodule.source_folders(stage)  # type: ignore[attr-defined]
+        rewards = [gold_reward_for(folder) for folder in folders]
+        if rewards and all(reward is not None for reward in rewards):
+            return rewards[0]
+        rank_zero_info(
+            f"The {stage} prompts are not the lab's, so no gold reward is known for them: gold_reward and win_rate are "
+            "not logged; KL and samples are."
+        )
+        return None
+
+    def _log_texts(self, trainer: Trainer, stage: str) -> None:
+        rows = [
+            f"| {_cell(text.prompt)} | {_cell(text.response)} | {'' if text.reward is None else f'{text.reward:.2f}'} |"
+            for text in self.samples[: self.num_shown]
+        ]
+        table = "\n".join(["| prompt | response | reward |", "|---|---|---|", *rows])
+        for logger in trainer.loggers:
+            writer = getattr(logger, "experiment", None)
+            if hasattr(writer, "add_text"):
+                writer.add_text(f"{stage}/samples", table, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _cell(text: str) -> str:
+    """Text inside a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _gather(values: ProbeValues, world_size: int) -> ProbeValues:
+    """Joins the ranks' responses; ranks may hold different numbers of them."""
+    parts: list[ProbeValues] = [values] * world_size
+    torch.distributed.all_gather_object(parts, values)
+    return ProbeValues(
+        kl=None if values.kl is None else torch.cat([part.kl for part in parts if part.kl is not None]),
+        num_tokens=torch.cat([part.num_tokens for part in parts]),
+        finished=torch.cat([part.finished for part in parts]),
+        rewards=None
+        if values.rewards is None
+        else torch.cat([part.rewards for part in parts if part.rewards is not None]),
+        texts=[text for part in parts for text in part.texts],
+    )

@@ -1,0 +1,154 @@
+"""What a run leaves behind, and what it says when it ends."""
+
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lit_isdpo.training.checkpoints import run_dir
+from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.probe import SamplingProbe
+
+ROWS = (
+    ("loss", "loss", "{:.4f}"),
+    ("reward accuracy", "rewards/accuracies", "{:.3f}"),
+    ("reward margin", "rewards/margins", "{:.4f}"),
+    ("weight, mean", "weights/mean", "{:.3f}"),
+    ("weight, largest", "weights/max", "{:.3f}"),
+    ("weights, ESS / pairs", "weights/ess", "{:.3f}"),
+    ("weights, clipped", "weights/clip_fraction", "{:.3f}"),
+    ("KL(policy, reference), nats", "kl/rao_blackwell", "{:.2f}"),
+    ("gold reward", "gold_reward", "{:.3f}"),
+    ("win rate against reference", "win_rate", "{:.3f}"),
+    ("response length, tokens", "response_length", "{:.1f}"),
+)
+"""Label, log key and format of the table's rows; a key that a run does not log has no row."""
+
+
+class RunReport(Callback):
+    """Validates before the first step, keeps what belongs to the run in its folder, and prints a table at the end.
+
+    The run's folder gets ``model/``: the policy's configuration and tokenizer, so that a checkpoint can be exported
+    without the model that the run began with.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+        self._started = monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the folder and, in a fresh fit, measures where it starts."""
+        assert isinstance(pl_module, PolicyModule)
+        self._started = monotonic()
+        if trainer.is_global_zero:
+            write_model_folder(pl_module, run_dir(trainer) / "model")
+        if trainer.global_step == 0 and trainer.enable_validation:
+            _validate(trainer)
+            self.before = _numbers(trainer)
+        _log_hyperparameters(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values before training, for the table of a resumed run."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.before = state_dict["before"]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what the fit has changed."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            console = Console()
+            console.print(self._table(trainer))
+            for panel in _samples(trainer):
+                console.print(panel)
+            seconds = timedelta(seconds=round(monotonic() - self._started))
+            folder = run_dir(trainer)
+            console.print(f"Trained for {trainer.global_step} optimizer steps in {seconds}. Everything is in {folder}")
+            console.print(f"Compare runs: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
+
+    def _table(self, trainer: Trainer) -> Table:
+        after = _numbers(trainer)
+        table = Table(title="Validation, before and after training")
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for label, key, style in ROWS:
+            if key in after:
+                cells = []
+                for values in (self.before, after):
+                    error = values.get(f"{key}_stderr")
+                    cells.append(
+                        ("-" if key not in values else style.format(values[key]))
+                        + ("" if error is None else f" ±{style.format(error)}")
+                    )
+                table.add_row(label, *cells)
+        return table
+
+
+def write_model_folder(module: PolicyModule, folder: Path) -> None:
+    """Saves everything of a Hugging Face folder but the weights."""
+    model = module.policy.model
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    module.tokenizer.save_pretrained(folder)
+
+
+def _numbers(trainer: Trainer) -> dict[str, float]:
+    """What the last validation logged, without the stage prefix."""
+    metrics = trainer.callback_metrics
+    return {key.removeprefix("val/"): float(value) for key, value in metrics.items() if key.startswith("val/")}
+
+
+def _validate(trainer: Trainer) -> None:
+    """Runs the validation loop inside a fit, as Lightning does between two batches."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    first_loop_iter = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_loop_iter
+
+
+def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
+    """Fills the table of runs: what distinguishes them, against what the last validation of each measured."""
+    optimizer = trainer.optimizers[0]
+    values = {
+        **module.method,
+        "lr": optimizer.defaults["lr"],
+        "optimizer": type(optimizer).__name__,
+        "seed": getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
+        "batch_size": getattr(trainer.datamodule, "batch_size", None),  # type: ignore[attr-defined]
+        "policy": module.policy_config.path,
+    }
+    metrics = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(values, {key: float(value) for key, value in metrics.items()})
+        else:
+            logger.log_hyperparams(values)
+
+
+def _samples(trainer: Trainer) -> list[Panel]:
+    """Two prompts with the reference's response and the policy's."""
+    probe = next((callback for callback in trainer.callbacks if isinstance(callback, SamplingProbe)), None)  # type: ignore[attr-defined]
+    panels = []
+    for number, sample in enumerate(probe.samples[:2] if probe else []):
+        text = Text(sample.prompt[-600:].strip() + "\n")
+        drawn = [("policy", sample)]
+        if probe and number < len(probe.ref_samples):
+            drawn.insert(0, ("reference", probe.ref_samples[number]))
+        for name, response in drawn:
+            gold = "" if response.reward is None else f"  (gold reward {response.reward:.1f})"
+            text.append(f"\n{name}: ", style="bold")
+            text.append(response.response[:600].strip() + gold)
+        panels.append(Panel(text, title=f"sample {number + 1}", title_align="left"))
+    return panels

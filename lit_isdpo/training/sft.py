@@ -1,0 +1,96 @@
+"""Supervised fine-tuning: it makes the reference that preference training starts from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.types import SequenceLogps, SFTBatch
+
+
+class TokenLoss(Metric):
+    """Negative log-likelihood of completion tokens: nats a token, and nats a completion."""
+
+    full_state_update = False
+    nll: Tensor
+    num_tokens: Tensor
+    num_sequences: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_tokens", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("num_sequences", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logps: SequenceLogps, counted: Tensor) -> None:
+        """Adds S completions; ``counted`` ``(S,)`` is false at rows that only fill up a batch."""
+        self.nll -= logps.logps.detach()[counted].double().sum()
+        self.num_tokens += logps.num_tokens[counted].sum()
+        self.num_sequences += counted.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """``loss`` in nats a token, ``logps/completion`` in nats a completion, and the number of tokens."""
+        return {
+            "num_tokens": self.num_tokens,
+            "loss": (self.nll / self.num_tokens).float(),
+            "logps/completion": (-self.nll / self.num_sequences).float(),
+        }
+
+
+class SFTModule(PolicyModule):
+    """Minimises the mean negative log-likelihood of completion tokens; prompts are not trained on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage_metrics = torch.nn.ModuleDict({stage: TokenLoss() for stage in ("train", "val", "test")})
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """SFT has no variants."""
+        return {"loss": "SFT"}
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        """Summed loss of the micro-batch, in nats; ``on_before_optimizer_step`` divides by the window's tokens.
+
+        The mean over the tokens of a global batch is not the mean of its micro-batches' means: they differ in length.
+        """
+        logps: SequenceLogps = self.policy(batch.tokens)
+        self.stage_metrics["train"].update(logps, batch.row_ids >= 0)
+        return -logps.logps.sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns the gradient of the window's sum into that of its mean over tokens, and logs the window."""
+        metrics = self.stage_metrics["train"]
+        assert isinstance(metrics, TokenLoss)
+        values = metrics.compute()
+        num_tokens = int(values.pop("num_tokens"))
+        # Lightning divided each micro-batch's loss by the number of micro-batches, DDP the gradient by that of ranks.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_tokens
+        torch._foreach_mul_([p.grad for p in self.policy.parameters() if p.grad is not None], scale)
+        metrics.reset()
+        self.log_dict({f"train/{key}": value for key, value in values.items()})
+        self.log("loss", values["loss"], prog_bar=True, logger=False)
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Adds a batch to the sums of the validation."""
+        self.stage_metrics["val"].update(self.policy(batch.tokens), batch.row_ids >= 0)
+
+    def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Adds a batch to the sums of the test."""
+        self.stage_metrics["test"].update(self.policy(batch.tokens), batch.row_ids >= 0)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation set's values."""
+        self._log_stage("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test set's values."""
+        self._log_stage("test")
+
+    def _log_stage(self, stage: str) -> None:
+        metrics = self.stage_metrics[stage]
+        assert isinstance(metrics, TokenLoss)
+        self.log_dict({f"{stage}/{key}": value for key, value in metrics.compute().items() if key != "num_tokens"})
+        metrics.reset()

@@ -1,0 +1,98 @@
+"""How fast a fit is, and how near to what the machine could do."""
+
+import resource
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_isdpo.policy.loading import DTYPES
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.training.module import PolicyModule
+
+GIB = 2**30
+COUNTS = ("sequences", "tokens", "positions", "completion tokens", "attended pairs of tokens")
+
+
+class Throughput(Callback):
+    """Logs ``perf/{pairs,tokens}_per_second``, ``padding_fraction``, ``mfu`` and ``peak_memory_gib``.
+
+    The rates are means over the optimizer steps since the last log, over all ranks; validation is left out. Tokens are
+    what the model reads (prompt and response of every sequence), without padding. ``mfu`` is the share of the device's
+    matrix-product rate, measured at the start, that goes into useful work: the policy's forward and backward and the
+    reference's forward on those tokens, attention included, recomputation not. The peak memory is the device's, or on
+    the CPU that of the process.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the device."""
+        assert isinstance(pl_module, PolicyModule)
+        self._peak_flops = matmul_rate(pl_module.device, DTYPES[pl_module.policy_config.compute_dtype])
+        self._seconds = 0.0
+        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock."""
+        self._started = perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the micro-batch, and logs where Lightning logs."""
+        assert isinstance(pl_module, PolicyModule)
+        lengths = batch.tokens.attention_mask.sum(dim=1).double()  # (R,)
+        own = [batch.row_ids.numel(), lengths.sum(), batch.tokens.attention_mask.numel()]
+        own += [batch.tokens.completion_mask.sum(), lengths.square().sum() / 2]
+        self._counts += torch.tensor([float(count) for count in own], dtype=torch.float64)
+        self._seconds += perf_counter() - self._started
+        at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if at_step and trainer.global_step % trainer.log_every_n_steps == 0:
+            rates = self._counts / self._seconds
+            num_forwards = 3 if pl_module.reference is None else 4  # a backward pass costs two forwards
+            flops = num_forwards * forward_flops(pl_module.policy, rates)
+            values = {
+                "perf/pairs_per_second": trainer.world_size * rates[0],
+                "perf/tokens_per_second": trainer.world_size * rates[1],
+                "perf/padding_fraction": 1 - rates[1] / rates[2],
+                "perf/mfu": flops / self._peak_flops,
+                "perf/peak_memory_gib": torch.tensor(peak_memory_gib(pl_module.device)),
+            }
+            pl_module.log_dict({key: value.float() for key, value in values.items()})
+            self._counts.zero_()
+            self._seconds = 0.0
+
+
+def forward_flops(model: LogProbModel, counts: Tensor) -> Tensor:
+    """Floating-point operations of one forward over ``COUNTS``: 2 a weight and token, 4 H a layer and attended pair."""
+    config = model.model.config.get_text_config()
+    head = cast(Tensor, model.model.get_output_embeddings().weight)
+    embeddings = {id(head): head.numel()}
+    table = cast(Tensor, model.model.get_input_embeddings().weight)
+    embeddings[id(table)] = table.numel()
+    decoder_weights = sum(p.numel() for p in model.parameters()) - sum(embeddings.values())
+    _, tokens, _, completion_tokens, attended = counts
+    attention = 4 * config.num_hidden_layers * config.hidden_size * attended
+    return 2 * decoder_weights * tokens + 2 * head.numel() * completion_tokens + attention
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product: the best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * size**3 / (perf_counter() - start))
+    return best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB

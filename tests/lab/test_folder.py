@@ -1,0 +1,148 @@
+"""The environment's files: a function of the seed, disjoint splits, whole or not there, found by their names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from lit_isdpo.lab import folder as lab
+from lit_isdpo.lab.posts import GoldReward, Split, gold_reward, parse_prompt, split_of
+from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
+from lit_isdpo.types import InputError
+
+NUM_PROMPTS: dict[Split, int] = {"train": 32, "validation": 16, "test": 16}
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few pairs and demonstrations, for tests of where files go."""
+    monkeypatch.setitem(lab.write_pairs.__kwdefaults__, "num_prompts", NUM_PROMPTS)
+    monkeypatch.setattr(lab.write_sft, "__defaults__", (100,))
+
+
+def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    contents = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        (tmp_path / name).mkdir()
+        lab.write_pairs(tmp_path / name, seed, num_prompts=NUM_PROMPTS)
+        contents.append({file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())})
+    assert list(contents[0]) == ["environment.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert contents[0] == contents[1]
+    assert all(contents[0][name] != contents[2][name] for name in contents[0])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+    marker = json.loads(contents[0]["environment.json"])
+    assert (marker["design"], marker["format"], marker["seed"]) == ("posts", lab.FORMAT, 3)
+    prompts = set()
+    for split, number in NUM_PROMPTS.items():
+        rows = read(tmp_path / "a" / f"{split}.jsonl")
+        assert marker["counts"][split]["prompts"] == number
+        assert marker["counts"][split]["pairs"] == len(rows)
+        assert list(rows[0]) == [
+            *("prompt", "chosen", "rejected"),
+            *("chosen_behavior_logps", "rejected_behavior_logps", "chosen_gold", "rejected_gold"),
+        ]
+        assert all(split_of(parse_prompt(row["prompt"])) == split for row in rows)
+        assert prompts.isdisjoint(row["prompt"] for row in rows)
+        prompts |= {row["prompt"] for row in rows}
+
+
+def test_demonstrations_are_a_function_of_the_seed_and_disjoint(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        lab.write_sft(tmp_path / name, seed, num=200)
+    train = read(tmp_path / "a" / "train.jsonl")
+    assert train == read(tmp_path / "b" / "train.jsonl") != read(tmp_path / "c" / "train.jsonl")
+    assert len(train) == 200
+    assert set(train[0]) == {"prompt", "completion"}
+    validation = read(tmp_path / "a" / "validation.jsonl")
+    assert {row["prompt"] for row in validation}.isdisjoint(row["prompt"] for row in train)
+    assert len({row["prompt"] for row in train}) == 200
+    # Two to four facts, .85 right: 3 * (.85 * .47 - .15) - .3 / 3, give or take four standard errors.
+    rewards = [gold_reward(row["prompt"], row["completion"], finished=True) for row in validation]
+    assert sum(rewards) / len(rewards) == pytest.approx(0.65, abs=0.12)
+
+
+@pytest.mark.usefixtures("small")
+def test_names_are_resolved_to_folders_written_once(tmp_path: Path) -> None:
+    pairs = lab.resolve("lab:posts", tmp_path)
+    assert pairs.parent.parent == tmp_path
+    written = (pairs / "train.jsonl").stat().st_mtime_ns
+    assert lab.resolve("lab:posts/pairs@0", tmp_path) == pairs
+    assert (pairs / "train.jsonl").stat().st_mtime_ns == written
+    assert lab.resolve("lab:posts@1", tmp_path) != pairs
+    assert json.loads((lab.resolve("lab:posts@1", tmp_path) / "environment.json").read_text())["seed"] == 1
+
+    assert {file.name for file in lab.resolve("lab:posts/sft", tmp_path).iterdir()} == {
+        *("train.jsonl", "validation.jsonl")
+    }
+    reference = lab.resolve("lab:posts", tmp_path, default="reference")
+    assert reference == lab.resolve("lab:posts/reference", tmp_path)
+    assert load_causal_lm(PolicyConfig(path=str(reference))).config.hidden_size == 96
+    init = lab.resolve("lab:posts/init", tmp_path)
+    assert not (init / "model.safetensors").exists()
+    assert len(AutoTokenizer.from_pretrained(init)) == AutoConfig.from_pretrained(init).vocab_size
+    assert {folder.name for folder in pairs.parent.iterdir()} == {"pairs", "sft", "reference", "init"}
+
+
+@pytest.mark.parametrize("source", ["lab:", "lab:post", "lab:posts/", "lab:posts/test", "lab:posts@x", "lab:posts@-1"])
+def test_an_unknown_name_is_refused_with_what_there_is(source: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{source!r}.*lab:posts/pairs.*sft.*reference.*init") as error:
+        lab.resolve(source, tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, seed: int) -> None:
+        (folder / "train.jsonl").write_text("half of ")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lab, "write_pairs", fail)
+    with pytest.raises(KeyboardInterrupt):
+        lab.resolve("lab:posts", tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(next(tmp_path.iterdir()).iterdir()) == []
+
+
+def test_of_two_writers_the_first_to_finish_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_while_another_does(folder: Path, seed: int) -> None:
+        (folder / "train.jsonl").write_text("second")
+        target = folder.parent.parent / "pairs"
+        target.mkdir()
+        (target / "train.jsonl").write_text("first")
+
+    monkeypatch.setattr(lab, "write_pairs", write_while_another_does)
+    pairs = lab.resolve("lab:posts", tmp_path)
+    assert (pairs / "train.jsonl").read_text() == "first"
+    assert [path.name for path in pairs.parent.iterdir()] == ["pairs"]
+
+
+@pytest.mark.parametrize("content", [None, "", "not json", "[]", '{"design": "other"}'])
+def test_other_folders_have_no_gold_reward(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / lab.MARKER).write_text(content)
+    assert lab.gold_reward_for(tmp_path) is None
+
+
+@pytest.mark.usefixtures("small")
+def test_the_gold_reward_is_found_by_the_marker(tmp_path: Path) -> None:
+    folder = lab.resolve("lab:posts", tmp_path)
+    reward = lab.gold_reward_for(folder)
+    assert isinstance(reward, GoldReward)
+    row = read(folder / "test.jsonl")[0]
+    assert reward([row["prompt"]], [row["chosen"]], [True]) == [row["chosen_gold"]]
+
+
+def test_the_shipped_reference_has_the_architecture_of_init() -> None:
+    shipped, built = AutoConfig.from_pretrained(lab.REFERENCE).to_dict(), lab.reference_config().to_dict()
+    differing = {key for key in shipped.keys() | built.keys() if shipped.get(key) != built.get(key)}
+    assert differing <= {"_name_or_path", "transformers_version", "use_cache"}

@@ -1,0 +1,85 @@
+"""Pairs: what is left out and why, and log-probs that belong to the text of the row."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.lab import pairs
+from lit_isdpo.lab.folder import REFERENCE
+from lit_isdpo.lab.posts import gold_reward, parse_prompt, split_of
+from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.types import Response
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return load_causal_lm(PolicyConfig(path=str(REFERENCE)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(REFERENCE)
+
+
+def test_behavior_logps_belong_to_the_text_of_the_row(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Tokenized anew from the file, prompt and response apart, EOS behind: as the training pipeline does it."""
+    rows, counts = pairs.sample_pairs(model, tokenizer, split="test", num_prompts=64, seed=0)
+    assert counts["prompts"] == 64
+    assert len(rows) == counts["pairs"] == 64 - sum(counts[w] for w in ("unfinished", "not_round_tripping", "identical"))
+    assert len(rows) > 48
+    for side in ("chosen", "rejected"):
+        tokens = collate_completions(
+            [tokenizer.encode(row["prompt"]) for row in rows],
+            [
+                [*tokenizer.encode(row[side], add_special_tokens=False), tokenizer.eos_token_id]  # type: ignore[literal-required]
+                for row in rows
+            ],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.no_grad():
+            expected = LogProbModel(model)(tokens).logps
+        written = torch.tensor([row[f"{side}_behavior_logps"] for row in rows])  # type: ignore[literal-required]
+        torch.testing.assert_close(written, expected, rtol=1e-5, atol=1e-5)
+        for row in rows:
+            assert split_of(parse_prompt(row["prompt"])) == "test"
+            assert row[f"{side}_gold"] == gold_reward(row["prompt"], row[side], finished=True)  # type: ignore[literal-required]
+
+
+def test_the_better_response_is_chosen_more_often_but_not_always(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows, _ = pairs.sample_pairs(model, tokenizer, split="train", num_prompts=256, seed=0)
+    margins = [row["chosen_gold"] - row["rejected_gold"] for row in rows if row["chosen_gold"] != row["rejected_gold"]]
+    assert 0.65 < sum(margin > 0 for margin in margins) / len(margins) < 0.95
+
+
+def test_what_gives_no_pair_is_counted_by_its_reason(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eos = tokenizer.eos_token_id
+
+    def words(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    good, other = Response([*words(" safety poor"), eos], True), Response([*words(" price good"), eos], True)
+    cut = Response(words(" safety poor" * 12), False)
+    bytes_of_a_word = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in b" safety"])
+    spelled = Response([*bytes_of_a_word, *words(" poor"), eos], True)
+    half_a_character = Response([tokenizer.convert_tokens_to_ids("<0xE2>"), eos], True)
+    special = Response([*words(" safety"), tokenizer.bos_token_id, *words(" poor"), eos], True)
+    sampled: Iterator[list[Response]] = iter(
+        [
+            [good, good, cut, cut, spelled, good, good],
+            [other, good, good, cut, good, half_a_character, special],
+        ]
+    )
+    monkeypatch.setattr(pairs, "sample_responses", lambda *_, **__: next(sampled))
+    rows, counts = pairs.sample_pairs(model, tokenizer, split="train", num_prompts=7, seed=0)
+    assert counts == {"prompts": 7, "pairs": 1, "unfinished": 2, "not_round_tripping": 3, "identical": 1}
+    assert [{row["chosen"], row["rejected"]} for row in rows] == [{" safety poor", " price good"}]

@@ -1,0 +1,130 @@
+"""What is logged: right under accumulation and with a short last batch; KL estimators against enumeration."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from lit_isdpo.objective.losses import DPOLoss, PairLogps
+from lit_isdpo.objective.metrics import Estimate, PairMetrics, effective_sample_size, kl_values, token_kl
+from lit_isdpo.objective.weights import ImportanceWeighting
+
+
+def feed(metrics: PairMetrics, pairs: PairLogps, counted: torch.Tensor | None = None) -> None:
+    weights = ImportanceWeighting()(pairs.chosen_logratios, pairs.rejected_logratios)
+    every = torch.ones(len(pairs.chosen_logps), dtype=torch.bool)
+    metrics.update(weights.weights * DPOLoss(0.1)(pairs), pairs, weights, every if counted is None else counted)
+
+
+def random_pairs(number: int) -> PairLogps:
+    policy = torch.randn(4, number, generator=torch.Generator().manual_seed(0))
+    return PairLogps(*policy, *torch.ones(2, number))
+
+
+def test_worked_example() -> None:
+    """Log-ratios (1, -1) and (-2, 0): the second pair is won by the wrong side, and its chosen one fell."""
+    pairs = PairLogps(
+        torch.tensor([1.0, -2.0]),
+        torch.tensor([-1.0, 0.0]),
+        torch.zeros(2),
+        torch.zeros(2),
+        torch.ones(2),
+        torch.ones(2),
+    )
+    metrics = PairMetrics(beta=0.1)
+    feed(metrics, pairs)
+    values = {key: round(value.item(), 5) for key, value in metrics.compute().items()}
+    weights = [1.0, math.exp(-2)]
+    losses = [weights[0] * math.log(1 + math.exp(-0.2)), weights[1] * math.log(1 + math.exp(0.2))]
+    assert values == {
+        "loss": round(sum(losses) / 2, 5),
+        "rewards/chosen": -0.05,
+        "rewards/rejected": -0.05,
+        "rewards/accuracies": 0.5,
+        "rewards/margins": 0.0,
+        "logps/chosen": -0.5,
+        "logps/rejected": -0.5,
+        "logratios/chosen": -0.5,
+        "logratios/rejected": -0.5,
+        "logratios/chosen_fell": 0.5,
+        "weights/mean": round(sum(weights) / 2, 5),
+        "weights/clip_fraction": 0.0,
+        "weights/max": 1.0,
+        "weights/ess": round(sum(weights) ** 2 / sum(w * w for w in weights) / 2, 5),
+    }
+
+
+@pytest.mark.parametrize("sizes", [[10], [4, 4, 2], [1] * 10, [9, 1]])
+def test_micro_batches_of_any_size_give_the_whole(sizes: list[int]) -> None:
+    whole, parts = PairMetrics(beta=0.1), PairMetrics(beta=0.1)
+    pairs = random_pairs(10)
+    feed(whole, pairs)
+    for part in zip(*(field.split(sizes) for field in pairs), strict=True):
+        feed(parts, PairLogps(*part))
+    torch.testing.assert_close(parts.compute(), whole.compute())
+
+
+def test_fillers_are_not_counted() -> None:
+    whole, filled = PairMetrics(beta=0.1), PairMetrics(beta=0.1)
+    pairs = random_pairs(10)
+    feed(whole, PairLogps(*(field[:7] for field in pairs)))
+    feed(filled, pairs, torch.arange(10) < 7)
+    torch.testing.assert_close(filled.compute(), whole.compute())
+
+
+def test_a_window_outlives_resets() -> None:
+    metrics = PairMetrics(beta=0.1, window=5)
+    pairs = random_pairs(8)
+    for part in zip(*(field.split(4) for field in pairs), strict=True):
+        metrics.reset()
+        feed(metrics, PairLogps(*part))
+    weights = ImportanceWeighting()(pairs.chosen_logratios, pairs.rejected_logratios)
+    assert metrics.num_pairs == 4
+    torch.testing.assert_close(metrics.recent_log_weights, weights.log_weights[-5:])
+
+
+def test_effective_sample_size() -> None:
+    assert effective_sample_size(torch.zeros(5)).item() == pytest.approx(5)
+    assert effective_sample_size(torch.tensor([0.0, -1e5])).item() == pytest.approx(1)
+    assert effective_sample_size(torch.tensor([1.0, 3.0]).log()).item() == pytest.approx(16 / 10)
+
+
+def test_standard_error() -> None:
+    estimate = Estimate.of(torch.tensor([1.0, 2.0, 3.0]))
+    assert (estimate.mean.item(), estimate.stderr.item()) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    assert Estimate.of(torch.tensor([1.0])).stderr == math.inf
+
+
+def test_kl_estimators_have_the_enumerated_mean() -> None:
+    """All responses of 2 tokens over 4 symbols: the probability-weighted mean of each estimator is the exact KL."""
+    generator = torch.Generator().manual_seed(1)
+    pi, ref = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)  # last token (4: start) -> logits of next
+    responses = list(itertools.product(range(4), repeat=2))
+    contexts = torch.tensor([[4, first] for first, _ in responses])
+    tokens = torch.tensor(responses)
+    logps = pi.log_softmax(-1)[contexts, tokens].sum(1)
+    ref_logps = ref.log_softmax(-1)[contexts, tokens].sum(1)
+    mask = torch.ones(16, 2, dtype=torch.bool)
+    values = kl_values(logps - ref_logps, token_kl(pi[contexts].flatten(0, 1), ref[contexts].flatten(0, 1)), mask)
+    exact = (logps.exp() * (logps - ref_logps)).sum().item()
+    for name, estimate in values._asdict().items():
+        assert (logps.exp() * estimate).sum().item() == pytest.approx(exact, abs=1e-12), name
+
+
+def test_kl_estimators_agree_within_their_standard_errors_on_samples() -> None:
+    generator = torch.Generator().manual_seed(2)
+    pi, ref = torch.randn(2, 5, 4, generator=generator) * 0.7
+    first = torch.multinomial(pi[4].softmax(-1), 20_000, replacement=True, generator=generator)
+    second = torch.multinomial(pi[first].softmax(-1), 1, generator=generator)[:, 0]
+    contexts, tokens = torch.stack([torch.full_like(first, 4), first], 1), torch.stack([first, second], 1)
+    logratios = (pi.log_softmax(-1) - ref.log_softmax(-1))[contexts, tokens].sum(1)
+    exact_tokens = token_kl(pi[contexts].flatten(0, 1), ref[contexts].flatten(0, 1))
+    values = kl_values(logratios, exact_tokens, torch.ones_like(tokens, dtype=torch.bool))
+    all_responses = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    all_contexts = torch.stack([torch.full((16,), 4), all_responses[:, 0]], 1)
+    logps, ref_logps = (table.log_softmax(-1)[all_contexts, all_responses].sum(1) for table in (pi, ref))
+    exact = (logps.exp() * (logps - ref_logps)).sum()
+    for estimate in map(Estimate.of, values):
+        assert abs(estimate.mean - exact) < 4 * estimate.stderr
+    assert Estimate.of(values.rao_blackwell).stderr < Estimate.of(values.k1).stderr

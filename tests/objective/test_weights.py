@@ -1,0 +1,150 @@
+"""Importance weights against algebra, against theory on enumerable distributions, and at their limits."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from lit_isdpo.objective.losses import DPOLoss, PairLogps
+from lit_isdpo.objective.metrics import effective_sample_size
+from lit_isdpo.objective.weights import (
+    BatchMeanImportanceWeighting,
+    ImportanceWeighting,
+    ShuffledImportanceWeighting,
+    UniformWeighting,
+)
+from lit_isdpo.types import InputError
+
+CHOSEN = torch.tensor([0.5, 1.5, -3.0, 3.0])
+REJECTED = torch.tensor([1.0, 2.0, -1.0, -2.0])
+
+
+def test_joint_cap() -> None:
+    out = ImportanceWeighting(epsilon=1.0)(CHOSEN, REJECTED)
+    torch.testing.assert_close(out.log_importance_ratio, torch.tensor([1.5, 3.5, -4.0, 1.0]))
+    torch.testing.assert_close(out.weights, torch.tensor([1.5, 2.0, -4.0, 1.0]).exp())
+    assert out.clipped.tolist() == [0, 1, 0, 0]
+
+
+def test_cap_for_each_response() -> None:
+    out = ImportanceWeighting(epsilon=1.0, cap="response")(CHOSEN, REJECTED)
+    torch.testing.assert_close(out.weights, torch.tensor([1.5, 2.0, -4.0, -1.0]).exp())
+    assert out.clipped.tolist() == [0, 1, 0, 0.5]
+
+
+def test_floor() -> None:
+    out = ImportanceWeighting(epsilon=1.0, floor=0.25)(CHOSEN, REJECTED)
+    torch.testing.assert_close(out.weights, torch.tensor([math.exp(1.5), math.exp(2), 0.25, math.e]))
+
+
+def test_epsilon_zero_only_weighs_down_and_infinity_does_not_clip() -> None:
+    assert ImportanceWeighting(epsilon=0.0)(CHOSEN, REJECTED).weights.max() == 1
+    unclipped = ImportanceWeighting(epsilon=math.inf)(CHOSEN, REJECTED)
+    torch.testing.assert_close(unclipped.log_weights, CHOSEN + REJECTED)
+    assert not unclipped.clipped.any()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.25, 1.0, 2.0])
+def test_clipping_across_thresholds_on_synthetic_ratios(epsilon: float) -> None:
+    """Joint log-ratios ~ N(0, 2): the clipped share is the Gaussian tail, and no weight passes exp(2 epsilon)."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 100_000, generator=generator)
+    out = ImportanceWeighting(epsilon=epsilon)(chosen, rejected)
+    tail = 0.5 * math.erfc(2 * epsilon / math.sqrt(2) / math.sqrt(2))
+    assert out.clipped.mean().item() == pytest.approx(tail, abs=3 * math.sqrt(tail / 100_000))
+    assert out.weights.max().item() <= math.exp(2 * epsilon) * (1 + 1e-6)
+
+
+def test_a_wide_clip_trades_bias_for_variance() -> None:
+    """The clip biases E[w] below 1 and shrinks the variance, each monotonically in epsilon."""
+    generator = torch.Generator().manual_seed(0)
+    log_ratio = torch.randn(2, 200_000, generator=generator) * 0.7 - 0.245  # E exp = 1 for each
+    means, variances = [], []
+    for epsilon in (0.0, 0.25, 1.0, math.inf):
+        weights = ImportanceWeighting(epsilon=epsilon)(*log_ratio).weights
+        means.append(weights.mean().item())
+        variances.append(weights.var().item())
+    assert means == sorted(means)
+    assert variances == sorted(variances)
+    assert means[-1] == pytest.approx(1, abs=0.02)
+
+
+def test_the_ratio_against_theory_on_an_enumerable_distribution() -> None:
+    """All 27 responses of 3 tokens over 3 symbols, under two policies: E_ref[w f] = E_pi[f], E[w] = 1."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64).log_softmax(
+        dim=-1
+    )  # policy, last token, next
+
+    def logp(policy: int, response: tuple[int, ...]) -> torch.Tensor:
+        return torch.stack(
+            [table[policy, last, token] for last, token in zip((3, *response), response, strict=False)]
+        ).sum()
+
+    responses = list(itertools.product(range(3), repeat=3))
+    pi, ref = (torch.stack([logp(policy, response) for response in responses]) for policy in (0, 1))
+    index = torch.cartesian_prod(torch.arange(27), torch.arange(27))  # every pair, drawn independently from ref
+    probability = (ref[index[:, 0]] + ref[index[:, 1]]).exp()
+    weights = ImportanceWeighting(epsilon=math.inf)(*(pi - ref)[index].T).weights.double()
+    assert (probability * weights).sum().item() == pytest.approx(1, abs=1e-6)
+    f = torch.randn(27 * 27, generator=generator, dtype=torch.float64)
+    under_pi = ((pi[index[:, 0]] + pi[index[:, 1]]).exp() * f).sum().item()
+    assert (probability * weights * f).sum().item() == pytest.approx(under_pi, abs=1e-6)
+    clipped = ImportanceWeighting(epsilon=0.25)(*(pi - ref)[index].T).weights.double()
+    assert (probability * clipped).sum().item() < 1
+
+
+def test_policy_is_reference() -> None:
+    zeros = torch.zeros(7)
+    for weighting in (ImportanceWeighting(), UniformWeighting(), ImportanceWeighting(cap="response")):
+        out = weighting(zeros, zeros)
+        assert torch.equal(out.weights, torch.ones(7))
+        assert effective_sample_size(out.log_weights).item() == pytest.approx(7)
+
+
+def test_weights_of_one_are_dpo_bit_for_bit() -> None:
+    chosen, rejected = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    loss = DPOLoss(beta=0.1)(PairLogps(chosen, rejected, *torch.zeros(2, 32), *torch.ones(2, 32)))
+    assert torch.equal(UniformWeighting()(chosen, rejected).weights * loss, loss)
+
+
+@pytest.mark.parametrize("weighting", [UniformWeighting(), ImportanceWeighting(), BatchMeanImportanceWeighting()])
+def test_no_gradient_and_fp32(weighting: UniformWeighting | ImportanceWeighting) -> None:
+    chosen = CHOSEN.to(torch.bfloat16).requires_grad_()
+    weights = weighting(chosen, REJECTED).weights
+    assert not weights.requires_grad
+    assert weights.dtype == torch.float32
+
+
+def test_extremes_stay_finite() -> None:
+    out = ImportanceWeighting(epsilon=1.0)(torch.tensor([1e4, -1e4]), torch.tensor([1e4, -1e4]))
+    assert torch.isfinite(out.weights).all()
+    assert out.weights[1] == 0
+
+
+def test_shuffled_weights_are_the_same_ones_elsewhere() -> None:
+    own = ImportanceWeighting()(CHOSEN, REJECTED).log_weights
+    shuffled = ShuffledImportanceWeighting()(CHOSEN, REJECTED).log_weights
+    torch.testing.assert_close(shuffled.sort().values, own.sort().values)
+    assert not (shuffled == own).any()
+
+
+def test_batch_mean() -> None:
+    own = ImportanceWeighting()(CHOSEN, REJECTED).weights
+    torch.testing.assert_close(BatchMeanImportanceWeighting()(CHOSEN, REJECTED).weights, own.mean().expand(4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epsilon": -0.1}, "epsilon must be at least 0"),
+        ({"epsilon": float("nan")}, "epsilon must be at least 0"),
+        ({"cap": "token"}, "'joint' or 'response'"),
+        ({"floor": -1.0}, "floor must lie between"),
+        ({"epsilon": 0.0, "floor": 1.5}, "floor must lie between"),
+    ],
+)
+def test_out_of_range_is_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ImportanceWeighting(**arguments)  # type: ignore[arg-type]

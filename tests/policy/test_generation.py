@@ -1,0 +1,45 @@
+"""Sampled responses: their distribution, their end, their seed."""
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_isdpo.data.collation import collate_completions, collate_prompts
+from lit_isdpo.policy.generation import sample_responses
+from lit_isdpo.policy.logprob_model import LogProbModel
+
+OPTIONS = {"eos_token_ids": [2], "pad_token_id": 0}
+
+
+def test_samples_follow_the_models_distribution(tiny_llama: PreTrainedModel) -> None:
+    """Frequencies of 20,000 first tokens, behind a padded prompt, against the model's probabilities."""
+    number = 20_000
+    prompts = collate_prompts([[1, 5]] * number + [[1, 5, 6, 7]], pad_token_id=0)
+    responses = sample_responses(tiny_llama, prompts, max_new_tokens=1, seed=0, **OPTIONS)[:number]
+    counts = torch.bincount(torch.tensor([response.token_ids[0] for response in responses]), minlength=50)
+    with torch.no_grad():
+        logps = LogProbModel(tiny_llama)(
+            collate_completions([[1, 5]] * 50, [[t] for t in range(50)], pad_token_id=0)
+        ).logps
+    probability = logps.exp()
+    spread = (probability * (1 - probability) / number).sqrt()
+    assert ((counts / number - probability).abs() < 4.5 * spread).all()
+
+
+def test_a_response_ends_with_eos_or_is_unfinished(tiny_llama: PreTrainedModel) -> None:
+    prompts = collate_prompts([[1, 5]] * 200, pad_token_id=0)
+    responses = sample_responses(tiny_llama, prompts, max_new_tokens=20, seed=0, **OPTIONS)
+    assert {response.finished for response in responses} == {True, False}
+    for response in responses:
+        assert response.finished == (response.token_ids[-1] == 2)
+        assert 2 not in response.token_ids[:-1]
+        assert response.finished or len(response.token_ids) == 20
+
+
+def test_a_function_of_the_seed_that_leaves_the_global_state(tiny_llama: PreTrainedModel) -> None:
+    prompts = collate_prompts([[1, 5]] * 10, pad_token_id=0)
+    state = torch.get_rng_state()
+    first, again, other = (
+        sample_responses(tiny_llama, prompts, max_new_tokens=5, seed=seed, **OPTIONS) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)

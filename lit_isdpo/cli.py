@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, TextDataModule
@@ -25,7 +25,7 @@ from lit_isdpo.training.export import export
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
-from lit_isdpo.training.report import RunReport
+from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.types import InputError
 
@@ -70,6 +70,8 @@ class IsdpoCLI(LightningCLI):
             root = self._get(self.config_init, "trainer").default_root_dir
             tensorboard = TensorBoardLogger(root, name="", default_hp_metric=False)
             kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
+        if self._get(self.config_init, "trainer").get("enable_progress_bar") is not False:
+            self.trainer_defaults["callbacks"].append(ProgressBar())
         return super().instantiate_trainer(**kwargs)
 
 
@@ -125,13 +127,22 @@ def main(args: Sequence[str] | None = None) -> None:
                 "use_distributed_sampler": False,  # the data module's own order knows ranks, and resumes
                 "num_sanity_val_steps": 0,  # RunReport validates before the first step, and logs it
                 "enable_model_summary": False,
-                "callbacks": [RunReport(), Throughput()],
+                "callbacks": [RunReport(), Throughput(), PredictionWriter()],
             },
             parser_kwargs={"version": __version__, "prog": "lit-isdpo"},
         )
-    except (InputError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (cause := _users_fault(error)) is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _users_fault(error: BaseException | None) -> BaseException | None:
+    """The first error among the causes that is about the user's input: the parser wraps what constructors raise."""
+    while error is not None and not isinstance(error, InputError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _path(cls: type) -> str:
@@ -157,10 +168,21 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    torch.set_float32_matmul_precision("highest")
+    transformers.utils.logging.disable_progress_bar()
 
 
-NOISE = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Trainer.fit` stopped", "Seed set to")
+NOISE = (
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡 Tip",
+    "`Trainer.fit` stopped",
+    "`weights_only` was not set",
+)
 SILENCED_WARNINGS = (
+    "The dirpath has changed from",  # a resumed run has a folder of its own; the best checkpoint stays in the old one
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
+    "Experiment logs directory .* exists and is not empty",  # the TensorBoard logger has just made the run's folder
+    "LightningCLI's args parameter is intended",  # main() passes the process's own arguments
     ".*does not have many workers.*",  # the data is tokenized before the first step; there is little for workers to do
 )

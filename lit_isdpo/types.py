@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypedDict
 from torch import Tensor
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """The user's input (a file, a config, a model) is at fault; the message is one sentence that names the culprit.
 
     The command line prints it without a traceback and exits with status 2. Programming errors are ``assert``s.

@@ -1,8 +1,16 @@
-"""What tests share: tiny models, and a quiet, single-threaded process."""
+"""What tests share: tiny models and data, and a single-threaded process."""
+
+import csv
+import json
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lit_isdpo.lab.posts import render_facts, render_prompt, sample_demonstration, sample_post
+from lit_isdpo.lab.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
 
@@ -15,3 +23,70 @@ def tiny_llama() -> PreTrainedModel:
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=2
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Hugging Face folder: a tiny random Llama with the lab's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 preference pairs as JSON lines, readable by the tiny model's tokenizer."""
+    rng = Random(0)
+    rows = []
+    for _ in range(40):
+        post = sample_post(rng, "train")
+        rejected = render_facts(rng.sample(list(post.items()), 2)) + " awful"
+        rows.append({"prompt": render_prompt(post), "chosen": sample_demonstration(rng, post), "rejected": rejected})
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def tiny(model_dir: str, pairs_file: str) -> list[str]:
+    """Arguments of a fit that takes a second: 32 pairs of training, 4 optimizer steps an epoch."""
+    return [
+        f"--model.policy.path={model_dir}",
+        f"--data.train={pairs_file}",
+        "--data.val_size=8",
+        "--data.batch_size=8",
+        "--data.max_length=64",
+        "--model.optimizer=torch.optim.AdamW",
+        "--model.optimizer.lr=1e-3",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.log_every_n_steps=1",
+        "--probe.num_prompts=4",
+        "--probe.max_new_tokens=4",
+    ]
+
+
+def read_metrics(run: Path) -> dict[str, dict[int, float]]:
+    """The run's CSV log: key -> optimizer step -> value."""
+    values: dict[str, dict[int, float]] = {}
+    with (run / "metrics.csv").open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            for key, value in row.items():
+                if value and key not in ("step", "epoch"):
+                    values.setdefault(key, {})[int(row["step"])] = float(value)
+    return values

@@ -1,52 +1,39 @@
-"""Rows of named data sets to batches: reading, tokenizing once, splitting, and handing out batches in a resumable order.
+"""The data modules: from named data sets to batches, in an order that a resumed run goes on with.
 
-    sources -> rows -> formats -> tokenization -> a memory-mapped table -> TrainingOrder -> collation -> batches
-
-Both data modules differ only in what a row becomes: a pair or a demonstration.
+sources -> rows -> formats -> tokenization -> one memory-mapped table -> TrainingOrder -> collation -> batches
 """
 
 import hashlib
-import json
-import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import datasets
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data.collation import collate_examples, collate_pairs
-from lit_isdpo.data.formats import Kind, RowError, check_format, detect_format, to_example, to_pair
+from lit_isdpo.data.formats import FORMATS
+from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, hold_out, tokenize_rows
 from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder
 from lit_isdpo.data.sources import OpenSource, Sources, as_sources, open_source
-from lit_isdpo.data.tokenization import (
-    ChatTemplate,
-    TruncationMode,
-    load_tokenizer,
-    pad_token_id,
-    tokenize_example,
-    tokenize_pair,
-)
-from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
+from lit_isdpo.data.tokenization import ChatTemplate, TruncationMode, load_tokenizer, pad_token_id
+from lit_isdpo.types import InputError
 
-# Part of the key of the token cache: to be raised with every change of formats.py or tokenization.py that changes ids.
-TOKENS_VERSION = 1
+Split = Literal["train", "val", "test"]
+_PUBLIC_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
+_STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class SourceCounts(NamedTuple):
-    """What became of the rows of one source. ``read`` = ``kept`` + ``held_out`` + the dropped ones."""
+    """What became of the rows of one source: ``read`` = ``kept`` + ``held_out`` + those ``dropped``, by reason."""
 
     source: str
     format: str
@@ -62,8 +49,8 @@ class ProbePrompt(NamedTuple):
     Attributes:
         prompt_ids: token ids.
         text: the prompt without special tokens.
-        response: the chosen response (or the demonstration), as it was tokenized, without special tokens.
-        row_id: the row that it was taken from.
+        response: the chosen response (or the demonstration) as it was tokenized, without special tokens.
+        row_id: the row that it comes from.
     """
 
     prompt_ids: list[int]
@@ -72,62 +59,39 @@ class ProbePrompt(NamedTuple):
     row_id: int
 
 
-class Rows(Dataset[tuple[int, Any]]):
-    """The rows of one split: positions in a tokenized table. A row's id is its place in the sources as they were read.
-
-    Args:
-        table: the tokenized rows of all sources, dropped ones included.
-        positions: ``(N,)`` int64, the rows of this split.
-        item: the type that a row is handed out as.
-    """
-
-    def __init__(self, table: Any, positions: Tensor, item: type[TokenizedPair] | type[TokenizedExample]) -> None:
-        self.table, self.positions, self.item = table, positions, item
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
-        """One read for a whole batch. An index of -1 fills up: the first row, under the id -1."""
-        positions = [int(self.positions[max(index, 0)]) for index in indices]
-        columns = self.table[positions]
-        items = [self.item(*values) for values in zip(*(columns[name] for name in self.item._fields), strict=True)]
-        ids = [-1 if index < 0 else position for index, position in zip(indices, positions, strict=True)]
-        return list(zip(ids, items, strict=True))
-
-
-class _TokenizedDataModule(LightningDataModule):
+class TextDataModule(LightningDataModule):
     """Reads rows, tokenizes them once, and serves them in batches.
 
     Args:
-        train: training rows: a file, folder, glob or hub id, a source ``{path, split, weight, revision, name}``, or a list
-            of either as a mixture.
+        train: training rows: a file, folder, glob or hub id, a source ``{path, split, weight, revision, name}``, or a
+            list of either as a mixture.
         val: validation rows. Default: the validation split of ``train``, else a held-out part of its rows.
         test: test rows. Default: the test split of ``train``.
-        format: the rows' format: strings, messages, transcripts, or auto to recognise it by the columns.
+        format: strings, messages or transcripts; auto recognises it by the columns.
         tokenizer: folder or hub id of a tokenizer. Default: the model's own.
         batch_size: rows of an optimizer step, over all ranks and micro-batches.
-        micro_batch_size: rows of a forward on one rank; how often gradients are accumulated follows from it. Default: no
-            accumulation.
-        max_length: longest prompt with its response, in tokens; longer responses are cut, and get no EOS.
-        max_prompt_length: longest prompt, in tokens. Default: half of ``max_length``.
+        micro_batch_size: rows of a forward on one rank; how often gradients are accumulated follows from it. Default:
+            no accumulation.
+        max_length: of a prompt and its response together, in tokens; longer responses are cut and get no EOS.
+        max_prompt_length: of a prompt, in tokens. Default: half of ``max_length``.
         truncation_mode: which end of a prompt that is too long is kept.
-        chat_template: use the tokenizer's chat template for conversations where it has one (auto), for string prompts
-            too (always), or write plain transcripts (never).
+        chat_template: auto uses the tokenizer's chat template for conversations where there is one, always for string
+            prompts too, never writes plain transcripts.
         val_size: how much of the training rows is held out where there are no validation rows: a fraction, or a number
             of rows. Rows with the same prompt stay together, so that it can be somewhat more.
         seed: of the order of the training rows and of the held-out part.
         num_workers: processes that collate batches in the background.
         eval_batch_size: rows of a forward on one rank in evaluations. Default: ``micro_batch_size``.
         num_proc: processes that tokenize.
+
+    Attributes:
+        counts: what became of the rows, for each split that was set up.
+
+    Raises:
+        InputError: an argument is out of range; in ``setup``: whatever is wrong with the data.
     """
 
-    kind: ClassVar[Kind]
-    item: ClassVar[type[TokenizedPair] | type[TokenizedExample]]
-    features: ClassVar[dict[str, Any]]
+    row_type: ClassVar[RowType]
 
     def __init__(
         self,
@@ -142,19 +106,21 @@ class _TokenizedDataModule(LightningDataModule):
         max_prompt_length: int | None = None,
         truncation_mode: TruncationMode = "keep_end",
         chat_template: ChatTemplate = "auto",
-        val_size: float | int = 0.05,
+        val_size: int | float = 0.05,
         seed: int = 0,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
         num_proc: int | None = None,
     ) -> None:
+        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        given = {"train": train, "val": val, "test": test}
+        given: dict[Split, Sources | None] = {"train": train, "val": val, "test": test}
         self.sources = {split: as_sources(value, f"data.{split}") for split, value in given.items()}
         self.format = format
         self.tokenizer_path = tokenizer
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
@@ -162,14 +128,312 @@ class _TokenizedDataModule(LightningDataModule):
         self.val_size = val_size
         self.seed = seed
         self.num_workers = num_workers
-        self.eval_batch_size = eval_batch_size
         self.num_proc = num_proc
         self._check_arguments()
-        # Plain types only: a sharded checkpoint is loaded with weights_only=True.
-        plain = {split: [asdict(source) for source in self.sources[split]] or None for split in given}
-        options = dict(format=format, tokenizer=tokenizer, batch_size=batch_size, micro_batch_size=micro_batch_size)
-        self.save_hyperparameters({**plain, **options, "max_length": max_length, "seed": seed}, logger=False)
-
-        self.counts: dict[str, list[SourceCounts]] = {}
-        self._rows: dict[str, Rows] = {}
+        # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
+        plain = {split: [asdict(source) for source in sources] or None for split, sources in self.sources.items()}
+        self.save_hyperparameters({**arguments, **plain}, logger=False)
+        self.counts: dict[Split, list[SourceCounts]] = {}
+        self._opened: dict[Split, list[OpenSource]] = {}
+        self._rows: dict[Split, Rows] = {}
         self._order: TrainingOrder | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def _check_arguments(self) -> None:
+        if not self.sources["train"]:
+            raise InputError("data.train: no training rows are named")
+        for split in ("val", "test"):
+            if any(source.weight != 1 for source in self.sources[split]):
+                raise InputError(f"data.{split}: weights are for data.train; every other row is read once")
+        if self.format not in ("auto", *FORMATS):
+            raise InputError(f"data.format: no format {self.format!r}; known: auto, {', '.join(FORMATS)}")
+        for name, least in {
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "eval_batch_size": 1,
+            "max_length": 2,
+            "num_workers": 0,
+            "num_proc": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"data.{name} is {value}; it must be at least {least}")
+        if not 1 <= self.max_prompt_length < self.max_length:
+            raise InputError(
+                f"data.max_prompt_length is {self.max_prompt_length}; it must be at least 1 and less than "
+                f"data.max_length, which is {self.max_length}"
+            )
+        if not (self.val_size >= 1 if isinstance(self.val_size, int) else 0 < self.val_size < 1):
+            raise InputError(
+                f"data.val_size is {self.val_size}; it must be a fraction between 0 and 1 or a number of rows"
+            )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that ``tokenizer`` names, else the one of the model that is being trained."""
+        if self._tokenizer is None:
+            if self.tokenizer_path is not None:
+                self._tokenizer = load_tokenizer(self.tokenizer_path)
+            elif self.trainer is not None:
+                self._tokenizer = cast(PreTrainedTokenizerBase, self.trainer.lightning_module.tokenizer)
+            else:
+                raise InputError("data.tokenizer: without a model, a tokenizer must be named")
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Reads and tokenizes on one rank of a node, so that the others find the tokens in ``setup``."""
+        assert self.trainer is not None
+        assert self.trainer.state.fn is not None
+        self._load(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenizes what the stage needs, and settles how optimizer steps are put together."""
+        self._load(stage)
+        if stage == "fit" and self._order is None:
+            self._order = TrainingOrder(
+                [counts.kept for counts in self.counts["train"]],
+                weights=[source.weight for source in self.sources["train"]],
+                batch_size=self.batch_size,
+                micro_batch_size=self._rows_per_forward(),
+                world_size=self._world_size,
+                rank=self._rank,
+                seed=self.seed,
+                optimizer_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
+            )
+            for source, rows in zip(self.sources["train"], self._order.rows_per_epoch, strict=True):
+                if rows == 0:
+                    raise InputError(f"data.train: the weight {source.weight} of {source.path!r} leaves no row of it")
+            if self._order.steps_per_epoch == 0:
+                raise InputError(
+                    f"data.batch_size is {self.batch_size}, more than the {sum(self._order.rows_per_epoch)} rows of an "
+                    "epoch of data.train"
+                )
+
+    def _load(self, stage: str) -> None:
+        if stage == "fit" and self.trainer is not None:
+            accumulation = self.batch_size // (self._rows_per_forward() * self._world_size)
+            if self.trainer.accumulate_grad_batches not in (1, accumulation):
+                raise InputError(
+                    f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size "
+                    f"and data.micro_batch_size make it {accumulation}; leave it out"
+                )
+            self.trainer.accumulate_grad_batches = accumulation
+        missing = [split for split in self._stage_splits(stage) if split not in self._rows]
+        for split in missing:
+            self._load_split(split)
+        if missing:
+            self._report(missing)
+
+    def _stage_splits(self, stage: str) -> tuple[Split, ...]:
+        if stage != "predict":
+            return _STAGES[stage]
+        return ("test",) if self._parts("test") else ("val",)
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    def _rows_per_forward(self) -> int:
+        micro, world = self.micro_batch_size, self._world_size
+        if self.batch_size % ((micro or 1) * world):
+            by = f"data.micro_batch_size {micro} x {world} rank(s)" if micro else f"{world} ranks"
+            raise InputError(f"data.batch_size is {self.batch_size}, which {by} does not divide")
+        return micro or self.batch_size // world
+
+    def _parts(self, split: Split) -> list[tuple[OpenSource, str]]:
+        """The sources of a split, and what each of them calls it; none where there is nothing to read."""
+
+        def opened(part: Split) -> list[OpenSource]:
+            if part not in self._opened:
+                self._opened[part] = [open_source(source, f"data.{part}") for source in self.sources[part]]
+            return self._opened[part]
+
+        default = _PUBLIC_NAMES[split]
+        if self.sources[split]:
+            return [(source, source.choose(default)) for source in opened(split)]
+        found = [(source, source.find(default)) for source in opened("train")]
+        return [(source, name) for source, name in found if name is not None and name != source.choose("train")]
+
+    def _load_split(self, split: Split) -> None:
+        parts = self._parts(split)
+        if not parts and split == "test":
+            raise InputError("data.test: no test rows are named, and data.train has no test split")
+        if not parts:  # and split == "val"
+            self._hold_out()
+            return
+        tables, positions, counts, offset = [], [], [], 0
+        for source, name in parts:
+            path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
+            tokenized = tokenize_rows(
+                source.rows(name),
+                self.row_type,
+                self.format,
+                self.tokenizer,
+                name=f"data.{split}: {path}",
+                num_proc=self.num_proc,
+                max_length=self.max_length,
+                max_prompt_length=self.max_prompt_length,
+                truncation_mode=self.truncation_mode,
+                chat_template=self.chat_template,
+            )
+            read, kept = len(tokenized.table), len(tokenized.kept)
+            tables.append(tokenized.table)
+            positions.append(tokenized.kept + offset)
+            counts.append(SourceCounts(path, tokenized.format, read, kept, 0, tokenized.dropped))
+            offset += read
+        table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+        self._rows[split] = Rows(table, torch.cat(positions), self.row_type)
+        self.counts[split] = counts
+
+    def _hold_out(self) -> None:
+        """Moves a part of the training rows to the validation rows."""
+        if "train" not in self._rows:
+            self._load_split("train")
+        rows, counts = self._rows["train"], self.counts["train"]
+        mask = hold_out(rows.prompt_keys(), self.val_size, self.seed)
+        held_out = [int(part.sum()) for part in mask.split([source.kept for source in counts])]
+        self._rows["train"] = Rows(rows.table, rows.positions[~mask], self.row_type)
+        self._rows["val"] = Rows(rows.table, rows.positions[mask], self.row_type)
+        self.counts["train"] = [
+            source._replace(kept=source.kept - number, held_out=number)
+            for source, number in zip(counts, held_out, strict=True)
+        ]
+        self.counts["val"] = [
+            SourceCounts("held out of data.train", counts[0].format, sum(held_out), sum(held_out), 0, {})
+        ]
+
+    @rank_zero_only
+    def _report(self, splits: Sequence[Split]) -> None:
+        console = Console(highlight=False, soft_wrap=True)
+        for split in splits:
+            for source in self.counts[split]:
+                left_out = source.dropped | ({"held out": source.held_out} if source.held_out else {})
+                why = "".join(f", {number:,} {reason}" for reason, number in left_out.items())
+                console.print(
+                    f"data.{split}: {source.source}: {source.read:,} rows read, {source.kept:,} kept{why}", markup=False
+                )
+
+    # Batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch. The rows that do not fill a last one are left out, others in every epoch."""
+        assert self._order is not None, "setup('fit') comes first"
+        return self._order.steps_per_epoch
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro-batches, from the trainer's optimizer step on."""
+        assert self._order is not None, "setup('fit') comes first"
+        return TrainingLoader(
+            self._rows["train"],
+            batch_size=self._rows_per_forward(),
+            sampler=self._order,
+            persistent_workers=self.num_workers > 0,
+            **self._loader_options(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation row once over the ranks."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test row once over the ranks."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test rows, or the validation rows where there are none."""
+        return self._evaluation_loader(*self._stage_splits("predict"))
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[Any]:
+        rows = self._rows[split]
+        return DataLoader(
+            rows,
+            batch_size=self.eval_batch_size or self._rows_per_forward(),
+            sampler=EvaluationOrder(len(rows), world_size=self._world_size, rank=self._rank),
+            **self._loader_options(),
+        )
+
+    def _loader_options(self) -> dict[str, Any]:
+        # Rows are tokenized already and quick to stack: Lightning's advice to add workers is beside the point.
+        few_workers = r"The '\w+_dataloader' does not have many workers"
+        warnings.filterwarnings("ignore", few_workers, category=PossibleUserWarning)
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": partial(_stack, collate=self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer)),
+        }
+
+    # What others ask for
+
+    def prompts(self, split: Split, num: int) -> list[ProbePrompt]:
+        """The first ``num`` different prompts of a split that was set up; fewer where there are not so many."""
+        rows = self._rows[split]
+        first = {key: index for index, key in reversed(list(enumerate(rows.prompt_keys().tolist())))}
+
+        def text(ids: list[int]) -> str:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+        return [
+            ProbePrompt(item[0], text(item[0]), text(item[1]), row_id)
+            for row_id, item in rows.__getitems__(sorted(first.values())[:num])
+        ]
+
+    def row_name(self, split: Split, row_id: int) -> str:
+        """A row in words, for messages: ``row 17 of pairs.jsonl``, counted from 0 as it was read."""
+        for source in self.counts[split if self._parts(split) else "train"]:
+            if row_id < source.read:
+                break
+            row_id -= source.read
+        return f"row {row_id} of {source.source}"
+
+    def source_folders(self, split: Split) -> list[Path]:
+        """The local folders and files that a split is read from; a hub data set has none."""
+        folders = []
+        for source, name in self._parts(split) or self._parts("train"):
+            path = Path(source.source.path).expanduser()
+            found = [path] if path.exists() else [file.parent for file in source.files.get(name, [])]
+            folders += [folder for folder in dict.fromkeys(found) if folder not in folders]
+        return folders
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the training rows follows from; the place in it is the trainer's step."""
+        if self._order is None:
+            return {}
+        rows = self._rows["train"].prompt_keys().numpy().tobytes()
+        return {
+            "rows": hashlib.blake2b(rows, digest_size=8).hexdigest(),
+            "weights": [source.weight for source in self.sources["train"]],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says so where a resumed run does not go on with the rows of the run before."""
+        now = self.state_dict()
+        other = [key for key in now if key in state_dict and state_dict[key] != now[key]]
+        if other:
+            rank_zero_warn(
+                f"data: the checkpoint was trained with other {', '.join(other)}; training goes on at its step in the "
+                "order of the new ones, so that rows may be repeated or left out"
+            )
+
+
+class PreferenceDataModule(TextDataModule):
+    """Preference pairs: a prompt, the response that was chosen, and the one that was rejected."""
+
+    row_type = PAIRS
+
+
+class SFTDataModule(TextDataModule):
+    """Demonstrations: a prompt and a response to it; of preference pairs the chosen one."""
+
+    row_type = DEMONSTRATIONS
+
+
+def _stack(rows: Sequence[tuple[int, Any]], *, collate: Any, pad_token_id: int) -> Any:
+    row_ids, items = zip(*rows, strict=True)
+    return collate(items, row_ids, pad_token_id=pad_token_id)

@@ -4,8 +4,8 @@ A format says how one response column of a row becomes a demonstration, a prompt
 demonstrations with the same prompt, so a new format is one function and one line of ``FORMATS``.
 
     strings      prompt "2 + 2 =", chosen " 4", rejected " 5"
-    messages     chosen [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], rejected likewise
-    transcripts  chosen "\n\nHuman: 2 + 2?\n\nAssistant: 4", rejected likewise
+    messages     chosen [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], rejected alike
+    transcripts  chosen "\n\nHuman: 2 + 2?\n\nAssistant: 4", rejected alike
 """
 
 import math

@@ -27,8 +27,8 @@ class TrainingOrder(DistributedSampler[int]):
 
     Args:
         num_rows: rows of each source; indices count through the sources one after another.
-        weights: how many times an epoch passes over each source. Every source is read as an endless stream of
-            permutations, of which an epoch takes the next ``weight * num_rows``: with 0.5, two epochs see every row once.
+        weights: how many times an epoch passes over each source. A source is read as an endless stream of permutations,
+            of which an epoch takes the next ``weight * num_rows``: with 0.5, two epochs see every row once.
         batch_size: rows of an optimizer step, over all ranks.
         micro_batch_size: rows of a forward on one rank.
         world_size: number of ranks; ``micro_batch_size * world_size`` divides ``batch_size``.
@@ -83,13 +83,13 @@ class TrainingOrder(DistributedSampler[int]):
         """The rows of an epoch, ``(N,)`` int64, in the order in which batches are cut from them."""
         offsets = torch.tensor([0, *self.num_rows]).cumsum(0).tolist()
         rows = torch.cat([offsets[source] + self._next_rows(source, epoch) for source in range(len(self.num_rows))])
-        return rows[_permutation(len(rows), self.seed, "epoch", epoch)]
+        return rows[permutation(len(rows), self.seed, "epoch", epoch)]
 
     def _next_rows(self, source: int, epoch: int) -> Tensor:
         size, count = self.num_rows[source], self.rows_per_epoch[source]
         start = epoch * count
         passes = range(start // max(size, 1), -(-(start + count) // max(size, 1)))
-        stream = [_permutation(size, self.seed, "source", source, number) for number in passes]
+        stream = [permutation(size, self.seed, "source", source, number) for number in passes]
         skip = start - passes.start * size
         return torch.cat([torch.empty(0, dtype=torch.long), *stream])[skip : skip + count]
 
@@ -125,7 +125,7 @@ class TrainingLoader(DataLoader[Any]):
         """Nothing to load."""
 
 
-def _permutation(size: int, *key: int | str) -> Tensor:
+def permutation(size: int, *key: int | str) -> Tensor:
     """A permutation of ``range(size)`` that only its key decides."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -27,7 +27,7 @@ _BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
 _CSV = {
     "converters": dict.fromkeys(_TEXT_COLUMNS, str),
     "keep_default_na": False,
-    "na_values": dict.fromkeys(_BEHAVIOR_COLUMNS, [""]),
+    "na_values": {column: [""] for column in _BEHAVIOR_COLUMNS},
 }
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> the reader of `datasets` and its options
     ".jsonl": ("json", {}),
@@ -193,7 +193,7 @@ def _suffixes(file: Path) -> tuple[str, str]:
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
-    """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or of their folders, ``train/0.jsonl``.
+    """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or their folders, ``train/0.jsonl``.
 
     Where several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name: they are
     not to be mixed by accident. Files that no split is named by are left out where others are.

@@ -6,12 +6,12 @@ What is encoded, for a conversation with one turn and the response "4":
     a chat template      "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"   "4<|im_end|>"
     without a template   "\n\nHuman: 2 + 2?\n\nAssistant:"  (with BOS)        " 4" + EOS
 
-A prompt that is too long loses its beginning (or its end); a response that is too long loses its end, EOS included, so that the
-model does not learn to stop where the data was merely cut.
+A prompt that is too long loses its beginning (or its end); a response that is too long loses its end, EOS included, so
+that the model does not learn to stop where the data was merely cut.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -129,7 +129,7 @@ def tokenize_example(
 
 
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> str:
-    r"""The text of a prompt as the model gets it, up to where the response begins; a BOS is added to all but templated ones.
+    """The text of a prompt as the model gets it, up to where the response begins; BOS is not in it, but for templates.
 
     Raises:
         RowError: the chat template refuses the conversation.
@@ -234,9 +234,9 @@ def _encode_chat(
         if not full.startswith(prompt):
             at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
             raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} does not render a prompt as the beginning of prompt and "
-                f"response: the prompt goes on with {prompt[at:][:60]!r} where prompt and response go on with "
-                f"{full[at:][:60]!r}; templates that think need data.chat_template: never, or another template"
+                f"the chat template of {tokenizer.name_or_path!r} does not begin prompt and response as it renders the "
+                f"prompt alone, which goes on with {prompt[at:][:60]!r} where both together go on with "
+                f"{full[at:][:60]!r}; a template that thinks needs data.chat_template: never, or another template"
             )
         completions.append(_encode_turn(full[len(prompt) :], response, tokenizer))
     # The template writes BOS itself, where it wants one.
@@ -245,7 +245,8 @@ def _encode_chat(
 
 def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        conversation: Any = messages
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise RowError(Reason.TEMPLATE) from error
     return str(text)

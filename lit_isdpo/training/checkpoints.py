@@ -68,6 +68,12 @@ class LastCheckpoint(Callback):
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves validations, where checkpoints are saved too, to the end of an accumulation window."""
+        every = trainer.val_check_batch
+        if isinstance(every, int):
+            trainer.val_check_batch = -(-every // trainer.accumulate_grad_batches) * trainer.accumulate_grad_batches
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,11 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_isdpo.data.collation import batch_prompts, collate_prompts
 from lit_isdpo.data.tokenization import load_tokenizer, pad_token_id, terminator_ids
+from lit_isdpo.policy.generation import sample_responses
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import ResidentReference
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, PreferenceBatch, PromptBatch, SFTBatch
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -59,6 +61,40 @@ class Schedule:
         return self.final_factor + (1 - self.final_factor) * remaining
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How ``predict`` samples responses; the probe's KL has its own, fixed at temperature 1 and top-p 1.
+
+    Args:
+        max_new_tokens: longer responses are cut.
+        temperature: divides the logits, above 0.
+        top_p: nucleus, above 0 and at most 1.
+        seed: the responses are a function of it, the weights and the batch size.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if not self.temperature > 0:
+            raise InputError(f"sampling.temperature must be above 0, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"sampling.top_p must be above 0 and at most 1, not {self.top_p}.")
+
+
+class Prediction(NamedTuple):
+    """A sampled response, as ``predict`` writes it."""
+
+    row_id: int
+    prompt: str
+    response: str
+    finished: bool
+
+
 class PolicyModule(LightningModule):
     """A trainable policy.
 
@@ -66,6 +102,7 @@ class PolicyModule(LightningModule):
         policy: the model that is trained.
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
+        sampling: how ``predict`` samples.
     """
 
     policy: LogProbModel
@@ -75,11 +112,13 @@ class PolicyModule(LightningModule):
         policy: PolicyConfig = PolicyConfig(),
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
+        sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__()
         self.policy_config = policy
         self.make_optimizer = optimizer
         self.schedule = schedule
+        self.sampling = sampling
         self.tokenizer = load_tokenizer(
             policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
         )
@@ -112,6 +151,29 @@ class PolicyModule(LightningModule):
     def pad_token_id(self) -> int:
         """Fills rows; masks say what is padding."""
         return pad_token_id(self.tokenizer)
+
+    def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
+        """Samples one response to each prompt of the batch; the batch's own responses are not looked at."""
+        prompts = batch_prompts(batch)
+        padded = collate_prompts([prompt for _, prompt in prompts], pad_token_id=self.pad_token_id)
+        responses = sample_responses(
+            self.policy.model,
+            PromptBatch(*(field.to(self.device) for field in padded)),
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=self.sampling.seed * 100_003 + batch_idx * self.trainer.world_size + self.global_rank,
+        )
+        return [
+            Prediction(row_id, self._decode(prompt), self._decode(response.token_ids), response.finished)
+            for (row_id, prompt), response in zip(prompts, responses, strict=True)
+            if row_id >= 0
+        ]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     @property
     def total_steps(self) -> int:

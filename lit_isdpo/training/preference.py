@@ -5,8 +5,9 @@ import warnings
 from typing import Any
 
 import torch
-from jsonargparse import lazy_instance
+from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_isdpo.objective.losses import DPOLoss, PairLogps, PreferenceLoss
@@ -14,7 +15,7 @@ from lit_isdpo.objective.metrics import PairMetrics
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig, ResidentReference, load_reference
-from lit_isdpo.training.module import PolicyModule, Schedule, adamw
+from lit_isdpo.training.module import PolicyModule, Sampling, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
 MEAN_WEIGHT_WARNING = 0.1
@@ -34,6 +35,7 @@ class PreferenceModule(PolicyModule):
         weighting: weight of a pair.
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
+        sampling: how ``predict`` samples.
         ess_window: most recent training pairs, over all ranks, that ``train/weights/ess`` is taken over.
     """
 
@@ -45,9 +47,10 @@ class PreferenceModule(PolicyModule):
         weighting: PairWeighting = lazy_instance(ImportanceWeighting),
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
+        sampling: Sampling = Sampling(),
         ess_window: int = 2048,
     ) -> None:
-        super().__init__(policy, optimizer, schedule)
+        super().__init__(policy, optimizer, schedule, sampling)
         if ess_window < 1:
             raise InputError(f"model.ess_window must be at least 1 pair, not {ess_window}.")
         if reference.path is None and policy.init == "random":
@@ -56,12 +59,9 @@ class PreferenceModule(PolicyModule):
         self.loss = loss
         self.weighting = weighting
         self.ess_window = ess_window
-        self.stage_metrics = torch.nn.ModuleDict(
-            {
-                stage: PairMetrics(loss.beta, ess_window if stage == "train" else None)
-                for stage in ("train", "val", "test")
-            }
-        )
+        self.train_metrics = PairMetrics(loss.beta, window=ess_window)
+        self.val_metrics = PairMetrics(loss.beta)
+        self.test_metrics = PairMetrics(loss.beta)
         self._reference: tuple[ResidentReference, ...] = ()  # in a tuple: a reference is not a part of this module
         self._window_row_ids: list[Tensor] = []
         self._window_losses: list[Tensor] = []
@@ -94,14 +94,7 @@ class PreferenceModule(PolicyModule):
                 f"{type(self.weighting).__name__} works within a micro-batch, so data.micro_batch_size must be at "
                 f"least {self.weighting.min_pairs}, not {micro_batch_size}."
             )
-        window = -(-self.ess_window // self.trainer.world_size)
-        self._train_metrics.window = window
-
-    @property
-    def _train_metrics(self) -> PairMetrics:
-        metrics = self.stage_metrics["train"]
-        assert isinstance(metrics, PairMetrics)
-        return metrics
+        self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
 
     # The reference is not a submodule, so Lightning does not move it.
 
@@ -110,7 +103,7 @@ class PreferenceModule(PolicyModule):
         self.reference.to(self.device)
         if self._ess_before_resume is not None:
             own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
-            self._train_metrics.recent_log_weights = (own[0] if own else torch.zeros(0)).to(self.device)
+            self.train_metrics.recent_log_weights = (own[0] if own else torch.zeros(0)).to(self.device)
 
     def on_validation_start(self) -> None:
         """Moves the reference to the policy's device."""
@@ -124,38 +117,39 @@ class PreferenceModule(PolicyModule):
         pairs = self._pair_logps(batch)
         if batch_idx == 0 and self.trainer.global_step == 0:
             self._check_first_step(pairs, batch)
-        losses = self._update("train", pairs, batch)
+        losses = self._update(self.train_metrics, pairs, batch)
         self._window_losses.append(losses.detach())
         self._window_row_ids.append(batch.row_ids)
         return losses.mean()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the validation."""
-        self._update("val", self._pair_logps(batch), batch)
+        self._update(self.val_metrics, self._pair_logps(batch), batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the test."""
-        self._update("test", self._pair_logps(batch), batch)
+        self._update(self.test_metrics, self._pair_logps(batch), batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the accumulation window once, as a whole, before its gradient is used."""
         self._check_finite()
-        values = self._log_stage("train")
+        values = self._log("train", self.train_metrics)
         self._warn_of_vanishing_weights(values)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values and the histograms of its weights."""
-        self._log_histograms("val")
-        self._log_stage("val")
+        self._log_histogram("train/log_weights", self.train_metrics)
+        self._log_histogram("val/log_weights", self.val_metrics)
+        self._log("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Logs the test set's values."""
-        self._log_stage("test")
+        self._log("test", self.test_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the window of the effective sample size, so that a resumed run logs what an unbroken one would."""
-        with self._train_metrics.sync_context():
-            checkpoint["recent_log_weights"] = self._train_metrics.recent_log_weights.cpu().clone()
+        with self.train_metrics.sync_context():
+            checkpoint["recent_log_weights"] = self.train_metrics.recent_log_weights.cpu().clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the window back at the start of a fit."""
@@ -177,15 +171,13 @@ class PreferenceModule(PolicyModule):
         chosen_behavior, rejected_behavior = batch.behavior_logps.chunk(2)
         return self.weighting(pairs.chosen_logps - chosen_behavior, pairs.rejected_logps - rejected_behavior)
 
-    def _update(self, stage: str, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
+    def _update(self, metrics: PairMetrics, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
         weights = self._weights(pairs, batch)
         losses = weights.weights * self.loss(pairs) + self.loss.auxiliary(pairs)
-        self.stage_metrics[stage].update(losses, pairs, weights, batch.row_ids >= 0)
+        metrics.update(losses, pairs, weights, batch.row_ids >= 0)
         return losses
 
-    def _log_stage(self, stage: str) -> dict[str, Tensor]:
-        metrics = self.stage_metrics[stage]
-        assert isinstance(metrics, PairMetrics)
+    def _log(self, stage: str, metrics: PairMetrics) -> dict[str, Tensor]:
         values: dict[str, Tensor] = metrics.compute()
         metrics.reset()
         self.log_dict({f"{stage}/{key}": value for key, value in values.items()})
@@ -195,18 +187,12 @@ class PreferenceModule(PolicyModule):
             self.log("weight", values["weights/mean"], prog_bar=True, logger=False)
         return values
 
-    def _log_histograms(self, stage: str) -> None:
-        metrics = self.stage_metrics[stage]
-        assert isinstance(metrics, PairMetrics)
-        for logger in self.loggers:
-            writer = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_histogram"):
-                for tag, values in (
-                    (f"{stage}/log_weights", metrics.recent_log_weights),
-                    ("train/log_weights", self._train_metrics.recent_log_weights),
-                ):
-                    if values.numel() and torch.isfinite(values).all():
-                        writer.add_histogram(tag, values, self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+    def _log_histogram(self, tag: str, metrics: PairMetrics) -> None:
+        values = metrics.recent_log_weights
+        if values.numel() and torch.isfinite(values).all():
+            for logger in self.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_histogram(tag, values, self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @torch.no_grad()
     def _check_first_step(self, pairs: PairLogps, batch: PreferenceBatch) -> None:
@@ -247,7 +233,7 @@ class PreferenceModule(PolicyModule):
             )
 
     def _warn_of_vanishing_weights(self, values: dict[str, Tensor]) -> None:
-        if isinstance(self.weighting, ImportanceWeighting) and self._train_metrics.window is not None:
+        if isinstance(self.weighting, ImportanceWeighting) and self.train_metrics.window is not None:
             mean, ess = values["weights/mean"].item(), values["weights/ess"].item()
             if mean < MEAN_WEIGHT_WARNING:
                 warnings.warn(

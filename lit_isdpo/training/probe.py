@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -126,9 +127,8 @@ class SamplingProbe(Callback):
         ]
         table = "\n".join(["| prompt | response | reward |", "|---|---|---|", *rows])
         for logger in trainer.loggers:
-            writer = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_text"):
-                writer.add_text(f"{stage}/samples", table, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(f"{stage}/samples", table, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _cell(text: str) -> str:

@@ -1,19 +1,23 @@
 """What a run leaves behind, and what it says when it ends."""
 
+import json
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from lit_isdpo.training.checkpoints import run_dir
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.module import PolicyModule, Prediction
 from lit_isdpo.training.probe import SamplingProbe
 
 ROWS = (
@@ -64,7 +68,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what the fit has changed."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             console = Console()
             console.print(self._table(trainer))
             for panel in _samples(trainer):
@@ -91,6 +95,40 @@ class RunReport(Callback):
                     )
                 table.add_row(label, *cells)
         return table
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``predict`` samples to ``predictions.jsonl`` in the run's folder, one file a rank above one rank."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[list[Prediction]],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Writes all predictions of this rank."""
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        file = run_dir(trainer) / f"predictions{rank}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [prediction._asdict() for batch in predictions for prediction in batch]
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rank_zero_info(f"Wrote {len(rows)} responses to {file}")
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar without the run's number, which the folder tells."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What stands behind the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 def write_model_folder(module: PolicyModule, folder: Path) -> None:

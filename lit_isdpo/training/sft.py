@@ -44,7 +44,9 @@ class SFTModule(PolicyModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stage_metrics = torch.nn.ModuleDict({stage: TokenLoss() for stage in ("train", "val", "test")})
+        self.train_metrics = TokenLoss()
+        self.val_metrics = TokenLoss()
+        self.test_metrics = TokenLoss()
 
     @property
     def method(self) -> dict[str, Any]:
@@ -57,40 +59,36 @@ class SFTModule(PolicyModule):
         The mean over the tokens of a global batch is not the mean of its micro-batches' means: they differ in length.
         """
         logps: SequenceLogps = self.policy(batch.tokens)
-        self.stage_metrics["train"].update(logps, batch.row_ids >= 0)
+        self.train_metrics.update(logps, batch.row_ids >= 0)
         return -logps.logps.sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the gradient of the window's sum into that of its mean over tokens, and logs the window."""
-        metrics = self.stage_metrics["train"]
-        assert isinstance(metrics, TokenLoss)
-        values = metrics.compute()
+        values = self.train_metrics.compute()
         num_tokens = int(values.pop("num_tokens"))
         # Lightning divided each micro-batch's loss by the number of micro-batches, DDP the gradient by that of ranks.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_tokens
         torch._foreach_mul_([p.grad for p in self.policy.parameters() if p.grad is not None], scale)
-        metrics.reset()
+        self.train_metrics.reset()
         self.log_dict({f"train/{key}": value for key, value in values.items()})
         self.log("loss", values["loss"], prog_bar=True, logger=False)
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the validation."""
-        self.stage_metrics["val"].update(self.policy(batch.tokens), batch.row_ids >= 0)
+        self.val_metrics.update(self.policy(batch.tokens), batch.row_ids >= 0)
 
     def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the test."""
-        self.stage_metrics["test"].update(self.policy(batch.tokens), batch.row_ids >= 0)
+        self.test_metrics.update(self.policy(batch.tokens), batch.row_ids >= 0)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values."""
-        self._log_stage("val")
+        self._log("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Logs the test set's values."""
-        self._log_stage("test")
+        self._log("test", self.test_metrics)
 
-    def _log_stage(self, stage: str) -> None:
-        metrics = self.stage_metrics[stage]
-        assert isinstance(metrics, TokenLoss)
+    def _log(self, stage: str, metrics: TokenLoss) -> None:
         self.log_dict({f"{stage}/{key}": value for key, value in metrics.compute().items() if key != "num_tokens"})
         metrics.reset()

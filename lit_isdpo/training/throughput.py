@@ -48,7 +48,7 @@ class Throughput(Callback):
         self._counts += torch.tensor([float(count) for count in own], dtype=torch.float64)
         self._seconds += perf_counter() - self._started
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if at_step and trainer.global_step % trainer.log_every_n_steps == 0:
+        if at_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self._counts / self._seconds
             num_forwards = 3 if pl_module.reference is None else 4  # a backward pass costs two forwards
             flops = num_forwards * forward_flops(pl_module.policy, rates)
@@ -74,7 +74,8 @@ def forward_flops(model: LogProbModel, counts: Tensor) -> Tensor:
     decoder_weights = sum(p.numel() for p in model.parameters()) - sum(embeddings.values())
     _, tokens, _, completion_tokens, attended = counts
     attention = 4 * config.num_hidden_layers * config.hidden_size * attended
-    return 2 * decoder_weights * tokens + 2 * head.numel() * completion_tokens + attention
+    flops: Tensor = 2 * decoder_weights * tokens + 2 * head.numel() * completion_tokens + attention
+    return flops
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

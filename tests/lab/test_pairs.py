@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.data.collation import collate_pairs
+from lit_isdpo.data.tokenization import tokenize_pair
 from lit_isdpo.lab import pairs
 from lit_isdpo.lab.folder import REFERENCE
 from lit_isdpo.lab.posts import gold_reward, parse_prompt, split_of
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import Response
+from lit_isdpo.types import PreferenceExample, Response
 
 
 @pytest.fixture(scope="module")
@@ -28,27 +29,28 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def test_behavior_logps_belong_to_the_text_of_the_row(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Tokenized anew from the file, prompt and response apart, EOS behind: as the training pipeline does it."""
+    """Tokenized anew from the written text, as the training pipeline does it."""
     rows, counts = pairs.sample_pairs(model, tokenizer, split="test", num_prompts=64, seed=0)
-    assert counts["prompts"] == 64
-    assert len(rows) == counts["pairs"] == 64 - sum(counts[w] for w in ("unfinished", "not_round_tripping", "identical"))
-    assert len(rows) > 48
-    for side in ("chosen", "rejected"):
-        tokens = collate_completions(
-            [tokenizer.encode(row["prompt"]) for row in rows],
-            [
-                [*tokenizer.encode(row[side], add_special_tokens=False), tokenizer.eos_token_id]  # type: ignore[literal-required]
-                for row in rows
-            ],
-            pad_token_id=tokenizer.pad_token_id,
+    assert len(rows) == counts["pairs"] > 48
+    assert sum(counts.values()) == 2 * 64 == 2 * counts["prompts"]  # prompts, and what became of each of them
+    tokenized = [
+        tokenize_pair(
+            PreferenceExample(row["prompt"], row["chosen"], row["rejected"]),
+            tokenizer,
+            max_length=64,
+            max_prompt_length=32,
         )
-        with torch.no_grad():
-            expected = LogProbModel(model)(tokens).logps
-        written = torch.tensor([row[f"{side}_behavior_logps"] for row in rows])  # type: ignore[literal-required]
-        torch.testing.assert_close(written, expected, rtol=1e-5, atol=1e-5)
-        for row in rows:
-            assert split_of(parse_prompt(row["prompt"])) == "test"
-            assert row[f"{side}_gold"] == gold_reward(row["prompt"], row[side], finished=True)  # type: ignore[literal-required]
+        for row in rows
+    ]
+    batch = collate_pairs(tokenized, range(len(rows)), pad_token_id=tokenizer.pad_token_id)
+    with torch.no_grad():
+        expected = LogProbModel(model)(batch.tokens).logps
+    written = [row["chosen_behavior_logps"] for row in rows] + [row["rejected_behavior_logps"] for row in rows]
+    torch.testing.assert_close(torch.tensor(written), expected, rtol=1e-5, atol=1e-5)
+    for row in rows:
+        assert split_of(parse_prompt(row["prompt"])) == "test"
+        assert row["chosen_gold"] == gold_reward(row["prompt"], row["chosen"], finished=True)
+        assert row["rejected_gold"] == gold_reward(row["prompt"], row["rejected"], finished=True)
 
 
 def test_the_better_response_is_chosen_more_often_but_not_always(

@@ -1,0 +1,222 @@
+"""Rows tokenized once, into a memory-mapped table that the next start finds again, and what was left out on the way.
+
+The table keeps a line for every row that was read, also for one that is dropped, so that a row's id is its place in the
+data. For the rows of ``strings`` in formats.py, of which the second has an empty response:
+
+    prompt_ids         chosen_ids   rejected_ids   dropped           prompt_key
+    [1, 17, 10, 17]    [19, 2]      [20, 2]        None              -8054872367124087219
+    []                 []           []             empty response    0
+"""
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_isdpo.data.collation import collate_examples, collate_pairs
+from lit_isdpo.data.formats import Kind, Row, RowError, check_format, detect_format, to_example, to_pair
+from lit_isdpo.data.sampling import permutation
+from lit_isdpo.data.tokenization import tokenize_example, tokenize_pair
+from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
+
+# Part of the cache's key: raise it with every change to formats.py or tokenization.py that changes the ids.
+_TOKENS_VERSION = 1
+_SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
+
+
+class RowType(NamedTuple):
+    """What a row becomes on its way to a batch."""
+
+    kind: Kind
+    read: Callable[..., Any]
+    tokenize: Callable[..., Any]
+    item: type[TokenizedPair] | type[TokenizedExample]
+    collate: Callable[..., Any]
+
+
+PAIRS = RowType("pairs", to_pair, tokenize_pair, TokenizedPair, collate_pairs)
+DEMONSTRATIONS = RowType("demonstrations", to_example, tokenize_example, TokenizedExample, collate_examples)
+
+
+class Rows(Dataset[tuple[int, Any]]):
+    """The rows of one split, handed out as ``(row id, item)``.
+
+    Args:
+        table: the tokenized rows of all sources, one after another, dropped ones included.
+        positions: ``(N,)`` int64, this split's rows in the table; a row's position is its id.
+        row_type: whether they are pairs or demonstrations.
+    """
+
+    def __init__(self, table: Any, positions: Tensor, row_type: RowType) -> None:
+        self.table, self.positions, self.row_type = table, positions, row_type
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
+        """One read for a whole batch. The index -1 fills up: it gives the first row under the id -1."""
+        positions = [int(self.positions[max(index, 0)]) for index in indices]
+        columns = self.table[positions]
+        item = self.row_type.item
+        values = zip(*(columns[name] for name in item._fields), strict=True)
+        ids = [position if index >= 0 else -1 for index, position in zip(indices, positions, strict=True)]
+        return list(zip(ids, map(item._make, values), strict=True))
+
+    def prompt_keys(self) -> Tensor:
+        """``(N,)`` int64; rows have the same key when they have the same prompt tokens."""
+        return torch.tensor(self.table.data.column("prompt_key").to_numpy())[self.positions]
+
+
+class TokenizedSource(NamedTuple):
+    """The rows of one source.
+
+    Attributes:
+        table: a ``datasets.Dataset`` with a line for every row, as shown at the head of this file.
+        format: the format that the rows were read in.
+        kept: ``(N,)`` int64, the positions of the rows that are not dropped.
+        dropped: number of dropped rows by reason, the commonest first.
+    """
+
+    table: Any
+    format: str
+    kept: Tensor
+    dropped: dict[str, int]
+
+
+def tokenize_rows(
+    rows: Any,
+    row_type: RowType,
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    num_proc: int | None = None,
+    **options: Any,
+) -> TokenizedSource:
+    """Tokenizes the rows of one source, or finds them tokenized by an earlier run.
+
+    Args:
+        rows: a ``datasets.Dataset`` of raw rows.
+        row_type: what to make of a row.
+        format: a key of ``formats.FORMATS``, or auto.
+        tokenizer: with an EOS token.
+        name: the source, for messages.
+        num_proc: number of processes.
+        **options: those of ``tokenize_pair``.
+
+    Raises:
+        InputError: the format or the chat template does not fit, the text is not UTF-8, or no row can be used.
+    """
+    try:
+        if format == "auto":
+            first_rows = list(rows.select(range(min(len(rows), 8))))
+            format = detect_format(rows.column_names, first_rows, kind=row_type.kind, name=name)
+        else:
+            check_format(format, rows.column_names, kind=row_type.kind, name=name)
+        table = _map(rows, row_type, format, tokenizer, num_proc, options)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: the text is not UTF-8: {error.reason}") from error
+    reasons = table.data.column("dropped").to_pylist()
+    kept = torch.tensor([position for position, reason in enumerate(reasons) if reason is None], dtype=torch.long)
+    dropped = dict(Counter(reason for reason in reasons if reason is not None).most_common())
+    if not len(kept):
+        why = ", ".join(f"{number} x {reason}" for reason, number in dropped.items())
+        raise InputError(f"{name}: none of the {len(rows)} rows can be used: {why}")
+    return TokenizedSource(table, format, kept, dropped)
+
+
+def _map(
+    rows: Any,
+    row_type: RowType,
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int | None,
+    options: dict[str, Any],
+) -> Any:
+    content = rows._fingerprint  # of the rows, or of the file that they were read into
+    key = [_TOKENS_VERSION, content, row_type.kind, format, _tokenizer_key(tokenizer), sorted(options.items())]
+    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("float64")
+    features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
+    features |= {"dropped": datasets.Value("string"), "prompt_key": datasets.Value("int64")}
+    silence = len(rows) < _SHOW_PROGRESS_FROM and not datasets.are_progress_bars_disabled()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        return rows.map(
+            partial(
+                _record,
+                read=partial(row_type.read, format=format),
+                tokenize=partial(row_type.tokenize, tokenizer=tokenizer, **options),
+                fields=row_type.item._fields,
+            ),
+            remove_columns=rows.column_names,
+            features=datasets.Features(features),
+            num_proc=num_proc,
+            new_fingerprint=hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest(),
+            desc="Tokenizing",
+        )
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+
+
+def hold_out(prompt_keys: Tensor, size: float | int, seed: int) -> Tensor:
+    """Chooses rows to validate on. Rows with the same prompt stay together: a prompt that was trained on tells little.
+
+    Args:
+        prompt_keys: ``(N,)`` int64, one a row.
+        size: fraction of the rows, or (``int``) number of rows; whole prompts are taken until it is reached.
+        seed: decides which prompts.
+
+    Returns:
+        ``(N,)`` bool, true where a row is held out.
+
+    Raises:
+        InputError: nothing is left to train on.
+
+    >>> hold_out(torch.tensor([7, 7, 8, 9]), 1, seed=0).sum() in (1, 2)
+    True
+    """
+    prompts, prompt_of_row, num_rows = prompt_keys.unique(return_inverse=True, return_counts=True)
+    order = permutation(len(prompts), seed, "held out")
+    wanted = size if isinstance(size, int) else max(1, round(size * len(prompt_keys)))
+    num_prompts = int((num_rows[order].cumsum(0) < wanted).sum()) + 1
+    if num_prompts >= len(prompts):
+        raise InputError(
+            f"data.val_size: no rows are left to train on when {size} of the {len(prompt_keys)} rows, which have "
+            f"{len(prompts)} different prompt(s), are held out; name validation rows with data.val"
+        )
+    return torch.isin(prompt_of_row, order[:num_prompts])
+
+
+def _record(
+    row: Row, *, read: Callable[[Row], Any], tokenize: Callable[[Any], Any], fields: Sequence[str]
+) -> dict[str, Any]:
+    """A line of the table."""
+    try:
+        item = tokenize(read(row))
+    except RowError as error:
+        blank: dict[str, Any] = {field: [] if field.endswith("_ids") else None for field in fields}
+        return blank | {"dropped": error.reason.value, "prompt_key": 0}
+    digest = hashlib.blake2b(array("q", item.prompt_ids).tobytes(), digest_size=8).digest()
+    line: dict[str, Any] = item._asdict()
+    return line | {"dropped": None, "prompt_key": int.from_bytes(digest, "little", signed=True)}
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that decides which ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return [type(tokenizer).__name__, model, str(tokenizer.special_tokens_map), tokenizer.chat_template]

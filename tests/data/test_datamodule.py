@@ -1,0 +1,348 @@
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_isdpo.data import rows as rows_module
+from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
+from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
+
+# Lightning 2.6 asks torch's tree specifications in a way that newer torch warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+REAL = Path(__file__).parents[3] / "shared" / "data"
+
+
+def pairs(num, first=0):
+    return [{"prompt": f"{i:03}", "chosen": f" {i}", "rejected": f" -{i}"} for i in range(first, first + num)]
+
+
+@pytest.fixture
+def folder(tmp_path, write_rows):
+    """22 training, 5 validation and 3 test rows."""
+    for name, num, first in (("train", 22, 0), ("val", 5, 100), ("test", 3, 200)):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", pairs(num, first))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def make(folder, tokenizer_path):
+    def make(cls=PreferenceDataModule, **options):
+        return cls(**{"train": str(folder), "tokenizer": tokenizer_path, "batch_size": 4} | options)
+
+    return make
+
+
+class Reader(LightningModule):
+    """Learns nothing, and writes down which rows it is given."""
+
+    def __init__(self, save_at=None, path=None, hook=""):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = {"train": [], "val": [], "test": [], "predict": []}
+        self.save_at, self.path, self.hook = save_at, path, hook
+
+    def training_step(self, batch):
+        self.seen["train"].append(batch.row_ids.tolist())
+        return self.weight.sum()
+
+    def validation_step(self, batch):
+        self.seen["val"].append(batch.row_ids.tolist())
+
+    def test_step(self, batch):
+        self.seen["test"].append(batch.row_ids.tolist())
+
+    def predict_step(self, batch):
+        self.seen["predict"].append(batch.row_ids.tolist())
+        return batch.row_ids
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_batch_end(self, *args):
+        self.save("on_train_batch_end")
+
+    def on_train_epoch_end(self):
+        self.save("on_train_epoch_end")
+
+    def save(self, hook):
+        if hook == self.hook and self.trainer.global_step == self.save_at and not self.path.exists():
+            self.trainer.save_checkpoint(self.path)
+
+
+def make_trainer(**options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(**quiet, enable_checkpointing=False, num_sanity_val_steps=0, **{"max_epochs": 3} | options)
+
+
+def test_batches_of_every_stage(make):
+    reader, data = Reader(), make(micro_batch_size=2, eval_batch_size=2)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(reader, data)
+    assert trainer.global_step == data.steps_per_epoch == 5
+    assert trainer.accumulate_grad_batches == 2
+    assert [len(rows) for rows in reader.seen["train"]] == [2] * 10
+    assert reader.seen["val"] == [[0, 1], [2, 3], [4]]
+    trainer.test(reader, data, verbose=False)
+    trainer.predict(reader, data)
+    assert reader.seen["test"] == reader.seen["predict"] == [[0, 1], [2]]
+
+
+def test_items_are_what_the_rows_say(make):
+    data = make(val_size=1)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    assert isinstance(batch, PreferenceBatch)
+    assert batch.row_ids.tolist() == [0, 1, 2, 3]
+    chosen = batch.tokens.completion_ids[0][batch.tokens.completion_mask[0]]
+    assert data.tokenizer.decode(chosen, skip_special_tokens=False) == " 100<eos>"
+    data = make(SFTDataModule)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    assert isinstance(batch, SFTBatch)
+    chosen = batch.tokens.completion_ids[0][batch.tokens.completion_mask[0]]
+    assert data.tokenizer.decode(chosen, skip_special_tokens=False) == " 100<eos>"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 13}])
+def test_a_resumed_run_reads_what_the_straight_run_read(make, tmp_path, num_workers, length):
+    """5 steps an epoch, 2 micro-batches a step: stopped in epoch 0, at its end, and in epoch 1."""
+    cases = [(2, "on_train_batch_end"), (5, "on_train_batch_end"), (5, "on_train_epoch_end"), (7, "on_train_batch_end")]
+    cases = cases if num_workers == 0 else cases[:1] + cases[-1:]
+    for step, hook in cases:
+        path = tmp_path / f"{step}_{hook}_{num_workers}.ckpt"
+        straight = Reader(step, path, hook)
+        make_trainer(**length).fit(straight, make(micro_batch_size=2, num_workers=num_workers))
+        resumed = Reader()
+        trainer = make_trainer(**length)
+        trainer.fit(resumed, make(micro_batch_size=2, num_workers=num_workers), ckpt_path=path)
+        assert len(straight.seen["train"]) == 2 * trainer.global_step
+        assert resumed.seen["train"] == straight.seen["train"][2 * step :], (step, hook)
+    epochs = [straight.seen["train"][10 * epoch :][:10] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+
+
+def test_a_limited_epoch_goes_on_where_it_stopped(make):
+    reader = Reader()
+    make_trainer(limit_train_batches=3, max_epochs=2).fit(reader, make())
+    straight = Reader()
+    make_trainer(max_epochs=2).fit(straight, make())
+    assert reader.seen["train"] == straight.seen["train"][:6]
+
+
+def test_a_resume_on_other_data_is_said(make, tmp_path, write_rows):
+    path = tmp_path / "a.ckpt"
+    make_trainer(max_epochs=1).fit(Reader(5, path, "on_train_epoch_end"), make())
+    other = write_rows(tmp_path / "other.jsonl", pairs(30, 50))
+    with pytest.warns(UserWarning, match="trained with other rows, batch_size; training goes on at its step"):
+        make_trainer(max_steps=7).fit(Reader(), make(train=other, batch_size=8), ckpt_path=path)
+
+
+def test_checkpoints_hold_plain_types(make, tmp_path):
+    path = tmp_path / "a.ckpt"
+    make_trainer(max_steps=2).fit(Reader(2, path, "on_train_batch_end"), make())
+    saved = torch.load(path, weights_only=True)["datamodule_hyper_parameters"]
+    assert saved["train"][0]["weight"] == 1.0
+    assert saved["batch_size"] == 4
+    assert PreferenceDataModule(**saved).sources == make().sources
+
+
+class TwoRanks(Callback):
+    """Makes the data module believe that there are two ranks, of which this is one."""
+
+    def __init__(self, monkeypatch, rank):
+        monkeypatch.setattr(PreferenceDataModule, "_world_size", 2)
+        monkeypatch.setattr(PreferenceDataModule, "_rank", rank)
+
+
+def test_two_ranks_step_on_the_rows_of_one(make, monkeypatch):
+    alone = Reader()
+    make_trainer(max_epochs=1).fit(alone, make())
+    ranks = []
+    for rank in range(2):
+        reader = Reader()
+        make_trainer(max_epochs=1, callbacks=TwoRanks(monkeypatch, rank)).fit(reader, make())
+        ranks.append(reader.seen)
+    together = [a + b for a, b in zip(ranks[0]["train"], ranks[1]["train"], strict=True)]
+    assert [set(rows) for rows in together] == [set(rows) for rows in alone.seen["train"]]
+    assert (ranks[0]["val"], ranks[1]["val"]) == ([[0, 2], [4]], [[1, 3], [-1]])
+
+
+def test_rows_are_held_out_where_no_validation_rows_are_named(make, folder):
+    reports = []
+    for stage in ("fit", "validate"):
+        data = make(train=str(folder / "train.jsonl"), val_size=0.25)
+        data.setup(stage)
+        reports.append(data.counts)
+        train, val = (set(data._rows[split].positions.tolist()) for split in ("train", "val"))
+        assert not train & val
+        assert train | val == set(range(22))
+        assert len(val) == 6
+    assert reports[0] == reports[1]
+    assert reports[0]["train"][0][2:5] == (22, 16, 6)
+    assert data.source_folders("val") == [folder / "train.jsonl"]
+    assert data.row_name("val", 17) == f"row 17 of {folder / 'train.jsonl'}"
+
+
+def test_a_prompt_is_never_on_both_sides(make, tmp_path, write_rows):
+    rows = [{"prompt": f"{i % 4}", "chosen": f" {i}", "rejected": "?"} for i in range(20)]
+    data = make(train=write_rows(tmp_path / "a.jsonl", rows), val_size=1)
+    data.setup("fit")
+    assert len(data._rows["val"]) == 5
+    assert len({position % 4 for position in data._rows["val"].positions.tolist()}) == 1
+    for row in rows:
+        row["prompt"] = "same"
+    with pytest.raises(InputError, match="have 1 different prompt"):
+        make(train=write_rows(tmp_path / "b.jsonl", rows)).setup("fit")
+
+
+def test_a_test_split_is_that_of_train_or_named(make, folder):
+    with pytest.raises(InputError, match=r"data\.test: no test rows are named"):
+        make(train=str(folder / "train.jsonl")).setup("test")
+    data = make(train=str(folder / "train.jsonl"), test=str(folder / "val.jsonl"))
+    data.setup("test")
+    assert len(data._rows["test"]) == 5
+    data = make(train={"path": str(folder), "split": "test"})
+    with pytest.raises(InputError, match=r"data\.test: no test rows are named"):
+        data.setup("test")
+
+
+def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys):
+    bad = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "b"}]
+    sources = [
+        str(folder / "train.jsonl"),
+        {"path": write_rows(tmp_path / "b.jsonl", pairs(6, 300) + bad), "weight": 2},
+    ]
+    data = make(train=sources, val=str(folder))
+    data.setup("fit")
+    second = data.counts["train"][1]
+    assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1})
+    assert data.steps_per_epoch == (22 + 2 * 6) // 4
+    assert capsys.readouterr().out.splitlines() == [
+        f"data.train: {folder / 'train.jsonl'}: 22 rows read, 22 kept",
+        f"data.train: {tmp_path / 'b.jsonl'}: 8 rows read, 6 kept, 1 identical pair, 1 empty response",
+        f"data.val: {folder} [validation]: 5 rows read, 5 kept",
+    ]
+    assert data.row_name("train", 24) == f"row 2 of {tmp_path / 'b.jsonl'}"
+
+
+def test_no_usable_row_is_an_error_with_the_reasons(make, tmp_path, write_rows):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3 + [{"prompt": "a", "chosen": None, "rejected": "b"}]
+    with pytest.raises(
+        InputError, match=r"a\.jsonl: none of the 4 rows can be used: 3 x identical pair, 1 x malformed"
+    ):
+        make(train=write_rows(tmp_path / "a.jsonl", rows)).setup("fit")
+
+
+def test_text_that_is_not_utf8_is_an_error(make, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl.*(UTF-8|utf-8)"):
+        make(train=str(tmp_path / "a.jsonl")).setup("fit")
+
+
+def test_the_second_start_tokenizes_nothing(make, monkeypatch):
+    make().setup("fit")
+    original, calls = rows_module._record, []
+
+    def record(row, **options):
+        calls.append(row)
+        return original(row, **options)
+
+    monkeypatch.setattr(rows_module, "_record", record)
+    data = make()
+    data.setup("fit")
+    assert calls == []
+    make(max_length=20).setup("fit")
+    assert len(calls) == 27
+    make(SFTDataModule, max_length=20).setup("fit")
+    assert len(calls) == 54
+
+
+def test_several_processes_tokenize_alike(make):
+    one, two = make(), make(num_proc=2, max_length=1000)
+    one.setup("validate")
+    two.setup("validate")
+    assert one._rows["val"][3] == two._rows["val"][3]
+
+
+def test_prompts_are_the_first_different_ones(make, tmp_path, write_rows):
+    rows = [{"prompt": f"p{i // 2}", "chosen": f" {i}", "rejected": "?"} for i in range(8)]
+    data = make(val=write_rows(tmp_path / "a.jsonl", rows))
+    data.setup("validate")
+    assert [prompt[1:] for prompt in data.prompts("val", 3)] == [("p0", " 0", 0), ("p1", " 2", 2), ("p2", " 4", 4)]
+    assert data.prompts("val", 1)[0].prompt_ids[0] == data.tokenizer.bos_token_id
+    assert len(data.prompts("val", 99)) == 4
+
+
+def test_source_folders(make, folder):
+    data = make(test=str(folder / "t*.jsonl"))
+    assert data.source_folders("train") == data.source_folders("val") == [folder]
+    assert data.source_folders("test") == [folder]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
+        ({"micro_batch_size": 0}, "data.micro_batch_size is 0"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size is 0"),
+        ({"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
+        ({"max_length": 1}, "data.max_length is 1; it must be at least 2"),
+        ({"max_prompt_length": 0}, "data.max_prompt_length is 0"),
+        ({"max_length": 8, "max_prompt_length": 8}, "less than data.max_length, which is 8"),
+        ({"val_size": 0.0}, "data.val_size is 0.0"),
+        ({"val_size": 1.0}, "data.val_size is 1.0"),
+        ({"val_size": 0}, "data.val_size is 0;"),
+        ({"format": "alpaca"}, "data.format: no format 'alpaca'"),
+        ({"val": {"path": "a", "weight": 2}}, "data.val: weights are for data.train"),
+        ({"train": None}, "data.train: no training rows are named"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, options, message):
+    with pytest.raises(InputError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "message"),
+    [
+        ({"batch_size": 23}, {}, "data.batch_size is 23, more than the 21 rows of an epoch"),
+        ({"micro_batch_size": 3}, {}, r"which data.micro_batch_size 3 x 1 rank\(s\) does not divide"),
+        ({"micro_batch_size": 8}, {}, "data.batch_size is 4, which data.micro_batch_size 8"),
+        ({"micro_batch_size": 2}, {"accumulate_grad_batches": 4}, "is 4, but .* make it 2; leave it out"),
+        ({"val_size": 22, "val": None}, {}, "no rows are left to train on"),
+        ({"format": "messages"}, {}, "none of the 22 rows can be used: 22 x malformed row"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(make, folder, options, trainer, message):
+    (folder / "val.jsonl").unlink()
+    with pytest.raises(InputError, match=message):
+        make_trainer(**trainer).fit(Reader(), make(**options))
+
+
+def test_a_weight_that_leaves_no_row_is_refused(make, folder):
+    with pytest.raises(InputError, match=r"the weight 0\.01 of '.*' leaves no row"):
+        make(train=[str(folder), {"path": str(folder), "weight": 0.01}]).setup("fit")
+
+
+def test_accumulation_set_to_what_it_is_anyway_is_accepted(make):
+    trainer = make_trainer(max_steps=1, accumulate_grad_batches=2)
+    trainer.fit(Reader(), make(micro_batch_size=2))
+    assert trainer.accumulate_grad_batches == 2
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data here")
+def test_real_transcripts(make, tmp_path):
+    shutil.copy(REAL / "hh_harmless" / "test.jsonl.gz", tmp_path)
+    data = make(train=str(tmp_path / "test.jsonl.gz"), max_length=300)
+    data.setup("fit")
+    (counts,) = data.counts["train"]
+    assert (counts.format, counts.read) == ("transcripts", 300)
+    assert counts.dropped["two different prompts"] == 1
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "test.jsonl.gz"), split="train")
+    row_id, pair = data._rows["train"][0]
+    text = data.tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids], skip_special_tokens=True)
+    assert text in rows[row_id]["chosen"]

@@ -1,0 +1,225 @@
+import bz2
+import gzip
+import lzma
+from pathlib import Path
+
+import datasets
+import jsonargparse
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.sources import DataSource, as_sources, open_source
+from lit_isdpo.types import InputError
+
+ROWS = [{"prompt": str(i), "chosen": "None", "rejected": "5"} for i in range(4)]
+REAL = Path(__file__).parents[3] / "shared" / "data"
+
+
+def opened(path, **options):
+    return open_source(DataSource(str(path), **options), "data.train")
+
+
+def read(path, **options):
+    source = opened(path, **options)
+    return source.rows(source.choose("train"))[:]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "[a] b*.jsonl"])
+def test_formats_give_the_same_rows(tmp_path, write_rows, name):
+    table, file = datasets.Dataset.from_list(ROWS), tmp_path / name
+    if name.endswith(".jsonl"):
+        write_rows(file, ROWS)
+    elif name == "a.json":
+        file.write_text(repr(ROWS).replace("'", '"').replace("}, {", "},\n {"))
+    elif name == "a.parquet":
+        table.to_parquet(file)
+    else:
+        table.to_csv(file, index=False, sep="\t" if name.endswith(".tsv") else ",")
+    assert read(file) == table[:]
+
+
+def test_arrow_folders_are_read(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved")["prompt"] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_compressed_text_is_read(tmp_path, write_rows, suffix, compress):
+    plain = Path(write_rows(tmp_path / "plain", ROWS)).read_bytes()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(plain))
+    assert read(tmp_path / f"a.jsonl{suffix}")["prompt"] == ["0", "1", "2", "3"]
+
+
+def test_csv_keeps_text_as_text_and_missing_numbers_as_missing(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen_behavior_logps\n1,NA,,-1.5\n2,3,nan,\n")
+    assert read(tmp_path / "a.csv") == {
+        "prompt": ["1", "2"],
+        "chosen": ["NA", "3"],
+        "rejected": ["", "nan"],
+        "chosen_behavior_logps": [-1.5, None],
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train", "val", "test", "marker"], {"train": ["train"], "validation": ["val"], "test": ["test"]}),
+        (["my-train_0", "my-train_1", "dev"], {"train": ["my-train_0", "my-train_1"], "validation": ["dev"]}),
+        (["train-00000-of-00002", "train-00001-of-00002"], {"train": ["train-00000-of-00002", "train-00001-of-00002"]}),
+        (["train_sft", "train_prefs", "valid"], {"train_sft": 1, "train_prefs": 1, "validation": ["valid"]}),
+        (["train/0", "test/0", ".hidden/train"], {"train": ["0"], "test": ["0"]}),
+        (["a", "b"], {"train": ["a", "b"]}),
+    ],
+)
+def test_files_of_a_folder_or_a_glob_are_splits_by_name(tmp_path, write_rows, names, splits):
+    for name in names:
+        write_rows(tmp_path / f"{name}.jsonl", ROWS)
+    for path in (tmp_path, tmp_path / "**" / "*.jsonl"):
+        files = {split: [file.stem for file in files] for split, files in opened(path).files.items()}
+        assert files == {split: [split] if stems == 1 else stems for split, stems in splits.items()}
+
+
+def test_splits_are_chosen_by_name_by_use_or_because_there_is_one(tmp_path, write_rows):
+    for name in ("train", "dev"):
+        write_rows(tmp_path / f"{name}.jsonl", ROWS)
+    assert opened(tmp_path).choose("train") == "train"
+    assert opened(tmp_path, split="dev").choose("train") == "validation"
+    assert opened(tmp_path / "dev.jsonl").choose("train") == "validation"
+    with pytest.raises(InputError, match=r"has no split 'test'; name one of: validation, train|train, validation"):
+        opened(tmp_path).choose("test")
+    with pytest.raises(InputError, match="has no split 'test_prefs'"):
+        opened(tmp_path, split="test_prefs").choose("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.jsonl", b'{"a": 1}\n{"a": \n', r"cannot read .*bad\.jsonl as json: JSON parse error"),
+        ("bad.json", b"[1, 2", r"cannot read .*bad\.json as json"),
+        ("bad.parquet", b"nonsense", r"cannot read .*bad\.parquet as parquet: Parquet magic bytes"),
+        ("bad.jsonl.gz", b"nonsense", r"cannot read .*bad\.jsonl\.gz as json: Not a gzipped file"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 99)[:-9],
+            r"cannot read .*cut\.jsonl\.gz as json: Compressed file",
+        ),
+        ("a.jsonl", b"", "is an empty data set"),
+        ("a.json", b"[]", "is an empty data set"),
+        ("a.csv", b"prompt,chosen\n", "is an empty data set"),
+        ("a.xlsx", b"x", r"a\.xlsx' has an unknown suffix; known: \.jsonl"),
+        ("a.parquet.gz", b"x", "has an unknown suffix"),
+    ],
+)
+def test_bad_files_end_in_one_sentence(tmp_path, capfd, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"^data\.train: .*" + message) as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bad_file_among_several_is_named(tmp_path, write_rows):
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl").write_text("{")
+    with pytest.raises(InputError, match=r"cannot read .*b\.jsonl as json"):
+        read(tmp_path)
+    write_rows(tmp_path / "b.jsonl", [{"other": 1}])
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.csv")
+    with pytest.raises(InputError, match="mixes files of several formats"):
+        read(tmp_path)
+
+
+def test_what_is_not_there_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no data files .* in the folder 'empty'"):
+        opened("empty")
+    for path in ("x", "x/y.jsonl", "./x", "/x/y", "*.jsonl"):
+        with pytest.raises(InputError) as error:
+            opened(path)
+        assert str(error.value) == f"data.train: no such file, folder, glob or hub data set: {path!r}"
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError("Name or service not known"), "the hub cannot be asked"),
+        (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "no such file, folder, glob or hub data set: 'x/y'"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch, failure, message):
+    def dataset_info(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    with pytest.raises(InputError, match=message):
+        opened("x/y")
+
+
+def test_a_hub_data_set_is_loaded_by_revision_and_name(monkeypatch):
+    def dataset_info(*args, **kwargs):
+        raise OfflineModeIsEnabled
+
+    def load_dataset(path, name, revision):
+        assert (path, name, revision) == ("x/y", "n", "r")
+        return {"train_prefs": datasets.Dataset.from_list(ROWS), "test_prefs": datasets.Dataset.from_list(ROWS)}
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = {"name": "n", "revision": "r"}
+    assert read("x/y", split="train_prefs", **options)["prompt"] == ["0", "1", "2", "3"]
+    with pytest.raises(InputError, match="has no split 'train'; name one of: train_prefs, test_prefs"):
+        read("x/y", **options)
+
+
+def test_hub_options_of_a_local_path_are_refused(tmp_path, write_rows):
+    with pytest.raises(InputError, match="name and revision are for hub data sets"):
+        opened(write_rows(tmp_path / "a.jsonl", ROWS), revision="main")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"path": "a", "weight": 0}, "the weight of 'a' is 0; it must be above 0"),
+        ({"path": "a", "weight": float("nan")}, "must be above 0"),
+        ({"file": "a"}, "is neither a path nor {path, split, weight}"),
+        ([], "an empty list"),
+        ("", "an empty path"),
+    ],
+)
+def test_impossible_sources_are_refused(value, message):
+    with pytest.raises(InputError, match=message):
+        as_sources(value, "data.train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data.train", "a.jsonl"], [DataSource("a.jsonl")]),
+        (["--data.train", "[a.jsonl, b.jsonl]"], [DataSource("a.jsonl"), DataSource("b.jsonl")]),
+        (["--data.train", "{path: a, split: dev}"], [DataSource("a", split="dev")]),
+        (["--data.train", "[{path: a, weight: 2}, b]"], [DataSource("a", weight=2.0), DataSource("b")]),
+        (["--config", "c.yaml"], [DataSource("a", weight=0.5, revision="r"), DataSource("b")]),
+    ],
+)
+def test_sources_are_written_on_the_command_line(tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("data:\n  init_args:\n    train:\n    - {path: a, weight: 0.5, revision: r}\n    - b\n")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(TextDataModule, "data")
+    parser.set_defaults({"data": {"class_path": "lit_isdpo.data.datamodule.PreferenceDataModule"}})
+    data = parser.instantiate(parser.parse_args(arguments)).data
+    assert data.sources["train"] == expected
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data here")
+@pytest.mark.parametrize(("name", "num_rows"), [("alpaca_pref", 400), ("hh_harmless", 300)])
+def test_real_folders_have_their_splits(name, num_rows):
+    source = opened(REAL / name)
+    assert sorted(source.splits) == ["test", "train"]
+    assert len(source.rows("test")) == num_rows

@@ -1,0 +1,135 @@
+"""Stop and go on: N steps are k steps, a checkpoint and N - k steps, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lit_isdpo.cli import main
+from tests.conftest import read_metrics
+
+NUM_STEPS = 10  # of 4 to an epoch
+
+
+class StopAt(Callback):
+    """Ends a fit at an optimizer step without changing its ``max_steps``, which a schedule looks at."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+def fit(root: Path, arguments: list[str]) -> Path:
+    """Runs a fit and returns its newest run's folder."""
+    main(["fit", *arguments, f"--trainer.default_root_dir={root}"])
+    return max(root.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and window of the metrics are equal to the bit."""
+    a, b = checkpoint(run), checkpoint(other)
+    assert a["global_step"] == b["global_step"]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "recent_log_weights"):
+        torch.testing.assert_close(a[key], b[key], atol=0, rtol=0)
+
+
+def assert_same_log(straight: Path, resumed: Path, since: int) -> None:
+    """From step ``since`` on, every training value of the resumed run is the unbroken run's."""
+    a, b = read_metrics(straight), read_metrics(resumed)
+    for key, values in a.items():
+        if key.startswith("train/"):
+            assert {s: v for s, v in values.items() if s >= since} == b[key], key
+
+
+@pytest.fixture(scope="module")
+def options(tiny: list[str]) -> list[str]:
+    return [*tiny, "--model.schedule.warmup_steps=5", "--probe.num_prompts=0", "--data.micro_batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(tmp_path_factory.mktemp("straight"), [*options, f"--trainer.max_steps={NUM_STEPS}"])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6, 8])  # first step, mid-epoch, epoch's end, mid-epoch 1, its end
+def test_resume_is_bit_for_bit(stop: int, straight: Path, options: list[str], tmp_path: Path) -> None:
+    stopped = fit(tmp_path, [*options, f"--trainer.max_steps={stop}"])
+    last = stopped / "checkpoints" / "last.ckpt"
+    assert checkpoint(stopped)["global_step"] == stop
+    resumed = fit(tmp_path, [*options, f"--trainer.max_steps={NUM_STEPS}", f"--ckpt_path={last}"])
+    assert_same_end(straight, resumed)
+    assert_same_log(straight, resumed, since=stop)
+
+
+def test_more_epochs(options: list[str], tmp_path: Path) -> None:
+    straight = fit(tmp_path / "straight", [*options, "--trainer.max_epochs=3"])
+    one = fit(tmp_path / "parts", [*options, "--trainer.max_epochs=1"])
+    resumed = fit(
+        tmp_path / "parts", [*options, "--trainer.max_epochs=3", f"--ckpt_path={one / 'checkpoints' / 'last.ckpt'}"]
+    )
+    assert checkpoint(resumed)["global_step"] == 12
+    assert_same_end(straight, resumed)
+    assert_same_log(straight, resumed, since=4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_best_checkpoint_resumes_too(workers: int, options: list[str], tmp_path: Path) -> None:
+    """It is saved inside a validation, here in the middle of an epoch (after 2 of 4 steps, in micro-batches: 4)."""
+    options = [*options, "--trainer.max_epochs=2", "--trainer.val_check_interval=4", f"--data.num_workers={workers}"]
+    best = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=min", "--checkpoint.save_top_k=-1"]
+    straight = fit(tmp_path / "straight", [*options, *best])
+    saved = sorted((straight / "checkpoints").glob("best-*.ckpt"))
+    assert [path.name for path in saved] == ["best-2.ckpt", "best-4.ckpt", "best-6.ckpt", "best-8.ckpt"]
+    for path in saved[:3]:
+        resumed = fit(tmp_path / "parts", [*options, *best, f"--ckpt_path={path}"])
+        assert_same_end(straight, resumed)
+
+
+def test_ctrl_c_saves_and_the_fit_goes_on(options: list[str], tmp_path: Path) -> None:
+    """A real process, a real signal, at a moment of its own choosing, under a schedule that decays."""
+    options = [*options, "--trainer.max_epochs=100", "--model.schedule.decay=cosine"]
+    command = [sys.executable, "-m", "lit_isdpo", "fit", *options, f"--trainer.default_root_dir={tmp_path}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: another order of sums is another rounding
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "version_0" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, -signal.SIGINT), output
+    assert "Traceback" not in output
+    last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    assert f"Continue with --ckpt_path {last}" in output
+    stop = checkpoint(tmp_path / "version_0")["global_step"]
+    ahead = stop + 7
+    resumed = fit(
+        tmp_path,
+        [
+            *options,
+            f"--ckpt_path={last}",
+            "--trainer.callbacks+=tests.training.test_resume.StopAt",
+            f"--trainer.callbacks.step={ahead}",
+        ],
+    )
+    straight = fit(
+        tmp_path / "straight",
+        [*options, "--trainer.callbacks+=tests.training.test_resume.StopAt", f"--trainer.callbacks.step={ahead}"],
+    )
+    assert_same_end(straight, resumed)
+    assert_same_log(straight, resumed, since=stop)

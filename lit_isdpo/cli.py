@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from jsonargparse import Namespace, auto_cli
@@ -30,6 +30,21 @@ from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.types import InputError
 
 OWN_VERBS = {"export": export}
+DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
+configs/quickstart.yaml. Besides the subcommands below there is lit-isdpo export, which writes a checkpoint as a Hugging
+Face folder (lit-isdpo export --help)."""
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, which answers a mistake with the mistake alone and not with a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # a typo must not pass for an abbreviation
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what is wrong and exits with status 2."""
+        print(f"error: {message.strip()}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 class IsdpoCLI(LightningCLI):
@@ -129,7 +144,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 "enable_model_summary": False,
                 "callbacks": [RunReport(), Throughput(), PredictionWriter()],
             },
-            parser_kwargs={"version": __version__, "prog": "lit-isdpo"},
+            parser_class=Parser,
+            parser_kwargs={"version": __version__, "prog": "lit-isdpo", "description": DESCRIPTION},
         )
     except Exception as error:
         if (cause := _users_fault(error)) is None:
@@ -164,7 +180,7 @@ def _resolve_lab(config: Any, root: Path, *, default: Any) -> Any:
 
 def _quieten() -> None:
     """Leaves the messages that a user can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -174,8 +190,8 @@ def _quieten() -> None:
 NOISE = (
     "GPU available",
     "TPU available",
-    "HPU available",
     "💡 Tip",
+    "Seed set to",
     "`Trainer.fit` stopped",
     "`weights_only` was not set",
 )

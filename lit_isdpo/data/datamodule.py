@@ -5,11 +5,12 @@ sources -> rows -> formats -> tokenization -> one memory-mapped table -> Trainin
 
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import datasets
 import torch
@@ -59,7 +60,7 @@ class ProbePrompt(NamedTuple):
     row_id: int
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(LightningDataModule, ABC):
     """Reads rows, tokenizes them once, and serves them in batches.
 
     Args:
@@ -91,7 +92,10 @@ class TextDataModule(LightningDataModule):
         InputError: an argument is out of range; in ``setup``: whatever is wrong with the data.
     """
 
-    row_type: ClassVar[RowType]
+    @property
+    @abstractmethod
+    def row_type(self) -> RowType:
+        """Whether rows are pairs or demonstrations."""
 
     def __init__(
         self,
@@ -255,8 +259,15 @@ class TextDataModule(LightningDataModule):
         default = _PUBLIC_NAMES[split]
         if self.sources[split]:
             return [(source, source.choose(default)) for source in opened(split)]
-        found = [(source, source.find(default)) for source in opened("train")]
-        return [(source, name) for source, name in found if name is not None and name != source.choose("train")]
+        # A mixture may name one folder twice: nothing is evaluated twice, nor on what is trained on.
+        taken = {(source.identity, source.choose("train")) for source in opened("train")}
+        parts = []
+        for source in opened("train"):
+            name = source.find(default)
+            if name is not None and (source.identity, name) not in taken:
+                taken.add((source.identity, name))
+                parts.append((source, name))
+        return parts
 
     def _load_split(self, split: Split) -> None:
         parts = self._parts(split)
@@ -363,7 +374,7 @@ class TextDataModule(LightningDataModule):
         warnings.filterwarnings("ignore", few_workers, category=PossibleUserWarning)
         return {
             "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             "collate_fn": partial(_stack, collate=self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer)),
         }
 

@@ -233,7 +233,7 @@ def _behavior_logps(row: Row, side: str) -> float | None:
     value = row.get(f"{side}_behavior_logps")
     if value is None:
         return None
-    if not isinstance(value, int | float) or not math.isfinite(value) or value > 0:
+    if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:  # rounding aside
         raise RowError(Reason.MALFORMED)
     return float(value)
 

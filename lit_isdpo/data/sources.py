@@ -112,6 +112,11 @@ class OpenSource:
     hub: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def identity(self) -> tuple[str | None, ...]:
+        """Equal for sources that are one data set, whatever their splits and weights."""
+        return (self.source.path, self.source.name, self.source.revision)
+
+    @property
     def splits(self) -> list[str]:
         """The names of the splits there are."""
         return list(self.files) + list(self.hub)

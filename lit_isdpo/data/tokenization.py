@@ -199,12 +199,13 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTem
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # verbose would warn of texts longer than the model takes; they are cut later
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Encodes with the tokenizer's own special tokens before the text, but none after it: the response follows."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     while len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         ids.pop()
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text had one already

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_isdpo.data.collation import batch_prompts, collate_prompts
 from lit_isdpo.data.tokenization import load_tokenizer, pad_token_id, terminator_ids
 from lit_isdpo.policy.generation import sample_responses
-from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import ResidentReference
 from lit_isdpo.types import InputError, PreferenceBatch, PromptBatch, SFTBatch
@@ -119,6 +119,7 @@ class PolicyModule(LightningModule):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.sampling = sampling
+        load_config(policy)  # so that a model that is none is found out before any data is read
         self.tokenizer = load_tokenizer(
             policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
         )

@@ -90,6 +90,13 @@ def test_batches_of_every_stage(make):
     assert reader.seen["test"] == reader.seen["predict"] == [[0, 1], [2]]
 
 
+def test_no_advice_about_workers(make, monkeypatch):
+    """Lightning warns where a machine has more cores than this one may have; warnings are errors here."""
+    connector = "lightning.pytorch.trainer.connectors.data_connector"
+    monkeypatch.setattr(f"{connector}.suggested_max_num_workers", lambda devices: 8)
+    make_trainer(max_steps=1).fit(Reader(), make())
+
+
 def test_items_are_what_the_rows_say(make):
     data = make(val_size=1)
     data.setup("fit")
@@ -106,8 +113,10 @@ def test_items_are_what_the_rows_say(make):
     assert data.tokenizer.decode(chosen, skip_special_tokens=False) == " 100<eos>"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 13}])
+@pytest.mark.parametrize(
+    ("num_workers", "length"),
+    [(0, {"max_epochs": 3}), (0, {"max_epochs": -1, "max_steps": 13}), (2, {"max_epochs": 2})],
+)
 def test_a_resumed_run_reads_what_the_straight_run_read(make, tmp_path, num_workers, length):
     """5 steps an epoch, 2 micro-batches a step: stopped in epoch 0, at its end, and in epoch 1."""
     cases = [(2, "on_train_batch_end"), (5, "on_train_batch_end"), (5, "on_train_epoch_end"), (7, "on_train_batch_end")]
@@ -226,7 +235,17 @@ def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys):
         f"data.train: {tmp_path / 'b.jsonl'}: 8 rows read, 6 kept, 1 identical pair, 1 empty response",
         f"data.val: {folder} [validation]: 5 rows read, 5 kept",
     ]
+    assert data._rows["train"].positions.tolist() == list(range(28))
     assert data.row_name("train", 24) == f"row 2 of {tmp_path / 'b.jsonl'}"
+
+
+def test_a_folder_that_a_mixture_names_twice_is_evaluated_once(make, folder):
+    data = make(train=[str(folder), {"path": str(folder), "weight": 2}])
+    data.setup("validate")
+    assert len(data._rows["val"]) == 5
+    data = make(train=[str(folder), {"path": str(folder), "split": "val"}], val_size=6)
+    data.setup("fit")
+    assert data.counts["val"][0].source == "held out of data.train"
 
 
 def test_no_usable_row_is_an_error_with_the_reasons(make, tmp_path, write_rows):

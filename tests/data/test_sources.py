@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import logging
 import lzma
 from pathlib import Path
 
@@ -114,12 +115,14 @@ def test_splits_are_chosen_by_name_by_use_or_because_there_is_one(tmp_path, writ
         ("a.parquet.gz", b"x", "has an unknown suffix"),
     ],
 )
-def test_bad_files_end_in_one_sentence(tmp_path, capfd, name, content, message):
+def test_bad_files_end_in_one_sentence(tmp_path, monkeypatch, capfd, caplog, name, content, message):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=r"^data\.train: .*" + message) as error:
         read(tmp_path / name)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 def test_the_bad_file_among_several_is_named(tmp_path, write_rows):

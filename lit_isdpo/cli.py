@@ -65,8 +65,7 @@ class IsdpoCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
-        config = self.config[self.subcommand]
-        check(config)
+        check(str(self.subcommand), self.config[self.subcommand])
 
     def instantiate_classes(self) -> None:
         """Builds everything from a copy in which the lab's names are folders; the saved config keeps the names."""
@@ -90,7 +89,7 @@ class IsdpoCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def check(config: Namespace) -> None:
+def check(verb: str, config: Namespace) -> None:
     """Raises for options that are not supported, alone or together.
 
     Raises:
@@ -106,6 +105,8 @@ def check(config: Namespace) -> None:
     strategy = config.trainer.strategy
     if not isinstance(strategy, str) or strategy.split("_")[0] not in ("auto", "ddp"):
         raise InputError(f"trainer.strategy {strategy!r} is not supported: use 'auto' (one device) or 'ddp'.")
+    if verb == "fit" and config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+        raise InputError("trainer: set max_epochs or max_steps, so that the fit ends.")
     ckpt_path = config.get("ckpt_path")
     if ckpt_path and ckpt_path not in ("last", "best", "hpc") and not Path(ckpt_path).exists():
         raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
@@ -196,6 +197,7 @@ NOISE = (
     "`weights_only` was not set",
 )
 SILENCED_WARNINGS = (
+    "Be aware that when using `ckpt_path`",  # a checkpoint serves other verbs and other callbacks too
     "The dirpath has changed from",  # a resumed run has a folder of its own; the best checkpoint stays in the old one
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     "Experiment logs directory .* exists and is not empty",  # the TensorBoard logger has just made the run's folder

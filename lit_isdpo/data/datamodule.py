@@ -99,7 +99,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
-        train: Sources,
+        train: Sources | None = None,
         val: Sources | None = None,
         test: Sources | None = None,
         format: str = "auto",
@@ -144,8 +144,6 @@ class TextDataModule(LightningDataModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def _check_arguments(self) -> None:
-        if not self.sources["train"]:
-            raise InputError("data.train: no training rows are named")
         for split in ("val", "test"):
             if any(source.weight != 1 for source in self.sources[split]):
                 raise InputError(f"data.{split}: weights are for data.train; every other row is read once")
@@ -271,6 +269,8 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _load_split(self, split: Split) -> None:
         parts = self._parts(split)
+        if not parts and not self.sources["train"]:
+            raise InputError(f"data.{split}: name your {_PUBLIC_NAMES[split]} rows: a file, a folder, a glob or a hub id")
         if not parts and split == "test":
             raise InputError("data.test: no test rows are named, and data.train has no test split")
         if not parts:  # and split == "val"

@@ -66,7 +66,7 @@ class DataSource:
     name: str | None = None
 
 
-Sources = str | DataSource | list[str | DataSource]
+Sources = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 def as_sources(value: Sources | Mapping[str, Any] | list[Any] | None, option: str) -> list[DataSource]:

@@ -2,7 +2,7 @@
 
     ROOT/posts-SEED-HASH/
         pairs/      train, validation and test .jsonl of preference pairs, and environment.json, which tells of them
-        sft/        train and validation .jsonl of demonstrations
+        sft/        train and validation .jsonl of demonstrations, and the like marker
         reference/  the model that wrote the pairs: a Hugging Face folder, shipped with the package
         init/       its architecture and tokenizer without weights, to train it anew
 
@@ -14,12 +14,14 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from lit_isdpo.lab.pairs import sample_pairs
@@ -87,9 +89,10 @@ def write_pairs(folder: Path, seed: int, *, num_prompts: Mapping[Split, int] = N
     model = load_causal_lm(PolicyConfig(path=str(REFERENCE)))
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     counts = {}
-    for split, number in num_prompts.items():
-        rows, counts[split] = sample_pairs(model, tokenizer, split=split, num_prompts=number, seed=seed)
-        _write_lines(folder / f"{split}.jsonl", rows)
+    with _one_thread():
+        for split, number in num_prompts.items():
+            rows, counts[split] = sample_pairs(model, tokenizer, split=split, num_prompts=number, seed=seed)
+            _write_lines(folder / f"{split}.jsonl", rows)
     marker = {"design": "posts", "format": FORMAT, "seed": seed, "counts": counts}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
@@ -102,6 +105,7 @@ def write_sft(folder: Path, seed: int, num: int = NUM_DEMONSTRATIONS) -> None:
         posts = (sample_post(rng, split) for _ in range(number))
         rows = ({"prompt": render_prompt(post), "completion": sample_demonstration(rng, post)} for post in posts)
         _write_lines(folder / f"{split}.jsonl", rows)
+    (folder / MARKER).write_text(json.dumps({"design": "posts", "format": FORMAT, "seed": seed}, indent=2) + "\n")
 
 
 def write_reference(folder: Path) -> None:
@@ -135,6 +139,17 @@ def reference_config() -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are quicker on one thread, and their sums do not depend on how many cores there are."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _content_hash() -> str:

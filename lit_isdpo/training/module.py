@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -153,6 +154,11 @@ class PolicyModule(LightningModule):
         """Fills rows; masks say what is padding."""
         return pad_token_id(self.tokenizer)
 
+    def log_step(self) -> None:
+        """Puts a validation inside a fit at the number of optimizer steps taken; Lightning would put it one before."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.trainer.global_step))
+
     def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
         """Samples one response to each prompt of the batch; the batch's own responses are not looked at."""
         prompts = batch_prompts(batch)
@@ -184,8 +190,6 @@ class PolicyModule(LightningModule):
         """
         if self.trainer.max_steps != -1:
             return self.trainer.max_steps
-        if self.trainer.max_epochs in (None, -1):
-            raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
         return int(self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

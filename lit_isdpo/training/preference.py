@@ -141,6 +141,7 @@ class PreferenceModule(PolicyModule):
         self._log_histogram("train/log_weights", self.train_metrics)
         self._log_histogram("val/log_weights", self.val_metrics)
         self._log("val", self.val_metrics)
+        self.log_step()
 
     def on_test_epoch_end(self) -> None:
         """Logs the test set's values."""
@@ -192,7 +193,7 @@ class PreferenceModule(PolicyModule):
         if values.numel() and torch.isfinite(values).all():
             for logger in self.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_histogram(tag, values, self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+                    logger.experiment.add_histogram(tag, values, self.trainer.global_step)
 
     @torch.no_grad()
     def _check_first_step(self, pairs: PairLogps, batch: PreferenceBatch) -> None:

@@ -128,7 +128,7 @@ class SamplingProbe(Callback):
         table = "\n".join(["| prompt | response | reward |", "|---|---|---|", *rows])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"{stage}/samples", table, trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.experiment.add_text(f"{stage}/samples", table, trainer.global_step)
 
 
 def _cell(text: str) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from torch.utils.tensorboard.summary import hparams
 
 from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.module import PolicyModule, Prediction
@@ -167,12 +168,13 @@ def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
         "batch_size": getattr(trainer.datamodule, "batch_size", None),  # type: ignore[attr-defined]
         "policy": module.policy_config.path,
     }
-    metrics = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    metrics = [key for key in trainer.callback_metrics if key.startswith("val/")]
     for logger in trainer.loggers:
+        logger.log_hyperparams(values)
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(values, {key: float(value) for key, value in metrics.items()})
-        else:
-            logger.log_hyperparams(values)
+            # Lightning would log the metrics as scalars once more; their values are those of the tags, at every time.
+            for summary in hparams(values, dict.fromkeys(metrics, 0.0)):
+                logger.experiment._get_file_writer().add_summary(summary)
 
 
 def _samples(trainer: Trainer) -> list[Panel]:

@@ -84,6 +84,7 @@ class SFTModule(PolicyModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values."""
         self._log("val", self.val_metrics)
+        self.log_step()
 
     def on_test_epoch_end(self) -> None:
         """Logs the test set's values."""

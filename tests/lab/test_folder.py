@@ -83,8 +83,9 @@ def test_names_are_resolved_to_folders_written_once(tmp_path: Path, monkeypatch:
     assert json.loads((lab.resolve("lab:posts@1", tmp_path) / "environment.json").read_text())["seed"] == 1
 
     assert {file.name for file in lab.resolve("lab:posts/sft", tmp_path).iterdir()} == {
-        *("train.jsonl", "validation.jsonl")
+        *("train.jsonl", "validation.jsonl", "environment.json")
     }
+    assert isinstance(lab.gold_reward_for(lab.resolve("lab:posts/sft", tmp_path)), GoldReward)
     reference = lab.resolve("lab:posts", tmp_path, default="reference")
     assert reference == lab.resolve("lab:posts/reference", tmp_path)
     assert load_causal_lm(PolicyConfig(path=str(reference))).config.hidden_size == 96

@@ -1,0 +1,278 @@
+"""The command line as a user meets it: verbs, files, messages."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_isdpo import __version__
+from lit_isdpo.cli import main
+from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.policy.logprob_model import LogProbModel
+from tests.conftest import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fit."""
+    root = tmp_path_factory.mktemp("run")
+    main(
+        ["fit", *tiny, "--trainer.max_epochs=2", f"--trainer.default_root_dir={root}", "--checkpoint.monitor=val/loss"]
+    )
+    return root / "version_0"
+
+
+def test_a_run_leaves_what_belongs_to_it(run: Path) -> None:
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model/config.json", "model/tokenizer.json"} <= names
+    assert any(name.startswith("checkpoints/best-") for name in names)
+    assert list(run.parent.iterdir()) == [run], "all output is in the run's folder"
+
+
+def test_a_checkpoint_holds_the_policy_alone_and_loads_without_code(run: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]
+    assert all(key.startswith("policy.model.") for key in checkpoint["state_dict"])
+
+
+LOGGED = (
+    [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
+    + [f"{group}/{side}" for group in ("logps", "logratios") for side in ("chosen", "rejected")]
+    + [f"weights/{name}" for name in ("mean", "max", "ess", "clip_fraction")]
+    + ["loss"]
+)
+SAMPLED = [f"kl/{name}{suffix}" for name in ("rao_blackwell", "k1", "k3") for suffix in ("", "_stderr")]
+PERF = ["tokens_per_second", "pairs_per_second", "padding_fraction", "mfu", "peak_memory_gib"]
+
+
+def test_tensorboard_has_scalars_histograms_texts_and_the_table_of_runs(run: Path) -> None:
+    events = EventAccumulator(str(run), size_guidance={"tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    expected = [f"{stage}/{key}" for stage in ("train", "val") for key in LOGGED]
+    expected += [f"val/{key}" for key in SAMPLED] + [f"perf/{key}" for key in PERF] + ["train/grad_norm"]
+    assert set(expected) <= set(tags["scalars"])
+    assert {"train/log_weights", "val/log_weights"} <= set(tags["histograms"])
+    assert "val/samples/text_summary" in tags["tensors"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    for name in (b"beta", b"epsilon", b"lr", b"seed", b"weighting"):
+        assert name in content
+    steps = [event.step for event in events.Scalars("val/loss")]
+    assert steps == [0, 4, 8], "a run is validated before its first step, and after each epoch of four"
+
+
+def test_csv_has_the_same(run: Path) -> None:
+    values = read_metrics(run)
+    assert {f"{stage}/{key}" for stage in ("train", "val") for key in LOGGED} <= set(values)
+    assert values["val/kl/rao_blackwell"][0] == 0
+    assert values["val/loss"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert values["train/loss"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert values["train/weights/ess"][0] == pytest.approx(1)
+
+
+def test_other_data_than_the_labs_has_no_gold_reward_and_says_so(
+    tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main(["validate", *tiny, f"--trainer.default_root_dir={tmp_path}"])
+    assert "no gold reward is known" in caplog.text
+    assert "val/gold_reward" not in read_metrics(tmp_path / "version_0")
+
+
+def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
+    main(["fit", f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}"])
+    again = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(again["state_dict"], before["state_dict"], atol=0, rtol=0)
+
+
+def test_export_gives_the_modules_logps(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "exported"
+    main(["export", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"--output_dir={output}"])
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = AutoModelForCausalLM.from_config(model.config)
+    trained.load_state_dict({key.removeprefix("policy.model."): value for key, value in state.items()})
+    tokens = collate_completions([tokenizer.encode("POST: price good TL;DR:")], [[5, 6, 7]], pad_token_id=0)
+    with torch.no_grad():
+        assert torch.equal(LogProbModel(model)(tokens).logps, LogProbModel(trained)(tokens).logps)
+    card = (output / "README.md").read_text()
+    assert "ImportanceWeighting" in card
+    assert "| val/loss |" in card
+
+
+def test_test_and_predict_on_a_checkpoint(run: Path, tiny: list[str], pairs_file: str, tmp_path: Path) -> None:
+    last = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    options = [*tiny, f"--data.test={pairs_file}", last, f"--trainer.default_root_dir={tmp_path}"]
+    main(["test", *options])
+    assert {f"test/{key}" for key in LOGGED + SAMPLED} <= set(read_metrics(tmp_path / "version_0"))
+    main(["predict", *options, "--model.sampling.max_new_tokens=5"])
+    rows = [json.loads(line) for line in (tmp_path / "version_1" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["row_id"] for row in rows] == list(range(40))
+    assert all(row["prompt"].startswith("POST:") and isinstance(row["finished"], bool) for row in rows)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, text in (
+        (["--version"], __version__),
+        (["--help"], "export"),
+        (["fit", "--help"], "--probe.num_prompts"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = "trainer" in yaml.safe_load(config.read_text())
+    base = [] if whole else [f"--config={ROOT / 'configs' / 'quickstart.yaml'}"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *base, f"--config={config}", "--print_config"])
+    assert end.value.code == 0
+    assert "class_path" in capsys.readouterr().out
+
+
+EXPERIMENTS = [path for path in CONFIGS if "trainer" in yaml.safe_load(path.read_text()) and path.name != "sft.yaml"]
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
+    main(
+        [
+            "fit",
+            f"--config={config}",
+            *tiny,
+            "--trainer.max_steps=1",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--checkpoint.monitor=null",
+        ]
+    )
+    assert torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_method_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
+    main(
+        [
+            "fit",
+            f"--config={config}",
+            *tiny,
+            "--trainer.max_steps=1",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--probe.num_prompts=0",
+        ]
+    )
+    assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
+    dpo, is_dpo = (
+        yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()) for name in ("dpo", "is_dpo")
+    )
+    del dpo["model"]["init_args"]["weighting"]
+    weighting = is_dpo["model"]["init_args"].pop("weighting")
+    assert dpo == is_dpo
+    assert weighting == {"class_path": "lit_isdpo.objective.weights.ImportanceWeighting", "init_args": {"epsilon": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.train=nowhere.jsonl"], r"data\.train: no such file"),
+        (["--data.format=poems"], r"poems"),
+        (["--model.policy.path=./nowhere"], r"model\.policy\.path: no such folder"),
+        (["--model.loss.beta=0"], r"loss\.beta must be a positive number"),
+        (["--model.weighting.epsilon=-1"], r"epsilon must be at least 0"),
+        (["--model.loss=lit_isdpo.objective.losses.IPOLoss"], r"logratio"),
+        (["--model.weighting=ShuffledImportanceWeighting", "--data.micro_batch_size=1"], r"at least 2"),
+        (["--trainer.precision=16-mixed"], r"precision '16-mixed' is not supported"),
+        (["--trainer.precision=bf16-true"], r"compute_dtype bfloat16"),
+        (["--trainer.strategy=fsdp"], r"strategy 'fsdp' is not supported"),
+        (["--trainer.accumulate_grad_batches=3"], r"accumulate_grad_batches"),
+        (["--data.micro_batch_size=3"], r"micro_batch_size"),
+        (["--data.batch_size=64"], r"batch_size"),
+        (["--ckpt_path=nowhere.ckpt"], r"no such checkpoint"),
+        (["--model.policy.init=random"], r"model\.reference\.path"),
+        (["--model.loss.betta=1"], r"betta"),
+        (["--trainer.max_epoch=1"], r"unrecognized arguments"),
+        (["--probe.num_prompts=-1"], r"probe\.num_prompts"),
+        (["--model.sampling.top_p=0"], r"sampling\.top_p"),
+        (["--model.schedule.final_factor=2"], r"schedule\.final_factor"),
+        (["--checkpoint.mode=most"], r"checkpoint\.mode"),
+        (["--data.max_length=0"], r"max_length"),
+        (["--config=nowhere.yaml"], r"nowhere\.yaml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_sentence(
+    arguments: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *tiny, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1", *arguments])
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    line = next(line for line in errors.splitlines() if line.startswith("error: "))
+    assert re.search(message, errors), line
+
+
+def test_a_model_that_is_no_causal_language_model(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, "--trainer.max_steps=1", f"--model.policy.path={tmp_path / 'vit'}"])
+    assert "is not a causal language model" in capsys.readouterr().err
+
+
+def test_no_end_and_no_data(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((tiny, "max_epochs or max_steps"), (["--trainer.max_steps=1", tiny[0]], "data.train")):
+        with pytest.raises(SystemExit):
+            main(["fit", *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_an_empty_data_set(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, "--trainer.max_steps=1", f"--data.train={tmp_path / 'empty.jsonl'}"])
+    assert "empty.jsonl" in capsys.readouterr().err
+
+
+def test_no_such_column(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 20)
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, "--trainer.max_steps=1", f"--data.train={tmp_path / 'odd.jsonl'}"])
+    assert "question" in capsys.readouterr().err
+
+
+def test_export_refuses_what_it_cannot_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = run / "checkpoints" / "last.ckpt"
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(last.read_bytes()[:1000])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for arguments, message in (
+        ([f"--ckpt_path={tmp_path / 'none.ckpt'}", f"--output_dir={tmp_path / 'x'}"], "no such checkpoint"),
+        ([f"--ckpt_path={cut}", f"--output_dir={tmp_path / 'x'}"], "is not the run's folder"),
+        ([f"--ckpt_path={cut}", f"--output_dir={tmp_path / 'x'}", f"--run_dir={run}"], "cannot be read"),
+        ([f"--ckpt_path={last}", f"--output_dir={tmp_path / 'full'}"], "not an empty folder"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["export", *arguments])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err

@@ -270,7 +270,9 @@ class TextDataModule(LightningDataModule, ABC):
     def _load_split(self, split: Split) -> None:
         parts = self._parts(split)
         if not parts and not self.sources["train"]:
-            raise InputError(f"data.{split}: name your {_PUBLIC_NAMES[split]} rows: a file, a folder, a glob or a hub id")
+            raise InputError(
+                f"data.{split}: name your {_PUBLIC_NAMES[split]} rows: a file, a folder, a glob or a hub id"
+            )
         if not parts and split == "test":
             raise InputError("data.test: no test rows are named, and data.train has no test split")
         if not parts:  # and split == "val"

@@ -52,11 +52,7 @@ def export(ckpt_path: str, output_dir: str, run_dir: str | None = None) -> None:
         InputError: a path is missing, is not what it should be, or would be overwritten.
     """
     checkpoint_file, output = Path(ckpt_path), Path(output_dir)
-    if not checkpoint_file.is_file():
-        raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
-    run = Path(run_dir) if run_dir else checkpoint_file.resolve().parent.parent
-    if not (run / "model" / "config.json").is_file():
-        raise InputError(f"{str(run)!r} is not the run's folder (it has no model/config.json): name it with --run_dir.")
+    run = find_run(checkpoint_file, run_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
     checkpoint = _load(checkpoint_file)
@@ -65,6 +61,27 @@ def export(ckpt_path: str, output_dir: str, run_dir: str | None = None) -> None:
     AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
     (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"])))
     print(f"Wrote {output} ({sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}).")
+
+
+def load_policy(ckpt_path: str | Path, run_dir: str | Path | None = None) -> PreTrainedModel:
+    """The policy of a checkpoint, in memory; arguments and errors as those of ``export``."""
+    checkpoint_file = Path(ckpt_path)
+    run = find_run(checkpoint_file, run_dir)
+    return _model(run / "model", _load(checkpoint_file)["state_dict"], checkpoint_file).eval()
+
+
+def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:
+    """The folder of the run that a checkpoint is from.
+
+    Raises:
+        InputError: the checkpoint is missing, or the folder does not hold the model's configuration.
+    """
+    if not checkpoint_file.is_file():
+        raise InputError(f"ckpt_path: no such checkpoint: {str(checkpoint_file)!r}.")
+    run = Path(run_dir) if run_dir else checkpoint_file.resolve().parent.parent
+    if not (run / "model" / "config.json").is_file():
+        raise InputError(f"{str(run)!r} is not the run's folder (it has no model/config.json): name it with --run_dir.")
+    return run
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -317,7 +317,6 @@ def test_source_folders(make, folder):
         ({"val_size": 0}, "data.val_size is 0;"),
         ({"format": "alpaca"}, "data.format: no format 'alpaca'"),
         ({"val": {"path": "a", "weight": 2}}, "data.val: weights are for data.train"),
-        ({"train": None}, "data.train: no training rows are named"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, options, message):

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_isdpo import __version__
-from lit_isdpo.data.datamodule import PreferenceDataModule, TextDataModule
+from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.export import export
@@ -26,9 +26,11 @@ from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
+from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.types import InputError
 
+MODULES = (PreferenceModule, SFTModule, PreferenceDataModule, SFTDataModule)  # imported, so known by their bare names
 OWN_VERBS = {"export": export}
 DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
 configs/quickstart.yaml. Besides the subcommands below there is lit-isdpo export, which writes a checkpoint as a Hugging
@@ -181,13 +183,18 @@ def _resolve_lab(config: Any, root: Path, *, default: Any) -> Any:
 
 def _quieten() -> None:
     """Leaves the messages that a user can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     transformers.utils.logging.disable_progress_bar()
 
 
+NOISY_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
 NOISE = (
     "GPU available",
     "TPU available",

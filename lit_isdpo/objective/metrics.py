@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_isdpo.objective.losses import PairLogps
 from lit_isdpo.objective.weights import PairWeights
@@ -57,7 +58,7 @@ class PairMetrics(Metric):
     sums: Tensor
     num_pairs: Tensor
     max_log_weight: Tensor
-    recent_log_weights: Tensor
+    recent: list[Tensor]
 
     def __init__(self, beta: float, window: int | None = None) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class PairMetrics(Metric):
         self.add_state("sums", torch.zeros(len(MEANS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_pairs", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("max_log_weight", torch.tensor(-math.inf), dist_reduce_fx="max")
-        self.add_state("recent_log_weights", torch.zeros(0), dist_reduce_fx="cat")
+        self.add_state("recent", [], dist_reduce_fx="cat")  # a list: ranks may hold different numbers of pairs
 
     def update(self, losses: Tensor, pairs: PairLogps, weights: PairWeights, counted: Tensor) -> None:
         """Adds B pairs.
@@ -97,13 +98,20 @@ class PairMetrics(Metric):
         log_weights = weights.log_weights[counted]
         if log_weights.numel():
             self.max_log_weight = torch.maximum(self.max_log_weight, log_weights.max())
-        recent = torch.cat([self.recent_log_weights, log_weights])
-        self.recent_log_weights = recent if self.window is None else recent[-self.window :]
+        recent = torch.cat([*self.recent, log_weights])
+        self.recent = [recent if self.window is None else recent[-self.window :]]
+
+    @property
+    def recent_log_weights(self) -> Tensor:
+        """``(N,)`` log-weights that the effective sample size is taken over; of all ranks inside a sync."""
+        log_weights: Tensor = dim_zero_cat(self.recent) if len(self.recent) else torch.zeros(0)
+        return log_weights
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the log keys without their stage prefix; ``weights/ess`` is a share of the pairs, ESS/N."""
         means = (self.sums / self.num_pairs).float()
-        ess = effective_sample_size(self.recent_log_weights) / self.recent_log_weights.numel()
+        log_weights = self.recent_log_weights
+        ess = effective_sample_size(log_weights) / log_weights.numel()
         return {
             **dict(zip(MEANS, means, strict=True)),
             "weights/max": self.max_log_weight.exp(),
@@ -112,10 +120,10 @@ class PairMetrics(Metric):
 
     def reset(self) -> None:
         """Starts a new window of sums; the recent log-weights stay where a window was asked for."""
-        recent = self.recent_log_weights
+        recent = list(self.recent)
         super().reset()
         if self.window is not None:
-            self.recent_log_weights = recent
+            self.recent = recent
 
 
 class Estimate(NamedTuple):

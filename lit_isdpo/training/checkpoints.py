@@ -13,7 +13,7 @@ from lit_isdpo.types import InputError
 
 
 def run_dir(trainer: Trainer) -> Path:
-    """The folder of this run: the first logger's, or the root where there is no logger."""
+    """The folder of this run: the first logger's, or the root without one. Every rank must call it: rank 0 tells."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

@@ -67,7 +67,9 @@ def load_policy(ckpt_path: str | Path, run_dir: str | Path | None = None) -> Pre
     """The policy of a checkpoint, in memory; arguments and errors as those of ``export``."""
     checkpoint_file = Path(ckpt_path)
     run = find_run(checkpoint_file, run_dir)
-    return _model(run / "model", _load(checkpoint_file)["state_dict"], checkpoint_file).eval()
+    model = _model(run / "model", _load(checkpoint_file)["state_dict"], checkpoint_file)
+    model.eval()
+    return model
 
 
 def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:

@@ -103,7 +103,7 @@ class PreferenceModule(PolicyModule):
         self.reference.to(self.device)
         if self._ess_before_resume is not None:
             own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
-            self.train_metrics.recent_log_weights = (own[0] if own else torch.zeros(0)).to(self.device)
+            self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
 
     def on_validation_start(self) -> None:
         """Moves the reference to the policy's device."""

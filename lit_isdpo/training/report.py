@@ -52,8 +52,9 @@ class RunReport(Callback):
         """Writes the folder and, in a fresh fit, measures where it starts."""
         assert isinstance(pl_module, PolicyModule)
         self._started = monotonic()
+        folder = run_dir(trainer)
         if trainer.is_global_zero:
-            write_model_folder(pl_module, run_dir(trainer) / "model")
+            write_model_folder(pl_module, folder / "model")
         if trainer.global_step == 0 and trainer.enable_validation:
             _validate(trainer)
             self.before = _numbers(trainer)
@@ -69,13 +70,13 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what the fit has changed."""
+        folder = run_dir(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             console = Console()
             console.print(self._table(trainer))
             for panel in _samples(trainer):
                 console.print(panel)
             seconds = timedelta(seconds=round(monotonic() - self._started))
-            folder = run_dir(trainer)
             console.print(f"Trained for {trainer.global_step} optimizer steps in {seconds}. Everything is in {folder}")
             console.print(f"Compare runs: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
 
@@ -171,7 +172,7 @@ def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
     metrics = [key for key in trainer.callback_metrics if key.startswith("val/")]
     for logger in trainer.loggers:
         logger.log_hyperparams(values)
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             # Lightning would log the metrics as scalars once more; their values are those of the tags, at every time.
             for summary in hparams(values, dict.fromkeys(metrics, 0.0)):
                 logger.experiment._get_file_writer().add_summary(summary)

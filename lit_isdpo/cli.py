@@ -187,6 +187,7 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     transformers.utils.logging.disable_progress_bar()
 
 

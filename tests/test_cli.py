@@ -86,6 +86,31 @@ def test_other_data_than_the_labs_has_no_gold_reward_and_says_so(
     assert "val/gold_reward" not in read_metrics(tmp_path / "version_0")
 
 
+def test_what_needs_the_gold_reward_switches_off_by_itself(
+    tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quickstart = f"--config={ROOT / 'configs' / 'quickstart.yaml'}"
+    main(["fit", quickstart, *tiny, "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"])
+    assert "No best checkpoint is kept" in caplog.text
+    assert [path.name for path in (tmp_path / "version_0" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_metric_that_is_not_logged_stops_before_the_first_step(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                *tiny,
+                "--trainer.max_steps=2",
+                "--checkpoint.monitor=val/goldd",
+                f"--trainer.default_root_dir={tmp_path}",
+            ]
+        )
+    assert "'val/goldd' is not logged; these are: val/" in capsys.readouterr().err
+
+
 def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
     main(["fit", f"--config={run / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}"])
     again = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)

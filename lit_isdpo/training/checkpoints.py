@@ -7,9 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.types import InputError
+
+GOLD_KEYS = ("val/gold_reward", "val/win_rate")  # known for the lab's data alone
 
 
 def run_dir(trainer: Trainer) -> Path:
@@ -37,6 +40,20 @@ class BestCheckpoint(ModelCheckpoint):
             save_last=False,
             auto_insert_metric_name=False,  # keys hold slashes
         )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves; the validation before the first step tells already whether the metric is there.
+
+        Raises:
+            InputError: ``monitor`` is not logged.
+        """
+        if self.monitor and self.monitor not in trainer.callback_metrics and trainer.state.fn == TrainerFn.FITTING:
+            if self.monitor not in GOLD_KEYS:
+                known = ", ".join(sorted(key for key in trainer.callback_metrics if key.startswith("val/")))
+                raise InputError(f"checkpoint.monitor: {self.monitor!r} is not logged; these are: {known}.")
+            rank_zero_info(f"No best checkpoint is kept, as {self.monitor} is not known for this data.")
+            self.monitor, self.save_top_k = None, 0
+        super().on_validation_end(trainer, pl_module)
 
 
 class LastCheckpoint(Callback):

@@ -1,0 +1,50 @@
+"""The experiments as they stand: what the lab is for can be seen in their logs."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_isdpo.cli import main
+from lit_isdpo.lab.folder import REFERENCE
+from lit_isdpo.training.export import load_policy
+from tests.conftest import read_metrics
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[int, float]]]:
+    logs = {}
+    for name in ("posts_dpo", "posts_is_dpo"):
+        root = tmp_path_factory.mktemp(name)
+        options = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}"]
+        main(["fit", f"--config={CONFIGS / 'experiment' / name}.yaml", *options])
+        logs[name] = read_metrics(root / "version_0")
+    return logs
+
+
+def test_gold_reward_of_dpo_rises_and_falls_while_its_loss_falls_and_kl_grows(
+    logs: dict[str, dict[str, dict[int, float]]],
+) -> None:
+    dpo = logs["posts_dpo"]
+    gold, error = dpo["val/gold_reward"], dpo["val/gold_reward_stderr"]
+    first, last, peak = min(gold), max(gold), max(gold, key=gold.__getitem__)
+    assert gold[peak] - gold[first] > 4 * error[first]
+    assert gold[peak] - gold[last] > 4 * error[last]
+    loss, kl = dpo["train/loss"], dpo["val/kl/rao_blackwell"]
+    assert loss[max(loss)] < loss[0]
+    assert kl[first] == 0
+    assert kl[peak] < kl[last]
+
+
+def test_kl_trajectories_side_by_side(logs: dict[str, dict[str, dict[int, float]]]) -> None:
+    """The same first step; later the weights hold the policy nearer to its reference, and fade as it leaves."""
+    dpo, is_dpo = logs["posts_dpo"], logs["posts_is_dpo"]
+    assert dpo["train/loss"][0] == is_dpo["train/loss"][0]
+    kl, is_kl = dpo["val/kl/rao_blackwell"], is_dpo["val/kl/rao_blackwell"]
+    assert is_kl[max(is_kl)] < kl[max(kl)]
+    weights = is_dpo["val/weights/mean"]
+    assert weights[min(weights)] == 1
+    assert weights[max(weights)] < 0.5
+    assert set(dpo["val/weights/mean"].values()) == {1.0}

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from lit_isdpo.cli import main
-from lit_isdpo.lab.folder import REFERENCE
-from lit_isdpo.training.export import load_policy
 from tests.conftest import read_metrics
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

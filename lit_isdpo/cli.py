@@ -104,6 +104,8 @@ def check(verb: str, config: Namespace) -> None:
             "For bfloat16 matrix products use --model.policy.compute_dtype bfloat16"
             + (" (float16 is too narrow for them)." if "16" in precision and "b" not in precision else ".")
         )
+    if config.trainer.gradient_clip_algorithm == "value":
+        raise InputError("trainer.gradient_clip_algorithm 'value' is not supported: gradients are clipped by norm.")
     strategy = config.trainer.strategy
     if not isinstance(strategy, str) or strategy.split("_")[0] not in ("auto", "ddp"):
         raise InputError(f"trainer.strategy {strategy!r} is not supported: use 'auto' (one device) or 'ddp'.")

@@ -225,6 +225,7 @@ def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
         (["--model.weighting=ShuffledImportanceWeighting", "--data.micro_batch_size=1"], r"at least 2"),
         (["--trainer.precision=16-mixed"], r"precision '16-mixed' is not supported"),
         (["--trainer.precision=bf16-true"], r"compute_dtype bfloat16"),
+        (["--trainer.gradient_clip_algorithm=value"], r"clipped by norm"),
         (["--trainer.strategy=fsdp"], r"strategy 'fsdp' is not supported"),
         (["--trainer.accumulate_grad_batches=3"], r"accumulate_grad_batches"),
         (["--data.micro_batch_size=3"], r"micro_batch_size"),

@@ -211,10 +211,10 @@ class PreferenceModule(PolicyModule):
         bad = off > tolerance * num_tokens.float().sqrt()
         loss, expected = self.loss(pairs).mean(), self.loss(pairs.at_reference()).mean()
         if bad.any():
-            rows = batch.row_ids[bad].tolist()[:8]
+            rows = self._row_names(batch.row_ids[bad])
             raise InputError(
                 f"At the first step the policy is the reference, yet log pi/ref is up to {off.max():.3g} nats and the "
-                f"loss {loss:.4g} instead of {expected:.4g} (training rows {rows}): the model's forward is not "
+                f"loss {loss:.4g} instead of {expected:.4g} ({rows}): the model's forward is not "
                 "deterministic, or the two were not loaded alike."
             )
 
@@ -227,11 +227,19 @@ class PreferenceModule(PolicyModule):
         losses, row_ids = torch.cat(self._window_losses), torch.cat(self._window_row_ids)
         self._window_losses, self._window_row_ids = [], []
         if not math.isfinite(losses.sum().item()):
-            rows = row_ids[~torch.isfinite(losses)].tolist()[:8]
+            rows = self._row_names(row_ids[~torch.isfinite(losses)])
             raise InputError(
-                f"The loss is NaN or infinite at optimizer step {self.trainer.global_step} for training rows {rows}; "
+                f"The loss is NaN or infinite at optimizer step {self.trainer.global_step} for {rows}; "
                 "the weights are as they were before this step. Try a lower learning rate, or look at those rows."
             )
+
+    def _row_names(self, row_ids: Tensor) -> str:
+        """A few rows in words, as they were read."""
+        some = row_ids.tolist()[:8]
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            return f"training rows {some}"
+        return ", ".join(datamodule.row_name("train", row_id) for row_id in some)
 
     def _warn_of_vanishing_weights(self, values: dict[str, Tensor]) -> None:
         if isinstance(self.weighting, ImportanceWeighting) and self.train_metrics.window is not None:

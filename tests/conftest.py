@@ -70,6 +70,7 @@ def tiny(model_dir: str, pairs_file: str) -> list[str]:
         "--data.val_size=8",
         "--data.batch_size=8",
         "--data.max_length=64",
+        "--data.max_prompt_length=48",
         "--model.optimizer=torch.optim.AdamW",
         "--model.optimizer.lr=1e-3",
         "--trainer.accelerator=cpu",

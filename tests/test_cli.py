@@ -63,7 +63,7 @@ def test_tensorboard_has_scalars_histograms_texts_and_the_table_of_runs(run: Pat
     assert "val/samples/text_summary" in tags["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    for name in (b"beta", b"epsilon", b"lr", b"seed", b"weighting"):
+    for name in (b"method", b"ImportanceWeighting x DPOLoss", b"beta", b"epsilon", b"lr", b"seed"):
         assert name in content
     steps = [event.step for event in events.Scalars("val/loss")]
     assert steps == [0, 4, 8], "a run is validated before its first step, and after each epoch of four"

@@ -1,6 +1,7 @@
 """What supervised and preference training share: the policy, its tokenizer, the optimizer and its schedule."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -96,7 +97,7 @@ class Prediction(NamedTuple):
     finished: bool
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(LightningModule, ABC):
     """A trainable policy.
 
     Args:
@@ -131,9 +132,9 @@ class PolicyModule(LightningModule):
         return None
 
     @property
-    def method(self) -> dict[str, Any]:
-        """What distinguishes this run's method from another's, as plain values, for tables of runs."""
-        raise NotImplementedError
+    @abstractmethod
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """The method's name and its numbers, for tables of runs."""
 
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""

@@ -73,12 +73,9 @@ class PreferenceModule(PolicyModule):
         return self._reference[0]
 
     @property
-    def method(self) -> dict[str, Any]:
-        """Class and numbers of the loss and the weighting."""
-        values: dict[str, Any] = {"loss": type(self.loss).__name__, "weighting": type(self.weighting).__name__}
-        for part in (self.loss, self.weighting):
-            values |= {name: value for name, value in vars(part).items() if not name.startswith("_")}
-        return values
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """Classes and numbers of the loss and the weighting."""
+        return f"{type(self.weighting).__name__} x {type(self.loss).__name__}", vars(self.loss) | vars(self.weighting)
 
     def configure_model(self) -> None:
         """Loads both models."""

@@ -35,6 +35,7 @@ ROWS = (
     ("response length, tokens", "response_length", "{:.1f}"),
 )
 """Label, log key and format of the table's rows; a key that a run does not log has no row."""
+SHOWN = ("beta", "epsilon")  # beside method, learning rate and seed
 
 
 class RunReport(Callback):
@@ -161,13 +162,18 @@ def _validate(trainer: Trainer) -> None:
 def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
     """Fills the table of runs: what distinguishes them, against what the last validation of each measured."""
     optimizer = trainer.optimizers[0]
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    method, numbers = module.method
     values = {
-        **module.method,
+        "method": method,
         "lr": optimizer.defaults["lr"],
-        "optimizer": type(optimizer).__name__,
-        "seed": getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
-        "batch_size": getattr(trainer.datamodule, "batch_size", None),  # type: ignore[attr-defined]
-        "policy": module.policy_config.path,
+        "seed": getattr(datamodule, "seed", None),
+        **{key: number for key, number in numbers.items() if key in SHOWN},
+        # The tab shows the first five by name: what matters less stands behind.
+        **{f"setup.{key}": number for key, number in numbers.items() if key not in SHOWN},
+        "setup.batch_size": getattr(datamodule, "batch_size", None),
+        "setup.optimizer": type(optimizer).__name__,
+        "setup.policy": module.policy_config.path,
     }
     metrics = [key for key in trainer.callback_metrics if key.startswith("val/")]
     for logger in trainer.loggers:

@@ -49,9 +49,9 @@ class SFTModule(PolicyModule):
         self.test_metrics = TokenLoss()
 
     @property
-    def method(self) -> dict[str, Any]:
+    def method(self) -> tuple[str, dict[str, Any]]:
         """SFT has no variants."""
-        return {"loss": "SFT"}
+        return "SFT", {}
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Summed loss of the micro-batch, in nats; ``on_before_optimizer_step`` divides by the window's tokens.

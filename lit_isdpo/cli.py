@@ -87,7 +87,7 @@ class IsdpoCLI(LightningCLI):
             tensorboard = TensorBoardLogger(root, name="", default_hp_metric=False)
             kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is not False:
-            self.trainer_defaults["callbacks"].append(ProgressBar())
+            self.trainer_defaults["callbacks"].insert(0, ProgressBar())  # first, so that it ends before the report
         return super().instantiate_trainer(**kwargs)
 
 

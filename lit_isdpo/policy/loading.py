@@ -101,7 +101,9 @@ def load_causal_lm(policy: PolicyConfig) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     model.eval()
     if policy.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Newer releases of transformers 5 deprecate the older name.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

@@ -69,8 +69,10 @@ class RunReport(Callback):
         """Takes them back."""
         self.before = state_dict["before"]
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what the fit has changed."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prints what the fit has changed, when the progress bar is done."""
+        if stage != "fit":
+            return
         folder = run_dir(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             console = Console()

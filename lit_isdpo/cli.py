@@ -60,7 +60,6 @@ class IsdpoCLI(LightningCLI):
         parser.add_lightning_class_args(SamplingProbe, "probe")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override the config: here the config is the one truth."""
@@ -71,22 +70,26 @@ class IsdpoCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds everything from a copy in which the lab's names are folders; the saved config keeps the names."""
-        written = self.config
-        self.config = written.clone()
+        self.written = self.config
+        self.config = self.written.clone()
         config = self.config[self.subcommand]
+        if config.data.init_args.get("seed") is None:
+            config.data.init_args.seed = int(config.seed_everything)
         root = Path(config.trainer.default_root_dir) / "lab"
         _resolve_lab(config.model.init_args, root, default="reference")
         _resolve_lab(config.data.init_args, root, default="pairs")
         super().instantiate_classes()
-        self.config = written
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Logs to TensorBoard and CSV in one folder a run, unless the config names loggers of its own."""
-        if self._get(self.config_init, "trainer").get("logger") in (None, True):
-            root = self._get(self.config_init, "trainer").default_root_dir
-            tensorboard = TensorBoardLogger(root, name="", default_hp_metric=False)
-            kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
-        if self._get(self.config_init, "trainer").get("enable_progress_bar") is not False:
+        """Gives each run a folder of its own, with TensorBoard and CSV logs unless the config names other loggers."""
+        self.config = self.written  # what is saved keeps the lab's names, which mean the same on every machine
+        trainer = self._get(self.config_init, "trainer")
+        tensorboard = TensorBoardLogger(trainer.default_root_dir, name="", default_hp_metric=False)
+        kwargs["default_root_dir"] = tensorboard.log_dir
+        if trainer.get("logger") in (None, True):
+            csv = CSVLogger(trainer.default_root_dir, name="", version=tensorboard.version)
+            kwargs["logger"] = [tensorboard, csv]
+        if trainer.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())  # first, so that it ends before the report
         return super().instantiate_trainer(**kwargs)
 
@@ -109,10 +112,12 @@ def check(verb: str, config: Namespace) -> None:
     strategy = config.trainer.strategy
     if not isinstance(strategy, str) or strategy.split("_")[0] not in ("auto", "ddp"):
         raise InputError(f"trainer.strategy {strategy!r} is not supported: use 'auto' (one device) or 'ddp'.")
-    if verb == "fit" and config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+    if not config.trainer.default_root_dir:
+        raise InputError("trainer.default_root_dir: name a folder for the runs.")
+    if verb == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
         raise InputError("trainer: set max_epochs or max_steps, so that the fit ends.")
     ckpt_path = config.get("ckpt_path")
-    if ckpt_path and ckpt_path not in ("last", "best", "hpc") and not Path(ckpt_path).exists():
+    if ckpt_path and not Path(ckpt_path).exists():
         raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
 
 
@@ -178,19 +183,21 @@ def _resolve_lab(config: Any, root: Path, *, default: Any) -> Any:
             config[key] = str(resolve(value, root, default=default))
         elif isinstance(value, Namespace | dict | list):
             _resolve_lab(value, root, default=default)
-        elif hasattr(value, "path"):
-            ...
     return config
 
 
 def _quieten() -> None:
     """Leaves the messages that a user can act on."""
     for name in NOISY_LOGGERS:
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(NOISE))
+        logging.getLogger(name).addFilter(_is_no_noise)  # a filter is added once
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     transformers.utils.logging.disable_progress_bar()
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
 
 
 NOISY_LOGGERS = (
@@ -207,6 +214,7 @@ NOISE = (
     "`weights_only` was not set",
 )
 SILENCED_WARNINGS = (
+    "It is recommended to use .*sync_dist=True",  # the probe's values are those of all ranks already
     "Be aware that when using `ckpt_path`",  # a checkpoint serves other verbs and other callbacks too
     "The dirpath has changed from",  # a resumed run has a folder of its own; the best checkpoint stays in the old one
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code

@@ -91,13 +91,13 @@ class PreferenceBatch(NamedTuple):
 
     Attributes:
         tokens: the stacked sequences.
-        behavior_logps: ``(2B,)`` float32 in nats, or ``None`` where the data has none.
+        behavior_logps: ``(2B,)`` float32 in nats, NaN where the data has none.
         row_ids: ``(B,)`` int64, the pair's row in its data set; -1 marks a pair that only fills up the last batch of an
             evaluation and must not be counted.
     """
 
     tokens: TokenBatch
-    behavior_logps: Tensor | None
+    behavior_logps: Tensor
     row_ids: Tensor
 
 

@@ -12,10 +12,10 @@ For two pairs with prompt ``[1, 5]`` / ``[1]`` and responses ``[6, 2]``, ``[7, 8
 The first response token is predicted at the prompt's last position, so a prompt has at least one token.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from lit_isdpo.types import (
     PreferenceBatch,
@@ -71,7 +71,7 @@ def collate_completions(
 def collate_pairs(pairs: Sequence[TokenizedPair], row_ids: Sequence[int], *, pad_token_id: int) -> PreferenceBatch:
     """Stacks B pairs as ``[chosen; rejected]``.
 
-    The behavior log-probs become ``None`` unless every pair has them: a batch is weighted by one rule.
+    A response whose behavior log-prob is not known gets NaN.
     """
     tokens = collate_completions(
         [pair.prompt_ids for pair in pairs] * 2,
@@ -79,8 +79,7 @@ def collate_pairs(pairs: Sequence[TokenizedPair], row_ids: Sequence[int], *, pad
         pad_token_id=pad_token_id,
     )
     behavior = [pair.chosen_behavior_logps for pair in pairs] + [pair.rejected_behavior_logps for pair in pairs]
-    known = [logps for logps in behavior if logps is not None]
-    behavior_logps: Tensor | None = torch.tensor(known) if len(known) == len(behavior) else None
+    behavior_logps = torch.tensor([math.nan if logps is None else logps for logps in behavior])
     return PreferenceBatch(tokens, behavior_logps, torch.tensor(row_ids))
 
 

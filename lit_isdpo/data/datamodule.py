@@ -80,7 +80,7 @@ class TextDataModule(LightningDataModule, ABC):
             prompts too, never writes plain transcripts.
         val_size: how much of the training rows is held out where there are no validation rows: a fraction, or a number
             of rows. Rows with the same prompt stay together, so that it can be somewhat more.
-        seed: of the order of the training rows and of the held-out part.
+        seed: of the order of the training rows. Default: the run's ``seed_everything``, and 0 in Python.
         num_workers: processes that collate batches in the background.
         eval_batch_size: rows of a forward on one rank in evaluations. Default: ``micro_batch_size``.
         num_proc: processes that tokenize.
@@ -111,7 +111,7 @@ class TextDataModule(LightningDataModule, ABC):
         truncation_mode: TruncationMode = "keep_end",
         chat_template: ChatTemplate = "auto",
         val_size: int | float = 0.05,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
         num_proc: int | None = None,
@@ -130,7 +130,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template
         self.val_size = val_size
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self.num_workers = num_workers
         self.num_proc = num_proc
         self._check_arguments()
@@ -196,7 +196,7 @@ class TextDataModule(LightningDataModule, ABC):
                 [counts.kept for counts in self.counts["train"]],
                 weights=[source.weight for source in self.sources["train"]],
                 batch_size=self.batch_size,
-                micro_batch_size=self._rows_per_forward(),
+                micro_batch_size=self.rows_per_forward,
                 world_size=self._world_size,
                 rank=self._rank,
                 seed=self.seed,
@@ -213,7 +213,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _load(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:
-            accumulation = self.batch_size // (self._rows_per_forward() * self._world_size)
+            accumulation = self.batch_size // (self.rows_per_forward * self._world_size)
             if self.trainer.accumulate_grad_batches not in (1, accumulation):
                 raise InputError(
                     f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size "
@@ -239,7 +239,9 @@ class TextDataModule(LightningDataModule, ABC):
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
 
-    def _rows_per_forward(self) -> int:
+    @property
+    def rows_per_forward(self) -> int:
+        """Rows of a training forward on one rank; known once the number of ranks is."""
         micro, world = self.micro_batch_size, self._world_size
         if self.batch_size % ((micro or 1) * world):
             by = f"data.micro_batch_size {micro} x {world} rank(s)" if micro else f"{world} ranks"
@@ -307,7 +309,7 @@ class TextDataModule(LightningDataModule, ABC):
         if "train" not in self._rows:
             self._load_split("train")
         rows, counts = self._rows["train"], self.counts["train"]
-        mask = hold_out(rows.prompt_keys(), self.val_size, self.seed)
+        mask = hold_out(rows.prompt_keys(), self.val_size)
         held_out = [int(part.sum()) for part in mask.split([source.kept for source in counts])]
         self._rows["train"] = Rows(rows.table, rows.positions[~mask], self.row_type)
         self._rows["val"] = Rows(rows.table, rows.positions[mask], self.row_type)
@@ -343,7 +345,7 @@ class TextDataModule(LightningDataModule, ABC):
         assert self._order is not None, "setup('fit') comes first"
         return TrainingLoader(
             self._rows["train"],
-            batch_size=self._rows_per_forward(),
+            batch_size=self.rows_per_forward,
             sampler=self._order,
             persistent_workers=self.num_workers > 0,
             **self._loader_options(),
@@ -365,7 +367,7 @@ class TextDataModule(LightningDataModule, ABC):
         rows = self._rows[split]
         return DataLoader(
             rows,
-            batch_size=self.eval_batch_size or self._rows_per_forward(),
+            batch_size=self.eval_batch_size or self.rows_per_forward,
             sampler=EvaluationOrder(len(rows), world_size=self._world_size, rank=self._rank),
             **self._loader_options(),
         )

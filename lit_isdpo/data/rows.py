@@ -172,13 +172,14 @@ def _map(
             datasets.enable_progress_bars()
 
 
-def hold_out(prompt_keys: Tensor, size: float | int, seed: int) -> Tensor:
+def hold_out(prompt_keys: Tensor, size: int | float) -> Tensor:
     """Chooses rows to validate on. Rows with the same prompt stay together: a prompt that was trained on tells little.
+
+    The choice depends on the data alone, not on a seed: a later ``validate`` must never see rows that were trained on.
 
     Args:
         prompt_keys: ``(N,)`` int64, one a row.
         size: fraction of the rows, or (``int``) number of rows; whole prompts are taken until it is reached.
-        seed: decides which prompts.
 
     Returns:
         ``(N,)`` bool, true where a row is held out.
@@ -186,11 +187,11 @@ def hold_out(prompt_keys: Tensor, size: float | int, seed: int) -> Tensor:
     Raises:
         InputError: nothing is left to train on.
 
-    >>> hold_out(torch.tensor([7, 7, 8, 9]), 1, seed=0).sum() in (1, 2)
+    >>> hold_out(torch.tensor([7, 7, 8, 9]), 1).sum() in (1, 2)
     True
     """
     prompts, prompt_of_row, num_rows = prompt_keys.unique(return_inverse=True, return_counts=True)
-    order = permutation(len(prompts), seed, "held out")
+    order = permutation(len(prompts), "held out")
     wanted = size if isinstance(size, int) else max(1, round(size * len(prompt_keys)))
     num_prompts = int((num_rows[order].cumsum(0) < wanted).sum()) + 1
     if num_prompts >= len(prompts):

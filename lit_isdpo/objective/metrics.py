@@ -26,6 +26,7 @@ MEANS = (
     "logratios/chosen",
     "logratios/rejected",
     "logratios/chosen_fell",
+    "logratios/importance",
     "weights/mean",
     "weights/clip_fraction",
 )
@@ -90,6 +91,7 @@ class PairMetrics(Metric):
             chosen,
             rejected,
             (chosen < 0).float(),
+            weights.log_importance_ratio,
             weights.weights,
             weights.clipped,
         ]
@@ -169,7 +171,6 @@ def kl_values(logratios: Tensor, token_kl: Tensor, completion_mask: Tensor) -> K
     return KLValues(per_token.sum(dim=1), logratios, (-logratios).exp() - 1 + logratios)
 
 
-def token_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """Exact KL of the next-token distributions, ``(N, V), (N, V) -> (N,)``, in nats."""
-    logps, ref_logps = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
+def token_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Exact KL of next-token distributions given as log-probs, ``(N, V), (N, V) -> (N,)``, in nats."""
     return (logps.exp() * (logps - ref_logps)).sum(dim=1)

@@ -62,7 +62,7 @@ class UniformWeighting(PairWeighting):
     """Weights of one: the base loss as published (DPO, IPO, SLiC)."""
 
     def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
-        """Ignores the ratios, but hands them on to be logged, so that every method shows the same curves."""
+        """Ignores the ratios, but hands them on to be logged: ``logratios/importance`` is a curve of every method."""
         joint = chosen_log_ratio + rejected_log_ratio
         return PairWeights(torch.zeros_like(joint), joint, torch.zeros_like(joint))
 
@@ -104,7 +104,7 @@ class ImportanceWeighting(PairWeighting):
         self.floor = floor
 
     def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
-        """Caps in log space: ``exp`` never overflows, whatever the policy does."""
+        """Caps in log space, before ``exp`` could overflow."""
         joint = chosen_log_ratio + rejected_log_ratio
         if self.cap == "joint":
             log_weights = joint.clamp(max=2 * self.epsilon)

@@ -8,6 +8,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from lit_isdpo.types import PromptBatch, Response
 
 
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16)
+
+
 @torch.no_grad()
 def sample_responses(
     model: PreTrainedModel,
@@ -19,6 +24,7 @@ def sample_responses(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> list[Response]:
     """Draws one response a prompt.
 
@@ -31,6 +37,7 @@ def sample_responses(
         temperature: divides the logits; KL estimates need 1.
         top_p: nucleus; KL estimates need 1.
         seed: the responses are a function of it; the global random state is left as it was.
+        compute_dtype: autocast dtype of the model.
 
     Returns:
         P responses.
@@ -51,7 +58,7 @@ def sample_responses(
     # The model's own generation config would fill in what is not said here (a chat model's top_k, say).
     own_config, model.generation_config = model.generation_config, config
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), autocast(model.device, compute_dtype):
             torch.manual_seed(seed)
             output = model.generate(  # type: ignore[operator]
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_isdpo.types import InputError
@@ -40,6 +41,10 @@ class PolicyConfig:
     chunk_size: int = 2048
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise InputError(f"model.policy.chunk_size must be at least 1 token, not {self.chunk_size}.")
+
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Sets every dropout rate to 0: with dropout on, policy and reference differ at the first step already."""
@@ -49,7 +54,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def load_config(policy: PolicyConfig) -> PretrainedConfig:
+def load_config(policy: PolicyConfig, *, option: str = "model.policy.path") -> PretrainedConfig:
     """Reads the architecture alone.
 
     Raises:
@@ -60,22 +65,22 @@ def load_config(policy: PolicyConfig) -> PretrainedConfig:
             policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise InputError(_why_not_loaded(policy, error)) from error
+        raise InputError(_why_not_loaded(policy, option, error)) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not policy.trust_remote_code:
         raise InputError(
-            f"model.policy.path: {policy.path!r} is a {config.model_type!r} model, which is not a causal language "
+            f"{option}: {policy.path!r} is a {config.model_type!r} model, which is not a causal language "
             "model; name one that AutoModelForCausalLM can load."
         )
     return without_dropout(config)
 
 
-def load_causal_lm(policy: PolicyConfig) -> PreTrainedModel:
+def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -> PreTrainedModel:
     """Loads the model on the CPU.
 
     Raises:
         InputError: no such model, weights that do not fit the architecture, or an attention kernel that is not there.
     """
-    config = load_config(policy)
+    config = load_config(policy, option=option)
     options: dict[str, Any] = {
         "dtype": DTYPES[policy.dtype],
         "attn_implementation": policy.attn_implementation,
@@ -91,13 +96,11 @@ def load_causal_lm(policy: PolicyConfig) -> PreTrainedModel:
             model, report = loaded
             if missing := sorted(report["missing_keys"]):
                 raise InputError(
-                    f"model.policy.path: {policy.path!r} has no weights for {missing[0]} "
+                    f"{option}: {policy.path!r} has no weights for {missing[0]} "
                     f"({len(missing)} of the model's tensors are missing): it is not a causal language model."
                 )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(_why_not_loaded(policy, error)) from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(_why_not_loaded(policy, option, error)) from error
     assert isinstance(model, PreTrainedModel)
     model.eval()
     if policy.gradient_checkpointing:
@@ -107,14 +110,14 @@ def load_causal_lm(policy: PolicyConfig) -> PreTrainedModel:
     return model
 
 
-def _why_not_loaded(policy: PolicyConfig, error: Exception) -> str:
+def _why_not_loaded(policy: PolicyConfig, option: str, error: Exception) -> str:
     path = Path(policy.path)
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if path.is_dir():
-        reason = str(error).strip().splitlines()[0]
-        return f"model.policy.path: the folder {policy.path!r} holds no loadable Hugging Face model: {reason}"
+        return f"{option}: the folder {policy.path!r} holds no loadable Hugging Face model: {reason}"
     if path.is_absolute() or policy.path.startswith((".", "~")) or policy.path.count("/") > 1:
-        return f"model.policy.path: no such folder: {policy.path!r}."
+        return f"{option}: no such folder: {policy.path!r}."
     return (
-        f"model.policy.path: no such model: {policy.path!r} is neither a folder here nor a model that the Hugging Face "
-        "hub gave (is the name right, are you online, do you have access?)."
+        f"{option}: {policy.path!r} is no folder here and could not be loaded from the Hugging Face hub (is the name "
+        f"right, are you online, do you have access?): {reason}"
     )

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import completion_hidden_states, sequence_logps
+from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
 from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
 
@@ -52,11 +53,14 @@ class LogProbModel(nn.Module):
         """Full fp32 logits of the N completion tokens, ``(N, V)``, for measures of whole distributions. Mind N * V."""
         return self.head(completion_hidden_states(self.decode(tokens), tokens))
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Columns of the head, V."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
     def decode(self, tokens: TokenBatch) -> Tensor:
         """Last hidden states, ``(R, T, H)``."""
-        with torch.autocast(
-            tokens.input_ids.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
-        ):
+        with autocast(tokens.input_ids.device, self.compute_dtype):
             output = self.model.base_model(
                 input_ids=tokens.input_ids,
                 attention_mask=tokens.attention_mask,
@@ -91,8 +95,7 @@ class LogProbModel(nn.Module):
             )
 
 
-def load_logprob_model(config: PolicyConfig) -> LogProbModel:
-    """Loads the model that ``config`` names, on the CPU."""
-    return LogProbModel(
-        load_causal_lm(config), compute_dtype=DTYPES[config.compute_dtype], chunk_size=config.chunk_size
-    )
+def load_logprob_model(config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
+    """Loads the model that ``config`` names, on the CPU; messages name ``option``."""
+    model = load_causal_lm(config, option=option)
+    return LogProbModel(model, compute_dtype=DTYPES[config.compute_dtype], chunk_size=config.chunk_size)

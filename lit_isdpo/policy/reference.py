@@ -6,7 +6,7 @@ import torch
 
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
-from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
+from lit_isdpo.types import SequenceLogps, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +45,13 @@ class ResidentReference:
 
 
 def load_reference(policy: PolicyConfig, reference: ReferenceConfig) -> ResidentReference:
-    """Loads the reference in the policy's numerics.
+    """Loads the reference in the policy's numerics; errors as those of ``load_causal_lm``."""
+    return ResidentReference(load_logprob_model(reference_as_policy(policy, reference), option="model.reference.path"))
 
-    Raises:
-        InputError: the policy starts from random weights and no reference is named.
-    """
-    if reference.path is None and policy.init == "random":
-        raise InputError(
-            "model.reference.path: a policy with random weights (init: random) needs a reference of its own."
-        )
-    config = replace(
-        policy,
-        path=reference.path or policy.path,
-        revision=reference.revision if reference.path else policy.revision,
-        init="pretrained",
-        gradient_checkpointing=False,
+
+def reference_as_policy(policy: PolicyConfig, reference: ReferenceConfig) -> PolicyConfig:
+    """The reference's model in the policy's numerics."""
+    revision = reference.revision if reference.path else reference.revision or policy.revision
+    return replace(
+        policy, path=reference.path or policy.path, revision=revision, init="pretrained", gradient_checkpointing=False
     )
-    return ResidentReference(load_logprob_model(config))

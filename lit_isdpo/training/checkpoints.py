@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -16,8 +17,15 @@ GOLD_KEYS = ("val/gold_reward", "val/win_rate")  # known for the lab's data alon
 
 
 def run_dir(trainer: Trainer) -> Path:
-    """The folder of this run: the first logger's, or the root without one. Every rank must call it: rank 0 tells."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The folder of this run. Every rank must call it: rank 0, which came first, tells.
+
+    It is that of a logger which writes to a folder; with other loggers or none it is the root, of which the command
+    line makes a new one for each run.
+    """
+    if trainer.loggers and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
+        return Path(str(trainer.log_dir))
+    folder: str = trainer.strategy.broadcast(trainer.default_root_dir)
+    return Path(folder)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -40,6 +48,11 @@ class BestCheckpoint(ModelCheckpoint):
             save_last=False,
             auto_insert_metric_name=False,  # keys hold slashes
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keeps checkpoints in the run's folder, whatever the logger."""
+        self.dirpath = str(run_dir(trainer) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves; the validation before the first step tells already whether the metric is there.
@@ -95,7 +108,7 @@ class LastCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves if the fit ends here, or a save is due."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch:
             return  # in the middle of an accumulation window there is gradient that no checkpoint holds
         step = trainer.global_step
         at_max_steps = step == trainer.max_steps
@@ -111,6 +124,11 @@ class LastCheckpoint(Callback):
         if at_max_steps:
             trainer.should_stop = True  # Lightning then validates the final state before it ends
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves where something else ended the fit: early stopping, ``max_time``."""
+        if trainer.global_step != self._saved_at:
+            self._save(trainer)
+
     def path(self, trainer: Trainer) -> Path:
         """Where the last checkpoint is."""
         return run_dir(trainer) / "checkpoints" / "last.ckpt"
@@ -122,6 +140,7 @@ class LastCheckpoint(Callback):
         if trainer.is_global_zero:
             temporary.replace(path)
         trainer.strategy.barrier("last.ckpt")
+        self._saved_at = trainer.global_step
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self._interrupted:

@@ -40,13 +40,14 @@ are there only where the true reward is known.
 """
 
 
-def export(ckpt_path: str, output_dir: str, run_dir: str | None = None) -> None:
+def export(ckpt_path: str, output_dir: str, run_dir: str | None = None, trust_remote_code: bool = False) -> None:
     """Writes the policy of a checkpoint as a Hugging Face folder: safetensors, tokenizer, chat template, model card.
 
     Args:
         ckpt_path: the checkpoint, ``RUN/checkpoints/last.ckpt`` say.
         output_dir: the folder to write; it must be new or empty.
         run_dir: the run's folder, with its ``model`` and ``config.yaml``, where the checkpoint was moved away from it.
+        trust_remote_code: run Python code that came with the model.
 
     Raises:
         InputError: a path is missing, is not what it should be, or would be overwritten.
@@ -56,9 +57,9 @@ def export(ckpt_path: str, output_dir: str, run_dir: str | None = None) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
     checkpoint = _load(checkpoint_file)
-    model = _model(run / "model", checkpoint["state_dict"], checkpoint_file)
+    model = _model(run / "model", checkpoint["state_dict"], checkpoint_file, trust_remote_code)
     model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
+    AutoTokenizer.from_pretrained(run / "model", trust_remote_code=trust_remote_code).save_pretrained(output)
     (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"])))
     print(f"Wrote {output} ({sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}).")
 
@@ -96,10 +97,16 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _model(folder: Path, state_dict: dict[str, torch.Tensor], path: Path) -> PreTrainedModel:
+def _model(
+    folder: Path, state_dict: dict[str, torch.Tensor], path: Path, trust_remote_code: bool = False
+) -> PreTrainedModel:
     weights = {key.removeprefix(WEIGHTS_PREFIX): v for key, v in state_dict.items() if key.startswith(WEIGHTS_PREFIX)}
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -112,24 +119,24 @@ def _model(folder: Path, state_dict: dict[str, torch.Tensor], path: Path) -> Pre
 def _card(run: Path, name: str, step: int) -> str:
     config_file = run / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
-    metrics_step, metrics = _last_validation(run / "metrics.csv")
+    metrics_step, metrics = _validation(run / "metrics.csv", step)
     rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
     return CARD.format(
         name=name,
         version=__version__,
         step=step,
         metrics_step=metrics_step,
-        metrics="\n".join(rows) if metrics else "(the run logged none)",
+        metrics="\n".join(rows) if metrics else "(none in metrics.csv)",
         config=yaml.safe_dump(config, sort_keys=False),
     )
 
 
-def _last_validation(file: Path) -> tuple[str, dict[str, float]]:
-    """The step and values of the last logged validation."""
+def _validation(file: Path, step: int) -> tuple[str, dict[str, float]]:
+    """The step and values of the validation at ``step``, or else of the last one before it."""
     if not file.is_file():
         return "-", {}
     with file.open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row.get("val/loss")]
+        rows = [row for row in csv.DictReader(lines) if row.get("val/loss") and int(row["step"]) <= step]
     if not rows:
         return "-", {}
     last = rows[-1]

@@ -121,7 +121,9 @@ class PolicyModule(LightningModule, ABC):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.sampling = sampling
-        load_config(policy)  # so that a model that is none is found out before any data is read
+        self.policy_model_config = load_config(
+            policy
+        ).get_text_config()  # so that a model that is none is found out before any data is read
         self.tokenizer = load_tokenizer(
             policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
         )
@@ -135,6 +137,24 @@ class PolicyModule(LightningModule, ABC):
     @abstractmethod
     def method(self) -> tuple[str, dict[str, Any]]:
         """The method's name and its numbers, for tables of runs."""
+
+    def setup(self, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell.
+
+        Raises:
+            InputError: rows longer than the model's positions, another tokenizer than the model's, or a device without
+                float64, in which sums are kept.
+        """
+        if self.trainer.strategy.root_device.type == "mps":
+            raise InputError("trainer.accelerator: Apple GPUs have no float64 and are not supported; use cpu.")
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            return
+        if datamodule.tokenizer_path is not None:
+            raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
+        positions = getattr(self.policy_model_config, "max_position_embeddings", None)
+        if positions is not None and datamodule.max_length > positions:
+            raise InputError(f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}.")
 
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""
@@ -173,6 +193,7 @@ class PolicyModule(LightningModule, ABC):
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             seed=self.sampling.seed * 100_003 + batch_idx * self.trainer.world_size + self.global_rank,
+            compute_dtype=self.policy.compute_dtype,
         )
         return [
             Prediction(row_id, self._decode(prompt), self._decode(response.token_ids), response.finished)
@@ -189,9 +210,22 @@ class PolicyModule(LightningModule, ABC):
 
         Lightning's ``estimated_stepping_batches`` is not read: it sets up the loaders before their state is restored.
         """
+        limits = []
         if self.trainer.max_steps != -1:
-            return self.trainer.max_steps
-        return int(self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
+            limits.append(self.trainer.max_steps)
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs != -1:
+            limits.append(self.trainer.max_epochs * self._steps_per_epoch)
+        if not limits:
+            raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
+        return min(limits)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, ``limit_train_batches`` counted in: micro-batches, or a share of them."""
+        whole = int(self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
+        limit, accumulation = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        micro_batches = limit if isinstance(limit, int) else int(limit * whole * accumulation)
+        return max(1, min(whole, math.ceil(micro_batches / accumulation)))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the policy, one schedule over optimizer steps."""
@@ -209,6 +243,11 @@ class PolicyModule(LightningModule, ABC):
         """Clips by norm, and logs how often: clipping all the time divides small weights away, as Adam does."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        if not torch.isfinite(norm):
+            raise InputError(
+                f"The gradient is NaN or infinite at optimizer step {self.trainer.global_step}; the weights are as "
+                "they were before this step. Try a lower learning rate, or float32 for model.policy.compute_dtype."
+            )
         self.log("train/grad_norm", norm)
         if gradient_clip_val:
             self.log("train/grad_clipped", (norm > gradient_clip_val).float())

@@ -1,6 +1,5 @@
 """Preference training: one step shared by training, validation and test."""
 
-import math
 import warnings
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from lit_isdpo.objective.losses import DPOLoss, PairLogps, PreferenceLoss
 from lit_isdpo.objective.metrics import PairMetrics
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights
-from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.reference import ReferenceConfig, ResidentReference, load_reference
+from lit_isdpo.policy.loading import PolicyConfig, load_config
+from lit_isdpo.policy.reference import ReferenceConfig, ResidentReference, load_reference, reference_as_policy
 from lit_isdpo.training.module import PolicyModule, Sampling, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
@@ -55,6 +54,7 @@ class PreferenceModule(PolicyModule):
             raise InputError(f"model.ess_window must be at least 1 pair, not {ess_window}.")
         if reference.path is None and policy.init == "random":
             raise InputError("model.reference.path: a policy with random weights (init: random) needs one of its own.")
+        load_config(reference_as_policy(policy, reference), option="model.reference.path")
         self.reference_config = reference
         self.loss = loss
         self.weighting = weighting
@@ -82,14 +82,27 @@ class PreferenceModule(PolicyModule):
         super().configure_model()
         if not self._reference:
             self._reference = (load_reference(self.policy_config, self.reference_config),)
+            vocabularies = [model.vocabulary_size for model in (self.policy, self.reference.model)]
+            if vocabularies[0] != vocabularies[1]:
+                raise InputError(
+                    f"model.reference.path: its vocabulary has {vocabularies[1]} entries and the policy's "
+                    f"{vocabularies[0]}; both must be the same."
+                )
+
+    @property
+    def _starts_at_reference(self) -> bool:
+        policy, reference = self.policy_config, self.reference_config
+        same = reference.path in (None, policy.path) and reference.revision in (None, policy.revision)
+        return same and policy.init == "pretrained"
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
-        micro_batch_size = self.trainer.datamodule.micro_batch_size if self.trainer.datamodule else None  # type: ignore[attr-defined]
-        if stage == "fit" and micro_batch_size is not None and micro_batch_size < self.weighting.min_pairs:
+        super().setup(stage)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and datamodule is not None and datamodule.rows_per_forward < self.weighting.min_pairs:
             raise InputError(
                 f"{type(self.weighting).__name__} works within a micro-batch, so data.micro_batch_size must be at "
-                f"least {self.weighting.min_pairs}, not {micro_batch_size}."
+                f"least {self.weighting.min_pairs}, not {datamodule.rows_per_forward}."
             )
         self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
 
@@ -164,10 +177,11 @@ class PreferenceModule(PolicyModule):
         )
 
     def _weights(self, pairs: PairLogps, batch: PreferenceBatch) -> PairWeights:
-        if batch.behavior_logps is None:
-            return self.weighting(pairs.chosen_logratios, pairs.rejected_logratios)
-        chosen_behavior, rejected_behavior = batch.behavior_logps.chunk(2)
-        return self.weighting(pairs.chosen_logps - chosen_behavior, pairs.rejected_logps - rejected_behavior)
+        """Weights against mu: the behavior policy where the data has its log-prob of a response, else the reference."""
+        chosen_mu, rejected_mu = batch.behavior_logps.chunk(2)
+        chosen_mu = torch.where(chosen_mu.isnan(), pairs.ref_chosen_logps, chosen_mu)
+        rejected_mu = torch.where(rejected_mu.isnan(), pairs.ref_rejected_logps, rejected_mu)
+        return self.weighting(pairs.chosen_logps - chosen_mu, pairs.rejected_logps - rejected_mu)
 
     def _update(self, metrics: PairMetrics, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
         weights = self._weights(pairs, batch)
@@ -199,7 +213,7 @@ class PreferenceModule(PolicyModule):
         Raises:
             InputError: a log-ratio is not 0 within the numerics' noise.
         """
-        if self.reference_config.path not in (None, self.policy_config.path):
+        if not self._starts_at_reference:
             return
         # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding a token.
         tolerance = 1e-3 if self.policy_config.compute_dtype == self.policy_config.dtype == "float32" else 0.02
@@ -223,7 +237,10 @@ class PreferenceModule(PolicyModule):
         """
         losses, row_ids = torch.cat(self._window_losses), torch.cat(self._window_row_ids)
         self._window_losses, self._window_row_ids = [], []
-        if not math.isfinite(losses.sum().item()):
+        bad = not torch.isfinite(losses).all()
+        if self.trainer.world_size > 1:  # together, or the others would wait for a rank that has stopped
+            bad = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
+        if bad:
             rows = self._row_names(row_ids[~torch.isfinite(losses)])
             raise InputError(
                 f"The loss is NaN or infinite at optimizer step {self.trainer.global_step} for {rows}; "
@@ -236,10 +253,12 @@ class PreferenceModule(PolicyModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             return f"training rows {some}"
+        if not some:
+            return "training rows of another rank"
         return ", ".join(datamodule.row_name("train", row_id) for row_id in some)
 
     def _warn_of_vanishing_weights(self, values: dict[str, Tensor]) -> None:
-        if isinstance(self.weighting, ImportanceWeighting) and self.train_metrics.window is not None:
+        if isinstance(self.weighting, ImportanceWeighting):
             mean, ess = values["weights/mean"].item(), values["weights/ess"].item()
             if mean < MEAN_WEIGHT_WARNING:
                 warnings.warn(

@@ -1,5 +1,6 @@
 """Samples the policy at every validation: KL to the reference, gold reward, win rate, and text to read."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class SamplingProbe(Callback):
         max_new_tokens: longer responses are cut. Part of what the KL means: keep it the same in runs you compare.
         batch_size: prompts sampled at a time on one rank.
         num_shown: responses that are logged as text.
-        seed: the responses are a function of it and the weights.
+        seed: the responses are a function of it, the weights, ``batch_size`` and the number of ranks.
     """
 
     def __init__(
@@ -66,13 +67,19 @@ class SamplingProbe(Callback):
 
     def _probe(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         assert isinstance(module, PolicyModule)
-        prompts = trainer.datamodule.prompts(stage, self.num_prompts)[trainer.global_rank :: trainer.world_size]  # type: ignore[attr-defined]
-        if not self.num_prompts or not prompts:
+        if not self.num_prompts:
             return
+        of_all_ranks = trainer.datamodule.prompts(stage, self.num_prompts)  # type: ignore[attr-defined]
+        if len(of_all_ranks) < trainer.world_size:
+            raise InputError(
+                f"probe.num_prompts: {len(of_all_ranks)} distinct prompts are too few for {trainer.world_size} ranks; "
+                "0 switches the probe off."
+            )
+        prompts = of_all_ranks[trainer.global_rank :: trainer.world_size]
         reference = None if module.reference is None else module.reference.model
         if self._prepared_for != stage:
             self._prepared_for = stage
-            self.reward = self._find_reward(trainer, stage)
+            self.reward = self._find_reward(trainer, stage, prompts[0].text)
             self._ref_rewards = None
             if reference is not None:
                 # Another seed than the policy's: a win rate compares independent responses.
@@ -109,14 +116,17 @@ class SamplingProbe(Callback):
         )
         return values if trainer.world_size == 1 else _gather(values, trainer.world_size)
 
-    def _find_reward(self, trainer: Trainer, stage: str) -> Reward | None:
+    def _find_reward(self, trainer: Trainer, stage: str, prompt: str) -> Reward | None:
         folders = trainer.datamodule.source_folders(stage)  # type: ignore[attr-defined]
         rewards = [gold_reward_for(folder) for folder in folders]
-        if rewards and all(reward is not None for reward in rewards):
-            return rewards[0]
+        if rewards and rewards[0] is not None and all(reward is not None for reward in rewards):
+            # Truncation or a chat template may have changed a prompt into one that it cannot read.
+            with suppress(InputError):
+                rewards[0]([prompt], [""], [True])
+                return rewards[0]
         rank_zero_info(
-            f"The {stage} prompts are not the lab's, so no gold reward is known for them: gold_reward and win_rate are "
-            "not logged; KL and samples are."
+            f"The {stage} prompts are not the lab's as they were written, so no gold reward is known for them: "
+            "gold_reward and win_rate are not logged; KL and samples are."
         )
         return None
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.panel import Panel
@@ -47,6 +48,7 @@ class RunReport(Callback):
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
+        self._entered = False
         self._started = monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,7 +61,13 @@ class RunReport(Callback):
         if trainer.global_step == 0 and trainer.enable_validation:
             _validate(trainer)
             self.before = _numbers(trainer)
-        _log_hyperparameters(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enters a fit into the table of runs as soon as its metrics have names."""
+        assert isinstance(pl_module, PolicyModule)
+        if trainer.state.fn == TrainerFn.FITTING and not self._entered:
+            self._entered = True
+            _log_hyperparameters(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The values before training, for the table of a resumed run."""
@@ -81,7 +89,7 @@ class RunReport(Callback):
                 console.print(panel)
             seconds = timedelta(seconds=round(monotonic() - self._started))
             console.print(f"Trained for {trainer.global_step} optimizer steps in {seconds}. Everything is in {folder}")
-            console.print(f"Compare runs: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
+            console.print(f"Compare runs: tensorboard --logdir {folder.parent}", soft_wrap=True)
 
     def _table(self, trainer: Trainer) -> Table:
         after = _numbers(trainer)
@@ -177,12 +185,13 @@ def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
         "setup.optimizer": type(optimizer).__name__,
         "setup.policy": module.policy_config.path,
     }
+    plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
     metrics = [key for key in trainer.callback_metrics if key.startswith("val/")]
     for logger in trainer.loggers:
-        logger.log_hyperparams(values)
+        logger.log_hyperparams(plain)
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             # Lightning would log the metrics as scalars once more; their values are those of the tags, at every time.
-            for summary in hparams(values, dict.fromkeys(metrics, 0.0)):
+            for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
                 logger.experiment._get_file_writer().add_summary(summary)
 
 

@@ -1,6 +1,7 @@
 """How fast a fit is, and how near to what the machine could do."""
 
 import resource
+import sys
 from time import perf_counter
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ COUNTS = ("sequences", "tokens", "positions", "completion tokens", "attended pai
 class Throughput(Callback):
     """Logs ``perf/{pairs,tokens}_per_second``, ``padding_fraction``, ``mfu`` and ``peak_memory_gib``.
 
-    The rates are means over the optimizer steps since the last log, over all ranks; validation is left out. Tokens are
+    The rates are means over the training steps since the last log, rank 0's times the number of ranks; validation and
+    the loading of data are left out. A pair of a preference run is a demonstration of a supervised one. Tokens are
     what the model reads (prompt and response of every sequence), without padding. ``mfu`` is the share of the device's
     matrix-product rate, measured at the start, that goes into useful work: the policy's forward and backward and the
     reference's forward on those tokens, attention included, recomputation not. The peak memory is the device's, or on
@@ -96,4 +98,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """Largest memory so far: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -48,6 +48,7 @@ def test_worked_example() -> None:
         "logratios/chosen": -0.5,
         "logratios/rejected": -0.5,
         "logratios/chosen_fell": 0.5,
+        "logratios/importance": -1.0,
         "weights/mean": round(sum(weights) / 2, 5),
         "weights/clip_fraction": 0.0,
         "weights/max": 1.0,
@@ -106,7 +107,9 @@ def test_kl_estimators_have_the_enumerated_mean() -> None:
     logps = pi.log_softmax(-1)[contexts, tokens].sum(1)
     ref_logps = ref.log_softmax(-1)[contexts, tokens].sum(1)
     mask = torch.ones(16, 2, dtype=torch.bool)
-    values = kl_values(logps - ref_logps, token_kl(pi[contexts].flatten(0, 1), ref[contexts].flatten(0, 1)), mask)
+    values = kl_values(
+        logps - ref_logps, token_kl(*(table[contexts].flatten(0, 1).log_softmax(-1) for table in (pi, ref))), mask
+    )
     exact = (logps.exp() * (logps - ref_logps)).sum().item()
     for name, estimate in values._asdict().items():
         assert (logps.exp() * estimate).sum().item() == pytest.approx(exact, abs=1e-12), name
@@ -119,7 +122,7 @@ def test_kl_estimators_agree_within_their_standard_errors_on_samples() -> None:
     second = torch.multinomial(pi[first].softmax(-1), 1, generator=generator)[:, 0]
     contexts, tokens = torch.stack([torch.full_like(first, 4), first], 1), torch.stack([first, second], 1)
     logratios = (pi.log_softmax(-1) - ref.log_softmax(-1))[contexts, tokens].sum(1)
-    exact_tokens = token_kl(pi[contexts].flatten(0, 1), ref[contexts].flatten(0, 1))
+    exact_tokens = token_kl(*(table[contexts].flatten(0, 1).log_softmax(-1) for table in (pi, ref)))
     values = kl_values(logratios, exact_tokens, torch.ones_like(tokens, dtype=torch.bool))
     all_responses = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     all_contexts = torch.stack([torch.full((16,), 4), all_responses[:, 0]], 1)

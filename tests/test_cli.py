@@ -118,6 +118,32 @@ def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(again["state_dict"], before["state_dict"], atol=0, rtol=0)
 
 
+def test_the_saved_config_keeps_the_labs_names(tiny: list[str], tmp_path: Path) -> None:
+    """They mean the same on every machine; the folders that they stand for do not."""
+    main(
+        [
+            "fit",
+            *tiny,
+            "--model.policy.path=lab:posts",
+            "--trainer.max_steps=1",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    config = yaml.safe_load((tmp_path / "version_0" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["policy"]["path"] == "lab:posts"
+    assert config["trainer"]["default_root_dir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.CSVLogger"])
+def test_runs_do_not_overwrite_each_other_whatever_the_logger(logger: str, tiny: list[str], tmp_path: Path) -> None:
+    options = [f"--trainer.logger={logger}", "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"]
+    if logger != "false":
+        options.append(f"--trainer.logger.save_dir={tmp_path / 'logs'}")
+    for _ in range(2):
+        main(["fit", *tiny, *options])
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 2
+
+
 def test_export_gives_the_modules_logps(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "exported"
     main(["export", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"--output_dir={output}"])
@@ -219,6 +245,10 @@ def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
         (["--data.train=nowhere.jsonl"], r"data\.train: no such file"),
         (["--data.format=poems"], r"poems"),
         (["--model.policy.path=./nowhere"], r"model\.policy\.path: no such folder"),
+        (["--model.reference.path=./nowhere"], r"model\.reference\.path: no such folder"),
+        (["--model.policy.chunk_size=0"], r"chunk_size must be at least 1"),
+        (["--data.max_length=4096"], r"more than the model's 2048"),
+        (["--ckpt_path=last"], r"no such checkpoint"),
         (["--model.loss.beta=0"], r"loss\.beta must be a positive number"),
         (["--model.weighting.epsilon=-1"], r"epsilon must be at least 0"),
         (["--model.loss=lit_isdpo.objective.losses.IPOLoss"], r"logratio"),

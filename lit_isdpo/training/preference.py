@@ -7,6 +7,7 @@ import torch
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_isdpo.objective.losses import DPOLoss, PairLogps, PreferenceLoss
@@ -78,9 +79,9 @@ class PreferenceModule(PolicyModule):
         return f"{type(self.weighting).__name__} x {type(self.loss).__name__}", vars(self.loss) | vars(self.weighting)
 
     def configure_model(self) -> None:
-        """Loads both models."""
+        """Loads both models; to sample, the policy alone."""
         super().configure_model()
-        if not self._reference:
+        if not self._reference and self.trainer.state.fn != TrainerFn.PREDICTING:
             self._reference = (load_reference(self.policy_config, self.reference_config),)
             vocabularies = [model.vocabulary_size for model in (self.policy, self.reference.model)]
             if vocabularies[0] != vocabularies[1]:
@@ -120,7 +121,6 @@ class PreferenceModule(PolicyModule):
         self.reference.to(self.device)
 
     on_test_start = on_validation_start
-    on_predict_start = on_validation_start
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""

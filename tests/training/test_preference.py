@@ -1,6 +1,7 @@
 """The module: what a step does, what it checks, and the physics of training."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ PAIRS = [TokenizedPair([1, 5, 7], [6, 2], [8, 9, 2]), TokenizedPair([1], [7, 2],
 @pytest.fixture
 def module(model_dir: str) -> PreferenceModule:
     module = PreferenceModule(PolicyConfig(path=model_dir), loss=DPOLoss(0.1), weighting=ImportanceWeighting())
-    module.configure_model()
     module.trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    module.configure_model()
     return module
 
 
@@ -64,6 +65,8 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     known = plain._replace(behavior_logps=torch.cat(behavior).detach())
     torch.testing.assert_close(module._weights(pairs, known).log_weights, torch.full((2,), 0.3))
     torch.testing.assert_close(module._weights(pairs, plain).log_weights, torch.zeros(2))
+    known.behavior_logps[1] = torch.nan  # of the second pair's chosen response: it is weighed against the reference
+    torch.testing.assert_close(module._weights(pairs, known).log_weights, torch.tensor([0.3, -0.2]))
 
 
 class BrokenLoss(PreferenceLoss):
@@ -104,6 +107,29 @@ def test_eight_pairs_can_be_overfitted(tiny: list[str], pairs_file: str, tmp_pat
     assert logged["train/rewards/accuracies"][0] == 0.5
     assert logged["train/rewards/accuracies"][39] == 1
     assert logged["train/loss"][39] < 0.1 < logged["train/loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("limits", "total"),
+    [
+        ({"max_epochs": 3}, 30),
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 3, "max_steps": 50}, 30),
+        ({"max_epochs": 3, "limit_train_batches": 8, "accumulate_grad_batches": 2}, 12),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 15),
+    ],
+)
+def test_total_steps(limits: dict[str, int], total: int, module: PreferenceModule) -> None:
+    module.trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, **limits)
+    module.trainer.datamodule = SimpleNamespace(steps_per_epoch=10)
+    assert module.total_steps == total
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(module: PreferenceModule) -> None:
+    for parameter in module.policy.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with pytest.raises(InputError, match="gradient is NaN or infinite at optimizer step 0"):
+        module.configure_gradient_clipping(None, 1.0)  # type: ignore[arg-type]
 
 
 def test_schedule() -> None:

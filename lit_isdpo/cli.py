@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs, and two of our own.
+"""The command line: LightningCLI's verbs, and one of our own, export.
 
 ``main`` serves ``python -m lit_isdpo``, the console script ``lit-isdpo`` and Python.
 """

@@ -8,7 +8,10 @@ from lit_isdpo.cli import main
 from tests.conftest import read_metrics
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The mean importance weight fell", "ignore:The effective sample size fell"),
+]
 
 
 @pytest.fixture(scope="module")

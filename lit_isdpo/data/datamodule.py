@@ -1,6 +1,8 @@
 """The data modules: from named data sets to batches, in an order that a resumed run goes on with.
 
 sources -> rows -> formats -> tokenization -> one memory-mapped table -> TrainingOrder -> collation -> batches
+
+Half of its length is the documentation of its options and a sentence for each way in which they can be wrong.
 """
 
 import hashlib

@@ -220,5 +220,4 @@ SILENCED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     "Experiment logs directory .* exists and is not empty",  # the TensorBoard logger has just made the run's folder
     "LightningCLI's args parameter is intended",  # main() passes the process's own arguments
-    ".*does not have many workers.*",  # the data is tokenized before the first step; there is little for workers to do
 )

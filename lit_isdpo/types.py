@@ -28,7 +28,8 @@ class PreferenceExample(NamedTuple):
 
     A ``str`` prompt is used as it stands; a list of messages is rendered with the tokenizer's chat template (or,
     without one, as a plain transcript). The behavior log-probs are those of the policy that wrote the
-    response (nats, summed over its tokens, EOS included), where the data has them.
+    response (nats, summed over its tokens, EOS included), where the data has them. The pair's loss is multiplied with
+    ``weight`` (at least 0), and its scaled preference must exceed ``margin``, both where the user names a column.
     """
 
     prompt: str | list[Message]
@@ -36,6 +37,8 @@ class PreferenceExample(NamedTuple):
     rejected: str
     chosen_behavior_logps: float | None = None
     rejected_behavior_logps: float | None = None
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 class SFTExample(NamedTuple):
@@ -53,6 +56,8 @@ class TokenizedPair(NamedTuple):
     rejected_ids: list[int]
     chosen_behavior_logps: float | None = None
     rejected_behavior_logps: float | None = None
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 class TokenizedExample(NamedTuple):
@@ -92,12 +97,16 @@ class PreferenceBatch(NamedTuple):
     Attributes:
         tokens: the stacked sequences.
         behavior_logps: ``(2B,)`` float32 in nats, NaN where the data has none.
+        pair_weights: ``(B,)`` float32, the data's own factor of each pair's loss, at least 0; 1 where it has none.
+        margins: ``(B,)`` float32, what the pair's scaled preference must exceed; 0 where the data has none.
         row_ids: ``(B,)`` int64, the pair's row in its data set; -1 marks a pair that only fills up the last batch of an
             evaluation and must not be counted.
     """
 
     tokens: TokenBatch
     behavior_logps: Tensor
+    pair_weights: Tensor
+    margins: Tensor
     row_ids: Tensor
 
 

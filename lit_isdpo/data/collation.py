@@ -80,7 +80,9 @@ def collate_pairs(pairs: Sequence[TokenizedPair], row_ids: Sequence[int], *, pad
     )
     behavior = [pair.chosen_behavior_logps for pair in pairs] + [pair.rejected_behavior_logps for pair in pairs]
     behavior_logps = torch.tensor([math.nan if logps is None else logps for logps in behavior])
-    return PreferenceBatch(tokens, behavior_logps, torch.tensor(row_ids))
+    pair_weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
+    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32)
+    return PreferenceBatch(tokens, behavior_logps, pair_weights, margins, torch.tensor(row_ids))
 
 
 def collate_examples(examples: Sequence[TokenizedExample], row_ids: Sequence[int], *, pad_token_id: int) -> SFTBatch:

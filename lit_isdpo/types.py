@@ -136,11 +136,14 @@ class SequenceLogps(NamedTuple):
         logps: ``(S,)`` sums over the completion's tokens, EOS included.
         num_tokens: ``(S,)`` int64, completion tokens.
         per_token_logps: ``(S, C)``, 0 where masked.
+        alignment: ``(S,)`` mean over the completion's tokens of ``log pi(y_t) - log sum_v pi(v)^2`` (arXiv 2406.11827),
+            without gradient; NaN where it was not asked for.
     """
 
     logps: Tensor
     num_tokens: Tensor
     per_token_logps: Tensor
+    alignment: Tensor
 
 
 class Response(NamedTuple):

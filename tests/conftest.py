@@ -7,10 +7,12 @@ from random import Random
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lit_isdpo.lab.posts import render_facts, render_prompt, sample_demonstration, sample_post
 from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.objective.pairs import PairLogps
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
 
@@ -80,6 +82,23 @@ def tiny(model_dir: str, pairs_file: str) -> list[str]:
         "--probe.num_prompts=4",
         "--probe.max_new_tokens=4",
     ]
+
+
+def pair_logps(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    ref: tuple[float, float] = (0.0, 0.0),
+    mu: tuple[float, float] | None = None,
+    num_tokens: tuple[int, int] = (1, 1),
+    margin: float = 0.0,
+    alignment: tuple[float, float] = (0.0, 0.0),
+) -> PairLogps:
+    """Pairs with the policy's log-probs, and the same of everything else for each; mu is the reference by default."""
+    behavior = ref if mu is None else mu
+    full = torch.ones_like(chosen)
+    others = [value * full for value in (*ref, *behavior, *num_tokens, margin, *alignment)]
+    return PairLogps(chosen, rejected, *others)
 
 
 def read_metrics(run: Path) -> dict[str, dict[int, float]]:

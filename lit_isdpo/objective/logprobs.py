@@ -7,6 +7,7 @@ not the padding), in chunks, and the backward pass recomputes a chunk's logits i
 Shapes: R rows, T positions, H hidden size, S sequences, C completion positions, N completion tokens in the batch.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,13 +24,31 @@ def completion_hidden_states(hidden_states: Tensor, tokens: TokenBatch) -> Tenso
     return hidden_states.flatten(0, 1)[tokens.logit_positions[tokens.completion_mask]]
 
 
-def token_logps(hidden_states: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """Log-probability of each target, in nats: ``(N, H), (N,) -> (N,)`` fp32."""
+def token_logps(hidden_states: Tensor, targets: Tensor, head: Head, collisions: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and of two draws being the same token, in nats.
+
+    Args:
+        hidden_states: ``(N, H)``.
+        targets: ``(N,)`` token ids.
+        head: maps hidden states to fp32 logits.
+        collisions: whether the second value is wanted; else it is NaN.
+
+    Returns:
+        ``(N,)`` ``log pi(y_t)`` with gradient, and ``(N,)`` ``log sum_v pi(v)^2`` without, both fp32.
+    """
     logits = head(hidden_states)  # (N, V)
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    log_partition = logits.logsumexp(dim=1)
+    logps = logits.gather(1, targets[:, None]).squeeze(1) - log_partition
+    with torch.no_grad():
+        log_collisions = torch.full_like(logps, math.nan)
+        if collisions:
+            log_collisions = (2 * logits).logsumexp(dim=1) - 2 * log_partition
+    return logps, log_collisions
 
 
-def sequence_logps(hidden_states: Tensor, tokens: TokenBatch, head: Head, *, chunk_size: int) -> SequenceLogps:
+def sequence_logps(
+    hidden_states: Tensor, tokens: TokenBatch, head: Head, *, chunk_size: int, alignment: bool = False
+) -> SequenceLogps:
     """Sums ``log pi(y_t | x, y_<t)`` over each completion's tokens, EOS included.
 
     Args:
@@ -37,19 +56,29 @@ def sequence_logps(hidden_states: Tensor, tokens: TokenBatch, head: Head, *, chu
         tokens: where each completion token is predicted, and which token it is.
         head: maps hidden states to fp32 logits.
         chunk_size: completion tokens projected at a time.
+        alignment: whether the completions' alignment is computed too.
 
     Returns:
         Sums and per-token values in nats, fp32, with the gradient of ``hidden_states`` and of the head.
     """
     hidden = completion_hidden_states(hidden_states, tokens)  # (N, H)
     targets = tokens.completion_ids[tokens.completion_mask]  # (N,)
-    chunks = []
+    logps, log_collisions = [], []
     for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+        arguments = (chunk, target, head, alignment)
         if torch.is_grad_enabled():
-            logps: Tensor = checkpoint(token_logps, chunk, target, head, use_reentrant=False, preserve_rng_state=False)
+            values = checkpoint(token_logps, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            logps = token_logps(chunk, target, head)
-        chunks.append(logps)
-    per_token = hidden.new_zeros(tokens.completion_mask.shape, dtype=torch.float32)  # (S, C)
-    per_token = per_token.masked_scatter(tokens.completion_mask, torch.cat(chunks))
-    return SequenceLogps(per_token.sum(dim=1), tokens.completion_mask.sum(dim=1), per_token)
+            values = token_logps(*arguments)
+        logps.append(values[0])
+        log_collisions.append(values[1])
+    per_token = _per_token(torch.cat(logps), tokens)
+    num_tokens = tokens.completion_mask.sum(dim=1)
+    aligned = per_token.detach() - _per_token(torch.cat(log_collisions), tokens)
+    return SequenceLogps(per_token.sum(dim=1), num_tokens, per_token, aligned.sum(dim=1) / num_tokens)
+
+
+def _per_token(values: Tensor, tokens: TokenBatch) -> Tensor:
+    """Values of the N completion tokens in their places, ``(N,) -> (S, C)``, 0 where masked."""
+    zeros = values.new_zeros(tokens.completion_mask.shape)
+    return zeros.masked_scatter(tokens.completion_mask, values)

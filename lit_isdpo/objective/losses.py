@@ -2,50 +2,28 @@
 
 Every offline method is one row of a single core,
 
-    loss = w f( phi(u_w) - phi(u_l) + m )  +  auxiliary          (the weight w does not touch the auxiliary term)
+    r    = beta phi(u)                                   reward that the loss implies, of a response
+    x    = clip( r_w - r_l ) + shift - m                 preference for the chosen response, without unit
+    loss = w f(x) + auxiliary                            the weight w does not touch the auxiliary term
 
-with u a response's utility (by default its log-ratio, policy over reference), phi a link, m a margin and f a penalty.
-A new loss is one subclass of ``PreferenceLoss`` that overrides what it changes, and one YAML file.
+with u a response's utility (by default its log-ratio, policy over reference), phi a link, m a margin of the data and f
+a penalty. A new loss is one subclass of ``PreferenceLoss`` that overrides what it changes, and one YAML file.
 
 Shapes: B pairs. All log-probs are sums over the response's tokens, EOS included, in nats, unless a name says mean.
 """
 
+import math
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.types import InputError
 
-
-class PairLogps(NamedTuple):
-    """What a loss may look at: log-probs of both responses under the policy and the reference, and their lengths.
-
-    All ``(B,)``; log-probs in nats, fp32; the policy's carry its gradient, the reference's none; lengths in tokens.
-    """
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor
-    ref_rejected_logps: Tensor
-    chosen_num_tokens: Tensor
-    rejected_num_tokens: Tensor
-
-    @property
-    def chosen_logratios(self) -> Tensor:
-        """``(B,)`` ``s_w = log pi(y_w|x) - log ref(y_w|x)``."""
-        return self.chosen_logps - self.ref_chosen_logps
-
-    @property
-    def rejected_logratios(self) -> Tensor:
-        """``(B,)`` ``s_l``, likewise."""
-        return self.rejected_logps - self.ref_rejected_logps
-
-    def at_reference(self) -> "PairLogps":
-        """The same pairs seen by a policy that is the reference: where every fresh run begins."""
-        return self._replace(chosen_logps=self.ref_chosen_logps, rejected_logps=self.ref_rejected_logps)
+_MAX_EXPONENT = 20.0  # of chi-PO's link: the paper's own bound, far from where fp32 overflows
 
 
 class PreferenceLoss(ABC):
@@ -54,39 +32,51 @@ class PreferenceLoss(ABC):
     Args:
         beta: strength of the implicit KL constraint, above 0; small beta lets the policy drift far.
 
+    Attributes:
+        needs_reference: whether the loss is a function of the reference at all.
+
     Raises:
         InputError: ``beta`` is not a positive finite number.
     """
 
+    needs_reference: bool = True
+
     def __init__(self, beta: float) -> None:
-        if not 0 < beta < float("inf"):
-            raise InputError(f"loss.beta must be a positive number, not {beta}.")
-        self.beta = beta
+        self.beta = _checked("beta", beta, above=0.0)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Computes the unweighted loss of each pair, ``(B,)``, with the policy's gradient."""
+        chosen, rejected = self.rewards(pairs)
+        return self.penalty(self.clip(chosen - rejected) + self.shift(pairs) - pairs.margins)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """``(r_w, r_l)``, each ``(B,)``: the rewards that the policy implies under this loss."""
         chosen, rejected = self.utilities(pairs)
-        return self.penalty(self.link(chosen) - self.link(rejected) + self.margin(pairs))
+        return self.beta * self.link(chosen), self.beta * self.link(rejected)
 
     def utilities(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """``(u_w, u_l)``, each ``(B,)``: here the summed log-ratios."""
+        """``(u_w, u_l)``, each ``(B,)``, in nats: here the summed log-ratios."""
         return pairs.chosen_logratios, pairs.rejected_logratios
 
     def link(self, utility: Tensor) -> Tensor:
         """Phi, ``(B,) -> (B,)``: here the identity."""
         return utility
 
-    def margin(self, pairs: PairLogps) -> Tensor:
-        """M, ``(B,)``, in units of utility: here none."""
-        return torch.zeros_like(pairs.chosen_logps)
+    def clip(self, difference: Tensor) -> Tensor:
+        """Bounds ``r_w - r_l``, ``(B,) -> (B,)``: here not at all."""
+        return difference
+
+    def shift(self, pairs: PairLogps) -> Tensor:
+        """What the method itself adds to the preference, ``(B,)``: here nothing."""
+        return torch.zeros_like(pairs.margins)
 
     @abstractmethod
-    def penalty(self, margin: Tensor) -> Tensor:
-        """F, ``(B,) -> (B,)``: the loss of a utility margin ``h`` (before beta)."""
+    def penalty(self, preference: Tensor) -> Tensor:
+        """F, ``(B,) -> (B,)``: the loss of a preference ``x``."""
 
     def auxiliary(self, pairs: PairLogps) -> Tensor:
         """A term beside the preference loss that importance weights do not touch, ``(B,)``: here none."""
-        return torch.zeros_like(pairs.chosen_logps)
+        return torch.zeros_like(pairs.margins)
 
 
 class DPOLoss(PreferenceLoss):
@@ -95,9 +85,9 @@ class DPOLoss(PreferenceLoss):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__(beta)
 
-    def penalty(self, margin: Tensor) -> Tensor:
+    def penalty(self, preference: Tensor) -> Tensor:
         """``logsigmoid`` is exact where ``sigmoid`` saturates."""
-        return -logsigmoid(self.beta * margin)
+        return -logsigmoid(preference)
 
 
 class IPOLoss(PreferenceLoss):
@@ -112,7 +102,7 @@ class IPOLoss(PreferenceLoss):
     def __init__(self, logratio: Literal["sum", "mean"], beta: float = 0.1) -> None:
         super().__init__(beta)
         if logratio not in ("sum", "mean"):
-            raise InputError(f"loss.logratio must be 'sum' or 'mean', not {logratio!r}.")
+            raise InputError(f"model.loss.logratio must be 'sum' or 'mean', not {logratio!r}.")
         self.logratio = logratio
 
     def utilities(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -124,9 +114,9 @@ class IPOLoss(PreferenceLoss):
             pairs.rejected_logratios / pairs.rejected_num_tokens,
         )
 
-    def penalty(self, margin: Tensor) -> Tensor:
-        """The target margin is ``1/(2 beta)``."""
-        return (margin - 1 / (2 * self.beta)).square()
+    def penalty(self, preference: Tensor) -> Tensor:
+        """The preference ``beta h`` is to be 1/2; the factor makes the square that of ``h``."""
+        return (preference - 0.5).square() / self.beta**2
 
 
 class SLiCLoss(PreferenceLoss):
@@ -135,6 +125,183 @@ class SLiCLoss(PreferenceLoss):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__(beta)
 
-    def penalty(self, margin: Tensor) -> Tensor:
+    def penalty(self, preference: Tensor) -> Tensor:
         """No gradient once the margin is won; its second derivative at 0 is 0, so the theory of IS is silent here."""
-        return (1 - self.beta * margin).relu()
+        return (1 - preference).relu()
+
+
+class CDPOLoss(DPOLoss):
+    """Conservative DPO: ``(1-e) L(h) + e L(-h)``, L the logistic loss and e the share of flipped labels.
+
+    From E. Mitchell's note on noisy preferences (2023), which arXiv 2403.00409 takes up. The optimum is a finite
+    preference, ``log((1-e)/e)``. At the reference: ln 2.
+
+    Args:
+        beta: above 0.
+        label_smoothing: e, at least 0 and below 1/2.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1) -> None:
+        super().__init__(beta)
+        self.label_smoothing = _checked("label_smoothing", label_smoothing, least=0.0, below=0.5)
+
+    def penalty(self, preference: Tensor) -> Tensor:
+        """Cross-entropy with a smoothed label."""
+        e = self.label_smoothing
+        return -(1 - e) * logsigmoid(preference) - e * logsigmoid(-preference)
+
+
+class RobustDPOLoss(DPOLoss):
+    """Robust DPO: ``[(1-e) L(h) - e L(-h)] / (1-2e)`` (arXiv 2403.00409). At the reference: ln 2.
+
+    An unbiased estimate of the loss on clean labels where a share e of them is flipped; it may fall below 0.
+
+    Args:
+        beta: above 0.
+        label_smoothing: e, at least 0 and below 1/2.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1) -> None:
+        super().__init__(beta)
+        self.label_smoothing = _checked("label_smoothing", label_smoothing, least=0.0, below=0.5)
+
+    def penalty(self, preference: Tensor) -> Tensor:
+        """The flipped label's loss is taken off."""
+        e = self.label_smoothing
+        return (-(1 - e) * logsigmoid(preference) + e * logsigmoid(-preference)) / (1 - 2 * e)
+
+
+class RPOLoss(DPOLoss):
+    """DPO + SFT: ``-log sigmoid(beta h) - beta eta log pi(y_w)``, summed over tokens (RPO, arXiv 2405.16436).
+
+    At the reference: ``ln 2 + beta eta NLL(y_w)``. Mind the factor beta: at beta 0.01 the published eta leaves the
+    likelihood a weight of 5e-5 a nat.
+
+    Args:
+        beta: above 0.
+        eta: weight of the likelihood, at least 0; the authors use 0.005.
+    """
+
+    def __init__(self, beta: float = 0.1, eta: float = 0.005) -> None:
+        super().__init__(beta)
+        self.eta = _checked("eta", eta, least=0.0)
+
+    def auxiliary(self, pairs: PairLogps) -> Tensor:
+        """Negative log-likelihood of the chosen response."""
+        return -self.beta * self.eta * pairs.chosen_logps
+
+
+class IRPOLoss(DPOLoss):
+    """DPO + SFT with the mean-token likelihood: ``-log sigmoid(beta h) - alpha log pi(y_w) / len_w``.
+
+    The loss of iterative RPO (arXiv 2404.19733). At the reference: ``ln 2 + alpha NLL(y_w) / len_w``.
+
+    Args:
+        beta: above 0.
+        alpha: weight of the likelihood, at least 0; the authors use 1.
+    """
+
+    def __init__(self, beta: float = 0.1, alpha: float = 1.0) -> None:
+        super().__init__(beta)
+        self.alpha = _checked("alpha", alpha, least=0.0)
+
+    def auxiliary(self, pairs: PairLogps) -> Tensor:
+        """Negative log-likelihood of a token of the chosen response."""
+        return -self.alpha * pairs.chosen_logps / pairs.chosen_num_tokens
+
+
+class ChiPOLoss(DPOLoss):
+    """Chi-PO: ``-log sigmoid( clip_{+-2R}[ beta phi(s_w) - beta phi(s_l) ] )`` (arXiv 2407.13399, algorithm 1).
+
+    ``phi(s) = exp(alpha s) + gamma s``, in terms of the log-ratio s; with alpha = gamma = 1 it is the paper's
+    ``z + log z``, the link of a mixed chi-squared and KL regularisation, which makes leaving the data costly. At the
+    reference: ln 2.
+
+    Args:
+        beta: above 0.
+        alpha: exponent of the density ratio, above 0.
+        gamma: weight of the log-ratio (the KL part), at least 0.
+        reward_bound: R, the largest reward there is, above 0; preferences beyond ``2 R`` have no gradient. ``inf`` does
+            not clip.
+    """
+
+    def __init__(
+        self, beta: float = 0.1, alpha: float = 1.0, gamma: float = 1.0, reward_bound: float = math.inf
+    ) -> None:
+        super().__init__(beta)
+        self.alpha = _checked("alpha", alpha, above=0.0)
+        self.gamma = _checked("gamma", gamma, least=0.0)
+        self.reward_bound = _checked("reward_bound", reward_bound, above=0.0, finite=False)
+
+    def link(self, utility: Tensor) -> Tensor:
+        """The exponent is bounded, so that two ratios that overflow do not make a NaN."""
+        return (self.alpha * utility).clamp(max=_MAX_EXPONENT).exp() + self.gamma * utility
+
+    def clip(self, difference: Tensor) -> Tensor:
+        """To the difference that two rewards between 0 and R, or -R and R, can have."""
+        return difference.clamp(-2 * self.reward_bound, 2 * self.reward_bound)
+
+
+class LengthRegularizedDPOLoss(DPOLoss):
+    """R-DPO: ``-log sigmoid(beta h + alpha (len_w - len_l))`` (arXiv 2403.19159).
+
+    A chosen response that is longer needs less of a preference. At the reference: ``softplus(-alpha (len_w - len_l))``.
+
+    Args:
+        beta: above 0.
+        alpha: a token's worth, at least 0.
+    """
+
+    def __init__(self, beta: float = 0.1, alpha: float = 0.01) -> None:
+        super().__init__(beta)
+        self.alpha = _checked("alpha", alpha, least=0.0)
+
+    def shift(self, pairs: PairLogps) -> Tensor:
+        """Difference of lengths, EOS included on both sides."""
+        return self.alpha * (pairs.chosen_num_tokens - pairs.rejected_num_tokens).to(pairs.margins.dtype)
+
+
+class SimPOLoss(DPOLoss):
+    """SimPO: ``-log sigmoid(beta [mean log pi(y_w) - mean log pi(y_l)] - gamma)`` (arXiv 2405.14734, eq. 6).
+
+    It has no reference and no closed form at the start. Importance weights still need a mu.
+
+    Args:
+        beta: above 0; the mean log-prob of a token is small, so it is some 2 to 10.
+        gamma_beta_ratio: gamma as a share of beta, at least 0.
+    """
+
+    needs_reference = False
+
+    def __init__(self, beta: float = 2.0, gamma_beta_ratio: float = 0.25) -> None:
+        super().__init__(beta)
+        self.gamma_beta_ratio = _checked("gamma_beta_ratio", gamma_beta_ratio, least=0.0)
+
+    def utilities(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Mean log-probs of a token."""
+        return pairs.chosen_logps / pairs.chosen_num_tokens, pairs.rejected_logps / pairs.rejected_num_tokens
+
+    def shift(self, pairs: PairLogps) -> Tensor:
+        """The target margin, gamma."""
+        return torch.full_like(pairs.margins, -self.gamma_beta_ratio * self.beta)
+
+
+def _checked(
+    name: str,
+    value: float,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    finite: bool = True,
+) -> float:
+    """The value, if it is in range; ``least`` is allowed itself, ``above`` and ``below`` are not."""
+    if value >= least and value > above and (value < below or not finite):
+        return value
+    bounds = [
+        *([f"at least {least:g}"] if least > -math.inf else []),
+        *([f"above {above:g}"] if above > -math.inf else []),
+        *([f"below {below:g}"] if below < math.inf else []),
+    ]
+    kind = "a finite number" if finite else "a number"
+    raise InputError(f"model.loss.{name} must be {kind} {' and '.join(bounds)}, not {value}.")

@@ -5,6 +5,7 @@ and divided once, so a short last batch and uneven ranks change nothing.
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_isdpo.objective.losses import PairLogps
+from lit_isdpo.objective.losses import PreferenceLoss
+from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import PairWeights
 
 MEANS = (
@@ -31,6 +33,8 @@ MEANS = (
     "weights/clip_fraction",
 )
 """Log keys that are means over pairs, in the order of ``PairMetrics``' columns."""
+OF_REFERENCE = ("logratios/chosen", "logratios/rejected", "logratios/chosen_fell")
+OF_BEHAVIOR = ("logratios/importance",)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -49,7 +53,8 @@ class PairMetrics(Metric):
     """Means over pairs of everything in ``MEANS``, the largest weight, and the effective sample size.
 
     Args:
-        beta: scales log-ratios to rewards.
+        loss: gives the rewards that the policy implies.
+        unknown: keys that are left out, because there is no reference or no behavior policy to measure against.
         window: the effective sample size is taken over this many most recent pairs of this rank, across resets (a
             small batch cannot show a small ESS/N: it is at least 1/N); ``None`` takes it over all pairs since the
             last reset.
@@ -61,9 +66,10 @@ class PairMetrics(Metric):
     max_log_weight: Tensor
     recent: list[Tensor]
 
-    def __init__(self, beta: float, window: int | None = None) -> None:
+    def __init__(self, loss: PreferenceLoss, *, unknown: Collection[str] = (), window: int | None = None) -> None:
         super().__init__()
-        self.beta = beta
+        self.loss = loss
+        self.unknown = frozenset(unknown)
         self.window = window
         self.add_state("sums", torch.zeros(len(MEANS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_pairs", torch.tensor(0), dist_reduce_fx="sum")
@@ -79,19 +85,20 @@ class PairMetrics(Metric):
             weights: their weights.
             counted: ``(B,)`` bool, false at pairs that only fill up a batch.
         """
-        chosen, rejected = pairs.chosen_logratios.detach(), pairs.rejected_logratios.detach()
+        pairs = pairs.detach()
+        chosen, rejected = self.loss.rewards(pairs)
         columns = [
             losses.detach(),
-            self.beta * chosen,
-            self.beta * rejected,
-            (chosen > rejected).float() + (chosen == rejected).float() / 2,
-            self.beta * (chosen - rejected),
-            pairs.chosen_logps.detach(),
-            pairs.rejected_logps.detach(),
             chosen,
             rejected,
-            (chosen < 0).float(),
-            weights.log_importance_ratio,
+            (chosen > rejected).float() + (chosen == rejected).float() / 2,
+            chosen - rejected,
+            pairs.chosen_logps,
+            pairs.rejected_logps,
+            pairs.chosen_logratios,
+            pairs.rejected_logratios,
+            (pairs.chosen_logratios < 0).float(),
+            torch.stack(pairs.importance_logratios).sum(dim=0),
             weights.weights,
             weights.clipped,
         ]
@@ -115,7 +122,7 @@ class PairMetrics(Metric):
         log_weights = self.recent_log_weights
         ess = effective_sample_size(log_weights) / log_weights.numel()
         return {
-            **dict(zip(MEANS, means, strict=True)),
+            **{key: mean for key, mean in zip(MEANS, means, strict=True) if key not in self.unknown},
             "weights/max": self.max_log_weight.exp(),
             "weights/ess": ess,
         }

@@ -1,4 +1,4 @@
-"""How much each pair's loss counts: log-ratios in, detached weights out.
+"""How much each pair's loss counts: log-probs in, detached weights out.
 
 DPO weighs all pairs alike. IS-DPO (arXiv 2506.08681) multiplies a pair's loss with the clipped importance ratio of both
 its responses, policy over the policy mu that produced them:
@@ -10,12 +10,14 @@ its responses, policy over the policy mu that produced them:
 A new weighting is one subclass of ``PairWeighting`` and one YAML file. Shapes: B pairs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.types import InputError
 
 
@@ -24,13 +26,11 @@ class PairWeights(NamedTuple):
 
     Attributes:
         log_weights: ``(B,)`` logarithm of the weight that the loss is multiplied with, after the cap.
-        log_importance_ratio: ``(B,)`` ``b_w + b_l`` in nats, before the cap; what the weighting saw, also where unused.
         clipped: ``(B,)`` share of the pair's ratios that hit the cap: 0 or 1 for a joint cap, 0, 1/2 or 1 for one cap a
             response.
     """
 
     log_weights: Tensor
-    log_importance_ratio: Tensor
     clipped: Tensor
 
     @property
@@ -40,47 +40,45 @@ class PairWeights(NamedTuple):
 
 
 class PairWeighting(ABC):
-    """Weighs B pairs by their two log-ratios against the behavior policy."""
+    """Weighs B pairs by the log-probs of their responses.
 
-    min_pairs: int = 1  # smallest micro-batch on which the weighting means something
+    Attributes:
+        min_pairs: smallest micro-batch on which the weighting means something.
+        needs_mu: whether it looks at the behavior policy.
+        needs_alignment: whether it looks at the responses' alignment, which the model then computes.
+    """
 
-    def __call__(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
-        """Computes the weights, detached and in fp32.
+    min_pairs: int = 1
+    needs_mu: bool = False
+    needs_alignment: bool = False
 
-        Args:
-            chosen_log_ratio: ``(B,)`` ``log pi(y_w|x) - log mu(y_w|x)``, summed over tokens, in nats.
-            rejected_log_ratio: ``(B,)`` likewise for the rejected response.
-        """
-        return self.weigh(chosen_log_ratio.detach().float(), rejected_log_ratio.detach().float())
+    def __call__(self, pairs: PairLogps) -> PairWeights:
+        """Computes the weights, detached."""
+        return self.weigh(pairs.detach())
 
     @abstractmethod
-    def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
-        """As ``__call__``, on detached fp32 tensors."""
+    def weigh(self, pairs: PairLogps) -> PairWeights:
+        """As ``__call__``, on detached tensors."""
 
 
 class UniformWeighting(PairWeighting):
     """Weights of one: the base loss as published (DPO, IPO, SLiC)."""
 
-    def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
-        """Ignores the ratios, but hands them on to be logged: ``logratios/importance`` is a curve of every method."""
-        joint = chosen_log_ratio + rejected_log_ratio
-        return PairWeights(torch.zeros_like(joint), joint, torch.zeros_like(joint))
+    def weigh(self, pairs: PairLogps) -> PairWeights:
+        """Looks at nothing."""
+        zeros = torch.zeros_like(pairs.chosen_logps)
+        return PairWeights(zeros, zeros)
 
 
 class ImportanceWeighting(PairWeighting):
     """The clipped importance weight of IS-DPO (arXiv 2506.08681; the authors' scripts use ``epsilon`` 1).
 
     Two pairs with log-ratios (0.5, 1.0) and (1.5, 2.0) under ``epsilon`` 1: the joint cap is 2 nats, the second pair's
-    3.5 nats are clipped to it.
-
-    >>> weighting = ImportanceWeighting(epsilon=1.0)
-    >>> out = weighting(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 2.0]))
-    >>> out.log_weights.tolist(), out.clipped.tolist()
-    ([1.5, 2.0], [0.0, 1.0])
+    3.5 nats are clipped to it, so the weights are ``exp(1.5)`` and ``exp(2)``.
 
     Args:
-        epsilon: cap on the mean log-ratio of a response, in nats, at least 0; weights end at ``exp(2 epsilon)``.
-            ``inf`` does not clip.
+        epsilon: cap on the mean log-ratio of a response, in nats; weights end at ``exp(2 epsilon)``. ``inf`` does not
+            clip. Below 0 every pair is weighed down from the start, which learns little: a control.
         cap: ``joint`` caps the sum of both log-ratios at ``2 epsilon``, as the authors' code does; ``response`` caps
             each log-ratio at ``epsilon`` before they are summed.
         floor: smallest weight, at least 0; 0 is the paper's method. A control: pairs that the policy has left keep
@@ -90,32 +88,31 @@ class ImportanceWeighting(PairWeighting):
         InputError: ``epsilon`` or ``floor`` is out of range.
     """
 
+    needs_mu = True
+
     def __init__(self, epsilon: float = 1.0, cap: Literal["joint", "response"] = "joint", floor: float = 0.0) -> None:
-        if not epsilon >= 0:
-            raise InputError(
-                f"weighting.epsilon must be at least 0 nats, not {epsilon}: it caps log-ratios from above."
-            )
+        if not epsilon > -math.inf:
+            raise InputError(f"model.weighting.epsilon must be a number of nats, not {epsilon}.")
         if cap not in ("joint", "response"):
-            raise InputError(f"weighting.cap must be 'joint' or 'response', not {cap!r}.")
+            raise InputError(f"model.weighting.cap must be 'joint' or 'response', not {cap!r}.")
         if not 0 <= floor <= torch.tensor(2 * epsilon).exp():
-            raise InputError(f"weighting.floor must lie between 0 and exp(2 epsilon), not {floor}.")
+            raise InputError(f"model.weighting.floor must lie between 0 and exp(2 epsilon), not {floor}.")
         self.epsilon = epsilon
         self.cap = cap
         self.floor = floor
 
-    def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
+    def weigh(self, pairs: PairLogps) -> PairWeights:
         """Caps in log space, before ``exp`` could overflow."""
-        joint = chosen_log_ratio + rejected_log_ratio
+        ratios = torch.stack(pairs.importance_logratios).float()  # (2, B)
         if self.cap == "joint":
-            log_weights = joint.clamp(max=2 * self.epsilon)
-            clipped = (joint > 2 * self.epsilon).float()
+            log_weights = ratios.sum(dim=0).clamp(max=2 * self.epsilon)
+            clipped = (ratios.sum(dim=0) > 2 * self.epsilon).float()
         else:
-            ratios = torch.stack([chosen_log_ratio, rejected_log_ratio])  # (2, B)
             log_weights = ratios.clamp(max=self.epsilon).sum(dim=0)
             clipped = (ratios > self.epsilon).float().mean(dim=0)
         if self.floor > 0:
-            log_weights = log_weights.clamp(min=float(torch.tensor(self.floor).log()))
-        return PairWeights(log_weights, joint, clipped)
+            log_weights = log_weights.clamp(min=math.log(self.floor))
+        return PairWeights(log_weights, clipped)
 
 
 class ShuffledImportanceWeighting(ImportanceWeighting):
@@ -127,9 +124,9 @@ class ShuffledImportanceWeighting(ImportanceWeighting):
 
     min_pairs = 2
 
-    def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
-        """Shifts the weights by one pair; the logged ratio stays the pair's own."""
-        own = super().weigh(chosen_log_ratio, rejected_log_ratio)
+    def weigh(self, pairs: PairLogps) -> PairWeights:
+        """Shifts the weights by one pair."""
+        own = super().weigh(pairs)
         return own._replace(log_weights=own.log_weights.roll(1))
 
 
@@ -138,9 +135,48 @@ class BatchMeanImportanceWeighting(ImportanceWeighting):
 
     min_pairs = 2
 
-    def weigh(self, chosen_log_ratio: Tensor, rejected_log_ratio: Tensor) -> PairWeights:
+    def weigh(self, pairs: PairLogps) -> PairWeights:
         """Averages in log space, so that weights that underflow still have a finite mean."""
-        own = super().weigh(chosen_log_ratio, rejected_log_ratio)
-        num_pairs = torch.tensor(float(own.log_weights.numel()), device=own.log_weights.device)
-        mean = own.log_weights.logsumexp(dim=0) - num_pairs.log()
+        own = super().weigh(pairs)
+        mean = own.log_weights.logsumexp(dim=0) - math.log(own.log_weights.numel())
         return own._replace(log_weights=mean.expand_as(own.log_weights))
+
+
+class WPOWeighting(PairWeighting):
+    """WPO: ``min(1, u_w u_l)``, ``u = exp(mean_t[log pi(y_t) - log sum_v pi(v)^2])`` (arXiv 2406.11827 eq. 2).
+
+    How likely the policy is to say the pair, a token, against what it says by itself: 1 for a response that looks
+    sampled from it. Unlike an importance weight it knows no mu, is normalised by length, and never exceeds 1.
+    """
+
+    needs_alignment = True
+
+    def weigh(self, pairs: PairLogps) -> PairWeights:
+        """The product is capped, not each factor."""
+        joint = pairs.chosen_alignment + pairs.rejected_alignment
+        return PairWeights(joint.clamp(max=0.0), (joint > 0).float())
+
+
+class ProductWeighting(PairWeighting):
+    """The product of several weightings: IS-WPO, say. A pair counts as clipped as the most clipped of its factors.
+
+    Args:
+        factors: at least two weightings.
+
+    Raises:
+        InputError: fewer than two.
+    """
+
+    def __init__(self, factors: list[PairWeighting]) -> None:
+        if len(factors) < 2:
+            raise InputError(f"model.weighting.factors: a product has at least two weightings, not {len(factors)}.")
+        self.factors = factors
+        self.min_pairs = max(factor.min_pairs for factor in factors)
+        self.needs_mu = any(factor.needs_mu for factor in factors)
+        self.needs_alignment = any(factor.needs_alignment for factor in factors)
+
+    def weigh(self, pairs: PairLogps) -> PairWeights:
+        """Adds the logarithms."""
+        weights = [factor.weigh(pairs) for factor in self.factors]
+        log_weights = torch.stack([factor.log_weights for factor in weights]).sum(dim=0)
+        return PairWeights(log_weights, torch.stack([factor.clipped for factor in weights]).amax(dim=0))

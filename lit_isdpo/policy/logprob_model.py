@@ -44,9 +44,11 @@ class LogProbModel(nn.Module):
         if model.device.type != "meta":
             self._check_head()
 
-    def forward(self, tokens: TokenBatch) -> SequenceLogps:
-        """Log-probs of each completion given its prompt."""
-        return sequence_logps(self.decode(tokens), tokens, self.head, chunk_size=self.chunk_size)
+    def forward(self, tokens: TokenBatch, alignment: bool = False) -> SequenceLogps:
+        """Log-probs of each completion given its prompt; with ``alignment``, how likely it is against all others."""
+        return sequence_logps(
+            self.decode(tokens), tokens, self.head, chunk_size=self.chunk_size, alignment=alignment
+        )
 
     @torch.no_grad()
     def completion_logits(self, tokens: TokenBatch) -> Tensor:

@@ -1,7 +1,8 @@
 """Preference training: one step shared by training, validation and test."""
 
+import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import lazy_instance
@@ -10,9 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lit_isdpo.objective.losses import DPOLoss, PairLogps, PreferenceLoss
-from lit_isdpo.objective.metrics import PairMetrics
-from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights
+from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
+from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
+from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.reference import ReferenceConfig, ResidentReference, load_reference, reference_as_policy
 from lit_isdpo.training.module import PolicyModule, Sampling, Schedule, adamw
@@ -27,12 +29,17 @@ class PreferenceModule(PolicyModule):
 
     The loss of a batch is the mean over pairs of ``w * f(beta h) + auxiliary``: which ``f`` is ``loss``, which ``w`` is
     ``weighting``. DPO is ``DPOLoss`` with ``UniformWeighting``, IS-DPO is ``DPOLoss`` with ``ImportanceWeighting``.
+    Where the data has weights of its own, each multiplies all of its pair's loss.
 
     Args:
         policy: the model that is trained.
-        reference: the frozen model that it is measured against; by default the policy before training.
+        reference: the frozen model that it is measured against; by default the policy before training. ``null`` holds
+            none: for a loss that needs none, at the price of all that is measured against it, KL included.
         loss: loss of a pair.
         weighting: weight of a pair.
+        mu: which policy the weights take for the one that wrote the responses. ``auto``: the data's log-probs for the
+            responses that have them, else the reference; ``reference``: the reference for all; ``data``: the data's for
+            all, and a row without them is an error.
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
         sampling: how ``predict`` samples.
@@ -42,9 +49,10 @@ class PreferenceModule(PolicyModule):
     def __init__(
         self,
         policy: PolicyConfig = PolicyConfig(),
-        reference: ReferenceConfig = ReferenceConfig(),
+        reference: ReferenceConfig | None = ReferenceConfig(),
         loss: PreferenceLoss = lazy_instance(DPOLoss),
         weighting: PairWeighting = lazy_instance(ImportanceWeighting),
+        mu: Literal["auto", "reference", "data"] = "auto",
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
@@ -53,37 +61,48 @@ class PreferenceModule(PolicyModule):
         super().__init__(policy, optimizer, schedule, sampling)
         if ess_window < 1:
             raise InputError(f"model.ess_window must be at least 1 pair, not {ess_window}.")
-        if reference.path is None and policy.init == "random":
-            raise InputError("model.reference.path: a policy with random weights (init: random) needs one of its own.")
-        load_config(reference_as_policy(policy, reference), option="model.reference.path")
+        if reference is None:
+            _check_without_reference(loss, weighting, mu)
+        else:
+            if reference.path is None and policy.init == "random":
+                raise InputError(
+                    "model.reference.path: a policy with random weights (init: random) needs one of its own."
+                )
+            load_config(reference_as_policy(policy, reference), option="model.reference.path")
         self.reference_config = reference
         self.loss = loss
         self.weighting = weighting
+        self.mu = mu
         self.ess_window = ess_window
-        self.train_metrics = PairMetrics(loss.beta, window=ess_window)
-        self.val_metrics = PairMetrics(loss.beta)
-        self.test_metrics = PairMetrics(loss.beta)
+        unknown = () if reference else OF_REFERENCE if mu == "data" else OF_REFERENCE + OF_BEHAVIOR
+        self.train_metrics = PairMetrics(loss, unknown=unknown, window=ess_window)
+        self.val_metrics = PairMetrics(loss, unknown=unknown)
+        self.test_metrics = PairMetrics(loss, unknown=unknown)
         self._reference: tuple[ResidentReference, ...] = ()  # in a tuple: a reference is not a part of this module
         self._window_row_ids: list[Tensor] = []
         self._window_losses: list[Tensor] = []
         self._ess_before_resume: Tensor | None = None
 
     @property
-    def reference(self) -> ResidentReference:
+    def reference(self) -> ResidentReference | None:
         """The frozen model that the policy is measured against."""
-        return self._reference[0]
+        return self._reference[0] if self._reference else None
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:
         """Classes and numbers of the loss and the weighting."""
-        return f"{type(self.weighting).__name__} x {type(self.loss).__name__}", vars(self.loss) | vars(self.weighting)
+        weightings = self.weighting.factors if isinstance(self.weighting, ProductWeighting) else [self.weighting]
+        parts = [*weightings, self.loss]
+        numbers = {key: value for part in parts for key, value in vars(part).items() if not key.startswith("needs_")}
+        return " x ".join(type(part).__name__ for part in parts), numbers
 
     def configure_model(self) -> None:
         """Loads both models; to sample, the policy alone."""
         super().configure_model()
-        if not self._reference and self.trainer.state.fn != TrainerFn.PREDICTING:
+        sampling = self.trainer.state.fn == TrainerFn.PREDICTING
+        if self.reference_config is not None and not self._reference and not sampling:
             self._reference = (load_reference(self.policy_config, self.reference_config),)
-            vocabularies = [model.vocabulary_size for model in (self.policy, self.reference.model)]
+            vocabularies = [model.vocabulary_size for model in (self.policy, self._reference[0].model)]
             if vocabularies[0] != vocabularies[1]:
                 raise InputError(
                     f"model.reference.path: its vocabulary has {vocabularies[1]} entries and the policy's "
@@ -93,6 +112,8 @@ class PreferenceModule(PolicyModule):
     @property
     def _starts_at_reference(self) -> bool:
         policy, reference = self.policy_config, self.reference_config
+        if reference is None:
+            return False
         same = reference.path in (None, policy.path) and reference.revision in (None, policy.revision)
         return same and policy.init == "pretrained"
 
@@ -111,14 +132,15 @@ class PreferenceModule(PolicyModule):
 
     def on_fit_start(self) -> None:
         """Moves the reference to the policy's device."""
-        self.reference.to(self.device)
+        self.on_validation_start()
         if self._ess_before_resume is not None:
             own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
             self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
 
     def on_validation_start(self) -> None:
         """Moves the reference to the policy's device."""
-        self.reference.to(self.device)
+        if self.reference is not None:
+            self.reference.to(self.device)
 
     on_test_start = on_validation_start
 
@@ -167,25 +189,24 @@ class PreferenceModule(PolicyModule):
         self._ess_before_resume = checkpoint.get("recent_log_weights")
 
     def _pair_logps(self, batch: PreferenceBatch) -> PairLogps:
-        policy: SequenceLogps = self.policy(batch.tokens)
-        reference = self.reference.logps(batch.tokens)
-        chosen_logps, rejected_logps = policy.logps.chunk(2)
-        ref_chosen_logps, ref_rejected_logps = reference.logps.chunk(2)
-        chosen_num_tokens, rejected_num_tokens = policy.num_tokens.chunk(2)
-        return PairLogps(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_num_tokens, rejected_num_tokens
-        )
+        policy: SequenceLogps = self.policy(batch.tokens, alignment=self.weighting.needs_alignment)
+        if self.reference is None:
+            ref_logps = torch.full_like(policy.logps, math.nan)
+        else:
+            ref_logps = self.reference.logps(batch.tokens).logps
+        return PairLogps.unstack(policy, ref_logps, self._mu_logps(batch, ref_logps), batch.margins)
 
-    def _weights(self, pairs: PairLogps, batch: PreferenceBatch) -> PairWeights:
-        """Weights against mu: the behavior policy where the data has its log-prob of a response, else the reference."""
-        chosen_mu, rejected_mu = batch.behavior_logps.chunk(2)
-        chosen_mu = torch.where(chosen_mu.isnan(), pairs.ref_chosen_logps, chosen_mu)
-        rejected_mu = torch.where(rejected_mu.isnan(), pairs.ref_rejected_logps, rejected_mu)
-        return self.weighting(pairs.chosen_logps - chosen_mu, pairs.rejected_logps - rejected_mu)
+    def _mu_logps(self, batch: PreferenceBatch, ref_logps: Tensor) -> Tensor:
+        """``(2B,)`` log-probs of the policy that the weights take for the one that wrote the responses."""
+        unknown = batch.behavior_logps.isnan()
+        if self.mu == "data" and unknown.any():
+            rows = self._row_names(batch.row_ids[unknown.view(2, -1).any(dim=0)])
+            raise InputError(f"model.mu is 'data', but there are no behavior log-probs in {rows}.")
+        return ref_logps if self.mu == "reference" else torch.where(unknown, ref_logps, batch.behavior_logps)
 
     def _update(self, metrics: PairMetrics, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
-        weights = self._weights(pairs, batch)
-        losses = weights.weights * self.loss(pairs) + self.loss.auxiliary(pairs)
+        weights = self.weighting(pairs)
+        losses = batch.pair_weights * (weights.weights * self.loss(pairs) + self.loss.auxiliary(pairs))
         metrics.update(losses, pairs, weights, batch.row_ids >= 0)
         return losses
 
@@ -258,7 +279,7 @@ class PreferenceModule(PolicyModule):
         return ", ".join(datamodule.row_name("train", row_id) for row_id in some)
 
     def _warn_of_vanishing_weights(self, values: dict[str, Tensor]) -> None:
-        if isinstance(self.weighting, ImportanceWeighting):
+        if self.weighting.needs_mu:
             mean, ess = values["weights/mean"].item(), values["weights/ess"].item()
             if mean < MEAN_WEIGHT_WARNING:
                 warnings.warn(
@@ -273,3 +294,18 @@ class PreferenceModule(PolicyModule):
                     "hold all the weight.",
                     stacklevel=2,
                 )
+
+
+def _check_without_reference(loss: PreferenceLoss, weighting: PairWeighting, mu: str) -> None:
+    """Raises where no reference is held, and something needs one.
+
+    Raises:
+        InputError: names what needs it, and what to use instead.
+    """
+    if loss.needs_reference:
+        raise InputError(f"model.reference: {type(loss).__name__} needs a reference, so it cannot be null.")
+    if weighting.needs_mu and mu != "data":
+        raise InputError(
+            f"model.weighting: {type(weighting).__name__} on {type(loss).__name__} without a reference has no mu to "
+            "divide by; hold a reference, take mu from the data (model.mu: data), or use UniformWeighting."
+        )

@@ -6,33 +6,35 @@ import math
 import pytest
 import torch
 
-from lit_isdpo.objective.losses import DPOLoss, PairLogps
-from lit_isdpo.objective.metrics import Estimate, PairMetrics, effective_sample_size, kl_values, token_kl
-from lit_isdpo.objective.weights import ImportanceWeighting
+from lit_isdpo.objective.losses import DPOLoss, SimPOLoss
+from lit_isdpo.objective.metrics import (
+    OF_BEHAVIOR,
+    OF_REFERENCE,
+    Estimate,
+    PairMetrics,
+    effective_sample_size,
+    kl_values,
+    token_kl,
+)
+from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
+from tests.conftest import pair_logps
 
 
 def feed(metrics: PairMetrics, pairs: PairLogps, counted: torch.Tensor | None = None) -> None:
-    weights = ImportanceWeighting()(pairs.chosen_logratios, pairs.rejected_logratios)
+    weights = ImportanceWeighting()(pairs)
     every = torch.ones(len(pairs.chosen_logps), dtype=torch.bool)
     metrics.update(weights.weights * DPOLoss(0.1)(pairs), pairs, weights, every if counted is None else counted)
 
 
 def random_pairs(number: int) -> PairLogps:
-    policy = torch.randn(4, number, generator=torch.Generator().manual_seed(0))
-    return PairLogps(*policy, *torch.ones(2, number))
+    return pair_logps(*torch.randn(2, number, generator=torch.Generator().manual_seed(0)), ref=(0.3, -0.2))
 
 
 def test_worked_example() -> None:
     """Log-ratios (1, -1) and (-2, 0): the second pair is won by the wrong side, and its chosen one fell."""
-    pairs = PairLogps(
-        torch.tensor([1.0, -2.0]),
-        torch.tensor([-1.0, 0.0]),
-        torch.zeros(2),
-        torch.zeros(2),
-        torch.ones(2),
-        torch.ones(2),
-    )
-    metrics = PairMetrics(beta=0.1)
+    pairs = pair_logps(torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 0.0]))
+    metrics = PairMetrics(DPOLoss(0.1))
     feed(metrics, pairs)
     values = {key: round(value.item(), 5) for key, value in metrics.compute().items()}
     weights = [1.0, math.exp(-2)]
@@ -58,7 +60,7 @@ def test_worked_example() -> None:
 
 @pytest.mark.parametrize("sizes", [[10], [4, 4, 2], [1] * 10, [9, 1]])
 def test_micro_batches_of_any_size_give_the_whole(sizes: list[int]) -> None:
-    whole, parts = PairMetrics(beta=0.1), PairMetrics(beta=0.1)
+    whole, parts = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
     pairs = random_pairs(10)
     feed(whole, pairs)
     for part in zip(*(field.split(sizes) for field in pairs), strict=True):
@@ -66,8 +68,19 @@ def test_micro_batches_of_any_size_give_the_whole(sizes: list[int]) -> None:
     torch.testing.assert_close(parts.compute(), whole.compute())
 
 
+def test_without_a_reference_what_is_measured_against_it_is_left_out() -> None:
+    """SimPO's own reward is beta times the mean log-prob of a token."""
+    pairs = pair_logps(torch.tensor([-4.0]), torch.tensor([-9.0]), ref=(math.nan, math.nan), num_tokens=(4, 3))
+    metrics = PairMetrics(SimPOLoss(2.0), unknown=OF_REFERENCE + OF_BEHAVIOR)
+    metrics.update(SimPOLoss(2.0)(pairs), pairs, UniformWeighting()(pairs), torch.ones(1, dtype=torch.bool))
+    values = {key: value.item() for key, value in metrics.compute().items()}
+    assert all(map(math.isfinite, values.values()))
+    assert (values["rewards/chosen"], values["rewards/rejected"], values["rewards/accuracies"]) == (-2, -6, 1)
+    assert not any(key.startswith("logratios") for key in values)
+
+
 def test_fillers_are_not_counted() -> None:
-    whole, filled = PairMetrics(beta=0.1), PairMetrics(beta=0.1)
+    whole, filled = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
     pairs = random_pairs(10)
     feed(whole, PairLogps(*(field[:7] for field in pairs)))
     feed(filled, pairs, torch.arange(10) < 7)
@@ -75,12 +88,12 @@ def test_fillers_are_not_counted() -> None:
 
 
 def test_a_window_outlives_resets() -> None:
-    metrics = PairMetrics(beta=0.1, window=5)
+    metrics = PairMetrics(DPOLoss(0.1), window=5)
     pairs = random_pairs(8)
     for part in zip(*(field.split(4) for field in pairs), strict=True):
         metrics.reset()
         feed(metrics, PairLogps(*part))
-    weights = ImportanceWeighting()(pairs.chosen_logratios, pairs.rejected_logratios)
+    weights = ImportanceWeighting()(pairs)
     assert metrics.num_pairs == 4
     torch.testing.assert_close(metrics.recent_log_weights, weights.log_weights[-5:])
 

@@ -6,41 +6,44 @@ import math
 import pytest
 import torch
 
-from lit_isdpo.objective.losses import DPOLoss, PairLogps
+from lit_isdpo.objective.losses import DPOLoss
 from lit_isdpo.objective.metrics import effective_sample_size
 from lit_isdpo.objective.weights import (
     BatchMeanImportanceWeighting,
     ImportanceWeighting,
+    ProductWeighting,
     ShuffledImportanceWeighting,
     UniformWeighting,
+    WPOWeighting,
 )
 from lit_isdpo.types import InputError
+from tests.conftest import pair_logps
 
 CHOSEN = torch.tensor([0.5, 1.5, -3.0, 3.0])
 REJECTED = torch.tensor([1.0, 2.0, -1.0, -2.0])
+PAIRS = pair_logps(CHOSEN, REJECTED)  # log-probs of mu are 0, so these are the log-ratios
 
 
 def test_joint_cap() -> None:
-    out = ImportanceWeighting(epsilon=1.0)(CHOSEN, REJECTED)
-    torch.testing.assert_close(out.log_importance_ratio, torch.tensor([1.5, 3.5, -4.0, 1.0]))
+    out = ImportanceWeighting(epsilon=1.0)(PAIRS)
     torch.testing.assert_close(out.weights, torch.tensor([1.5, 2.0, -4.0, 1.0]).exp())
     assert out.clipped.tolist() == [0, 1, 0, 0]
 
 
 def test_cap_for_each_response() -> None:
-    out = ImportanceWeighting(epsilon=1.0, cap="response")(CHOSEN, REJECTED)
+    out = ImportanceWeighting(epsilon=1.0, cap="response")(PAIRS)
     torch.testing.assert_close(out.weights, torch.tensor([1.5, 2.0, -4.0, -1.0]).exp())
     assert out.clipped.tolist() == [0, 1, 0, 0.5]
 
 
 def test_floor() -> None:
-    out = ImportanceWeighting(epsilon=1.0, floor=0.25)(CHOSEN, REJECTED)
+    out = ImportanceWeighting(epsilon=1.0, floor=0.25)(PAIRS)
     torch.testing.assert_close(out.weights, torch.tensor([math.exp(1.5), math.exp(2), 0.25, math.e]))
 
 
 def test_epsilon_zero_only_weighs_down_and_infinity_does_not_clip() -> None:
-    assert ImportanceWeighting(epsilon=0.0)(CHOSEN, REJECTED).weights.max() == 1
-    unclipped = ImportanceWeighting(epsilon=math.inf)(CHOSEN, REJECTED)
+    assert ImportanceWeighting(epsilon=0.0)(PAIRS).weights.max() == 1
+    unclipped = ImportanceWeighting(epsilon=math.inf)(PAIRS)
     torch.testing.assert_close(unclipped.log_weights, CHOSEN + REJECTED)
     assert not unclipped.clipped.any()
 
@@ -50,7 +53,7 @@ def test_clipping_across_thresholds_on_synthetic_ratios(epsilon: float) -> None:
     """Joint log-ratios ~ N(0, 2): the clipped share is the Gaussian tail, and no weight passes exp(2 epsilon)."""
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.randn(2, 100_000, generator=generator)
-    out = ImportanceWeighting(epsilon=epsilon)(chosen, rejected)
+    out = ImportanceWeighting(epsilon=epsilon)(pair_logps(chosen, rejected))
     tail = 0.5 * math.erfc(2 * epsilon / math.sqrt(2) / math.sqrt(2))
     assert out.clipped.mean().item() == pytest.approx(tail, abs=3 * math.sqrt(tail / 100_000))
     assert out.weights.max().item() <= math.exp(2 * epsilon) * (1 + 1e-6)
@@ -62,7 +65,7 @@ def test_a_wide_clip_trades_bias_for_variance() -> None:
     log_ratio = torch.randn(2, 200_000, generator=generator) * 0.7 - 0.245  # E exp = 1 for each
     means, variances = [], []
     for epsilon in (0.0, 0.25, 1.0, math.inf):
-        weights = ImportanceWeighting(epsilon=epsilon)(*log_ratio).weights
+        weights = ImportanceWeighting(epsilon=epsilon)(pair_logps(*log_ratio)).weights
         means.append(weights.mean().item())
         variances.append(weights.var().item())
     assert means == sorted(means)
@@ -86,60 +89,61 @@ def test_the_ratio_against_theory_on_an_enumerable_distribution() -> None:
     pi, ref = (torch.stack([logp(policy, response) for response in responses]) for policy in (0, 1))
     index = torch.cartesian_prod(torch.arange(27), torch.arange(27))  # every pair, drawn independently from ref
     probability = (ref[index[:, 0]] + ref[index[:, 1]]).exp()
-    weights = ImportanceWeighting(epsilon=math.inf)(*(pi - ref)[index].T).weights.double()
+    weights = ImportanceWeighting(epsilon=math.inf)(pair_logps(*(pi - ref)[index].T)).weights.double()
     assert (probability * weights).sum().item() == pytest.approx(1, abs=1e-6)
     f = torch.randn(27 * 27, generator=generator, dtype=torch.float64)
     under_pi = ((pi[index[:, 0]] + pi[index[:, 1]]).exp() * f).sum().item()
     assert (probability * weights * f).sum().item() == pytest.approx(under_pi, abs=1e-6)
-    clipped = ImportanceWeighting(epsilon=0.25)(*(pi - ref)[index].T).weights.double()
+    clipped = ImportanceWeighting(epsilon=0.25)(pair_logps(*(pi - ref)[index].T)).weights.double()
     assert (probability * clipped).sum().item() < 1
 
 
 def test_policy_is_reference() -> None:
     zeros = torch.zeros(7)
     for weighting in (ImportanceWeighting(), UniformWeighting(), ImportanceWeighting(cap="response")):
-        out = weighting(zeros, zeros)
+        out = weighting(pair_logps(zeros, zeros))
         assert torch.equal(out.weights, torch.ones(7))
         assert effective_sample_size(out.log_weights).item() == pytest.approx(7)
 
 
 def test_weights_of_one_are_dpo_bit_for_bit() -> None:
     chosen, rejected = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    loss = DPOLoss(beta=0.1)(PairLogps(chosen, rejected, *torch.zeros(2, 32), *torch.ones(2, 32)))
-    assert torch.equal(UniformWeighting()(chosen, rejected).weights * loss, loss)
+    pairs = pair_logps(chosen, rejected)
+    loss = DPOLoss(beta=0.1)(pairs)
+    assert torch.equal(UniformWeighting()(pairs).weights * loss, loss)
 
 
 @pytest.mark.parametrize("weighting", [UniformWeighting(), ImportanceWeighting(), BatchMeanImportanceWeighting()])
 def test_no_gradient_and_fp32(weighting: UniformWeighting | ImportanceWeighting) -> None:
-    chosen = CHOSEN.to(torch.bfloat16).requires_grad_()
-    weights = weighting(chosen, REJECTED).weights
+    pairs = PAIRS._replace(chosen_logps=CHOSEN.clone().requires_grad_())
+    weights = weighting(pairs).weights
     assert not weights.requires_grad
     assert weights.dtype == torch.float32
 
 
 def test_extremes_stay_finite() -> None:
-    out = ImportanceWeighting(epsilon=1.0)(torch.tensor([1e4, -1e4]), torch.tensor([1e4, -1e4]))
+    out = ImportanceWeighting(epsilon=1.0)(pair_logps(*torch.tensor([[1e4, -1e4]] * 2)))
     assert torch.isfinite(out.weights).all()
     assert out.weights[1] == 0
 
 
 def test_shuffled_weights_are_the_same_ones_elsewhere() -> None:
-    own = ImportanceWeighting()(CHOSEN, REJECTED).log_weights
-    shuffled = ShuffledImportanceWeighting()(CHOSEN, REJECTED).log_weights
+    own = ImportanceWeighting()(PAIRS).log_weights
+    shuffled = ShuffledImportanceWeighting()(PAIRS).log_weights
     torch.testing.assert_close(shuffled.sort().values, own.sort().values)
     assert not (shuffled == own).any()
 
 
 def test_batch_mean() -> None:
-    own = ImportanceWeighting()(CHOSEN, REJECTED).weights
-    torch.testing.assert_close(BatchMeanImportanceWeighting()(CHOSEN, REJECTED).weights, own.mean().expand(4))
+    own = ImportanceWeighting()(PAIRS).weights
+    torch.testing.assert_close(BatchMeanImportanceWeighting()(PAIRS).weights, own.mean().expand(4))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"epsilon": -0.1}, "epsilon must be at least 0"),
-        ({"epsilon": float("nan")}, "epsilon must be at least 0"),
+        ({"epsilon": float("nan")}, "epsilon must be a number of nats"),
+        ({"epsilon": -math.inf}, "epsilon must be a number of nats"),
         ({"cap": "token"}, "'joint' or 'response'"),
         ({"floor": -1.0}, "floor must lie between"),
         ({"epsilon": 0.0, "floor": 1.5}, "floor must lie between"),
@@ -148,3 +152,28 @@ def test_batch_mean() -> None:
 def test_out_of_range_is_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ImportanceWeighting(**arguments)  # type: ignore[arg-type]
+
+
+def test_mu_is_what_the_ratio_is_taken_against() -> None:
+    """The reference plays no part where mu is another."""
+    pairs = pair_logps(CHOSEN, REJECTED, ref=(7.0, 7.0), mu=(0.5, -0.25))
+    torch.testing.assert_close(ImportanceWeighting(math.inf)(pairs).log_weights, CHOSEN + REJECTED - 0.25)
+
+
+def test_wpo_caps_the_product_at_one() -> None:
+    pairs = pair_logps(torch.zeros(1), torch.zeros(1), alignment=(0.5, -0.75))
+    assert WPOWeighting()(pairs).log_weights.tolist() == [-0.25]
+    assert WPOWeighting()(pairs).clipped.tolist() == [0]
+    above = pair_logps(torch.zeros(1), torch.zeros(1), alignment=(0.5, -0.25))
+    assert WPOWeighting()(above).weights.tolist() == [1]
+    assert WPOWeighting()(above).clipped.tolist() == [1]
+
+
+def test_a_product_multiplies_and_asks_for_what_its_factors_need() -> None:
+    product = ProductWeighting([ImportanceWeighting(epsilon=1.0), WPOWeighting()])
+    assert (product.needs_mu, product.needs_alignment, product.min_pairs) == (True, True, 1)
+    pairs = pair_logps(CHOSEN, REJECTED, alignment=(-0.5, -0.25))
+    torch.testing.assert_close(product(pairs).weights, torch.tensor([0.75, 1.25, -4.75, 0.25]).exp())
+    assert product(pairs).clipped.tolist() == [0, 1, 0, 0]
+    with pytest.raises(InputError, match="at least two weightings, not 1"):
+        ProductWeighting([WPOWeighting()])

@@ -1,21 +1,24 @@
 """The module: what a step does, what it checks, and the physics of training."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import batch_prompts, collate_pairs
-from lit_isdpo.objective.losses import DPOLoss, PairLogps, PreferenceLoss
-from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
+from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, RPOLoss, SimPOLoss
+from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, UniformWeighting, WPOWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.module import Schedule
 from lit_isdpo.training.preference import PreferenceModule
-from lit_isdpo.types import InputError, TokenizedPair
-from tests.conftest import read_metrics
+from lit_isdpo.types import InputError, PreferenceBatch, TokenizedPair
+from tests.conftest import pair_logps, read_metrics
 
 PAIRS = [TokenizedPair([1, 5, 7], [6, 2], [8, 9, 2]), TokenizedPair([1], [7, 2], [9, 2])]
 
@@ -63,10 +66,75 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     pairs = module._pair_logps(plain)
     behavior = [pairs.chosen_logps - 0.5, pairs.rejected_logps + 0.2]  # mu likes the chosen ones less, the others more
     known = plain._replace(behavior_logps=torch.cat(behavior).detach())
-    torch.testing.assert_close(module._weights(pairs, known).log_weights, torch.full((2,), 0.3))
-    torch.testing.assert_close(module._weights(pairs, plain).log_weights, torch.zeros(2))
-    known.behavior_logps[1] = torch.nan  # of the second pair's chosen response: it is weighed against the reference
-    torch.testing.assert_close(module._weights(pairs, known).log_weights, torch.tensor([0.3, -0.2]))
+
+    def log_weights(batch: PreferenceBatch) -> Tensor:
+        return module.weighting(module._pair_logps(batch)).log_weights
+
+    torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
+    torch.testing.assert_close(log_weights(plain), torch.zeros(2))
+    module.mu = "reference"
+    torch.testing.assert_close(log_weights(known), torch.zeros(2))
+    module.mu = "data"
+    torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
+    known.behavior_logps[1] = torch.nan  # of the second pair's chosen response
+    with pytest.raises(InputError, match=r"model\.mu is 'data', but .* in training rows \[1\]"):
+        log_weights(known)
+    module.mu = "auto"
+    torch.testing.assert_close(log_weights(known), torch.tensor([0.3, -0.2]))
+
+
+def test_the_datas_weights_multiply_all_of_a_pairs_loss(module: PreferenceModule) -> None:
+    module.loss = RPOLoss(0.1, eta=2.0)
+    batch = collate_pairs(
+        [PAIRS[0]._replace(weight=3.0), PAIRS[1]._replace(weight=0.0, margin=1.0)], [0, 1], pad_token_id=0
+    )
+    pairs = module._pair_logps(batch)
+    expected = 3 * (math.log(2) - 0.2 * pairs.chosen_logps[0].item()) / 2
+    assert module.training_step(batch, 0).item() == pytest.approx(expected)
+    batch.pair_weights[1] = 1.0
+    with_margin = math.log(1 + math.e) - 0.2 * pairs.chosen_logps[1].item()
+    assert module.training_step(batch, 0).item() == pytest.approx(expected + with_margin / 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "weighting", "mu", "message"),
+    [
+        (DPOLoss(), UniformWeighting(), "auto", r"model\.reference: DPOLoss needs a reference"),
+        (SimPOLoss(), ImportanceWeighting(), "auto", r"ImportanceWeighting on SimPOLoss without a reference has no mu"),
+        (SimPOLoss(), ImportanceWeighting(), "reference", r"has no mu to divide by"),
+    ],
+)
+def test_what_needs_a_reference_says_so(
+    loss: PreferenceLoss, weighting: PairWeighting, mu: Literal["auto", "reference"], message: str, model_dir: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        PreferenceModule(PolicyConfig(path=model_dir), reference=None, loss=loss, weighting=weighting, mu=mu)
+
+
+def test_simpo_holds_no_reference_unless_it_is_to_be_measured_against_one(tiny: list[str], tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=2", "--model.loss=SimPOLoss", "--model.weighting=UniformWeighting"]
+    main(["fit", *tiny, *options, "--model.reference=null", f"--trainer.default_root_dir={tmp_path}"])
+    main(["fit", *tiny, *options, f"--trainer.default_root_dir={tmp_path}"])
+    without, beside = (read_metrics(tmp_path / f"version_{number}") for number in range(2))
+    assert without["train/loss"] == beside["train/loss"]
+    missing = {key.split("/", 1)[1].split("/")[0] for key in set(beside) - set(without)}
+    assert missing == {"kl", "logratios"}
+
+
+def test_wpo_weighs_by_the_policys_own_distribution(module: PreferenceModule) -> None:
+    """Against the whole distribution at each token, by hand."""
+    module.weighting = WPOWeighting()
+    batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
+    weights = module.weighting(module._pair_logps(batch)).log_weights
+    logps = module.policy.completion_logits(batch.tokens).log_softmax(dim=1)  # (N, V)
+    targets = batch.tokens.completion_ids[batch.tokens.completion_mask]
+    aligned = logps.gather(1, targets[:, None])[:, 0] - (2 * logps).exp().sum(dim=1).log()
+    means = [part.mean() for part in aligned.split([2, 2, 3, 2])]  # chosen of 2 and 2 tokens, rejected of 3 and 2
+    expected = torch.stack([means[0] + means[2], means[1] + means[3]]).clamp(max=0)
+    torch.testing.assert_close(weights, expected)
+    assert not weights.requires_grad
+    module.weighting = UniformWeighting()
+    assert module._pair_logps(batch).chosen_alignment.isnan().all(), "not computed where it is not needed"
 
 
 class BrokenLoss(PreferenceLoss):
@@ -138,6 +206,6 @@ def test_schedule() -> None:
 
 
 def test_at_reference_forgets_the_policy() -> None:
-    pairs = PairLogps(*torch.randn(4, 3), *torch.ones(2, 3))
+    pairs = pair_logps(*torch.randn(2, 3), ref=(-1.0, -2.0))
     assert not pairs.at_reference().chosen_logratios.any()
-    assert UniformWeighting()(pairs.chosen_logratios, pairs.rejected_logratios).weights.sum() == 3
+    assert UniformWeighting()(pairs).weights.sum() == 3

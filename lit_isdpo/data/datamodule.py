@@ -8,11 +8,12 @@ Half of its length is the documentation of its options and a sentence for each w
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
 import torch
@@ -23,7 +24,8 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data.formats import FORMATS
+from lit_isdpo.data.formats import FORMATS, check_pairing
+from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, hold_out, tokenize_rows
 from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder
 from lit_isdpo.data.sources import OpenSource, Sources, as_sources, open_source
@@ -36,7 +38,11 @@ _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("
 
 
 class SourceCounts(NamedTuple):
-    """What became of the rows of one source: ``read`` = ``kept`` + ``held_out`` + those ``dropped``, by reason."""
+    """What became of the rows of one source.
+
+    ``kept``, ``held_out`` and those ``dropped``, by reason, add up to ``lines``: the rows that were read, but where a
+    row holds several responses, the pairs that were made of them.
+    """
 
     source: str
     format: str
@@ -44,6 +50,11 @@ class SourceCounts(NamedTuple):
     kept: int
     held_out: int
     dropped: dict[str, int]
+
+    @property
+    def lines(self) -> int:
+        """Lines of the table."""
+        return self.kept + self.held_out + sum(self.dropped.values())
 
 
 class ProbePrompt(NamedTuple):
@@ -70,7 +81,7 @@ class TextDataModule(LightningDataModule, ABC):
             list of either as a mixture.
         val: validation rows. Default: the validation split of ``train``, else a held-out part of its rows.
         test: test rows. Default: the test split of ``train``.
-        format: strings, messages or transcripts; auto recognises it by the columns.
+        format: a key of ``formats.FORMATS``; auto recognises it by the columns.
         tokenizer: folder or hub id of a tokenizer. Default: the model's own.
         batch_size: rows of an optimizer step, over all ranks and micro-batches.
         micro_batch_size: rows of a forward on one rank; how often gradients are accumulated follows from it. Default:
@@ -93,6 +104,8 @@ class TextDataModule(LightningDataModule, ABC):
     Raises:
         InputError: an argument is out of range; in ``setup``: whatever is wrong with the data.
     """
+
+    read_options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -234,6 +247,10 @@ class TextDataModule(LightningDataModule, ABC):
         return ("test",) if self._parts("test") else ("val",)
 
     @property
+    def _number_columns(self) -> list[str]:
+        return [self.read_options[key] for key in ("weight_column", "margin_column") if self.read_options.get(key)]
+
+    @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
@@ -285,23 +302,24 @@ class TextDataModule(LightningDataModule, ABC):
         tables, positions, counts, offset = [], [], [], 0
         for source, name in parts:
             path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
+            rows = source.rows(name, numbers=self._number_columns)
             tokenized = tokenize_rows(
-                source.rows(name),
+                rows,
                 self.row_type,
                 self.format,
                 self.tokenizer,
                 name=f"data.{split}: {path}",
                 num_proc=self.num_proc,
+                read_options=self.read_options,
                 max_length=self.max_length,
                 max_prompt_length=self.max_prompt_length,
                 truncation_mode=self.truncation_mode,
                 chat_template=self.chat_template,
             )
-            read, kept = len(tokenized.table), len(tokenized.kept)
             tables.append(tokenized.table)
             positions.append(tokenized.kept + offset)
-            counts.append(SourceCounts(path, tokenized.format, read, kept, 0, tokenized.dropped))
-            offset += read
+            counts.append(SourceCounts(path, tokenized.format, len(rows), len(tokenized.kept), 0, tokenized.dropped))
+            offset += len(tokenized.table)
         table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
         self._rows[split] = Rows(table, torch.cat(positions), self.row_type)
         self.counts[split] = counts
@@ -330,8 +348,10 @@ class TextDataModule(LightningDataModule, ABC):
             for source in self.counts[split]:
                 left_out = source.dropped | ({"held out": source.held_out} if source.held_out else {})
                 why = "".join(f", {number:,} {reason}" for reason, number in left_out.items())
+                pairs = " pairs" if source.lines != source.read else ""
                 console.print(
-                    f"data.{split}: {source.source}: {source.read:,} rows read, {source.kept:,} kept{why}", markup=False
+                    f"data.{split}: {source.source}: {source.read:,} rows read, {source.kept:,}{pairs} kept{why}",
+                    markup=False,
                 )
 
     # Batches
@@ -401,11 +421,12 @@ class TextDataModule(LightningDataModule, ABC):
 
     def row_name(self, split: Split, row_id: int) -> str:
         """A row in words, for messages: ``row 17 of pairs.jsonl``, counted from 0 as it was read."""
+        line = row_id
         for source in self.counts[split if self._parts(split) else "train"]:
-            if row_id < source.read:
+            if line < source.lines:
                 break
-            row_id -= source.read
-        return f"row {row_id} of {source.source}"
+            line -= source.lines
+        return f"row {self._rows[split].table[row_id]['row']} of {source.source}"
 
     def source_folders(self, split: Split) -> list[Path]:
         """The local folders and files that a split is read from; a hub data set has none."""
@@ -440,13 +461,41 @@ class TextDataModule(LightningDataModule, ABC):
 
 
 class PreferenceDataModule(TextDataModule):
-    """Preference pairs: a prompt, the response that was chosen, and the one that was rejected."""
+    """Preference pairs: a prompt, the response that was chosen, and the one that was rejected.
+
+    Args:
+        pairing: what is made of a row with several scored or ranked responses: best_worst, best_random (the best with a
+            worse one that a hash of the texts picks), or all pairs with different scores.
+        weight_column: column with the factor of each pair's loss, a number of at least 0.
+        margin_column: column with what each pair's scaled preference must exceed. Where it is the scores of several
+            responses, it is the difference of the pair's.
+        **options: those of :class:`TextDataModule`.
+
+    Raises:
+        InputError: as there.
+    """
 
     row_type = PAIRS
 
+    def __init__(
+        self,
+        *,
+        pairing: Pairing = "best_worst",
+        weight_column: str | None = None,
+        margin_column: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if pairing not in get_args(Pairing):
+            raise InputError(f"data.pairing: no pairing {pairing!r}; known: {', '.join(get_args(Pairing))}")
+        if self.format != "auto":
+            check_pairing(pairing, self.format, name="data.format")
+        self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}
+        self.save_hyperparameters(self.read_options, logger=False)
+
 
 class SFTDataModule(TextDataModule):
-    """Demonstrations: a prompt and a response to it; of preference pairs the chosen one."""
+    """Demonstrations: a prompt and a response to it; of preference pairs the chosen one, of several the best."""
 
     row_type = DEMONSTRATIONS
 

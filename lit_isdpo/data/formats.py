@@ -1,156 +1,165 @@
-r"""Rows of public preference data sets, read as text: one pure function for each format.
+r"""The formats that rows come in, how they are recognised, and what is made of a row of each.
 
-A format says how one response column of a row becomes a demonstration, a prompt and the response to it. A pair is two
-demonstrations with the same prompt, so a new format is one function and one line of ``FORMATS``.
+A new format is one function in ``readers.py`` and one line of ``FORMATS``. The oldest three:
 
     strings      prompt "2 + 2 =", chosen " 4", rejected " 5"
     messages     chosen [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], rejected alike
     transcripts  chosen "\n\nHuman: 2 + 2?\n\nAssistant: 4", rejected alike
 """
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, NamedTuple
 
-from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample
+from lit_isdpo.data.pairing import Pairing, by_score, choose_pairs
+from lit_isdpo.data.readers import (
+    Reader,
+    Reason,
+    Row,
+    RowError,
+    ScoredReader,
+    is_list_of,
+    is_transcript,
+    number,
+    read_comparison,
+    read_dialogue,
+    read_messages,
+    read_nectar,
+    read_query,
+    read_ranked,
+    read_strings,
+    read_transcript,
+    read_ultrafeedback,
+)
+from lit_isdpo.types import InputError, PreferenceExample, SFTExample
 
-Row = Mapping[str, Any]
 Kind = Literal["pairs", "demonstrations"]
-
-
-class Reason(StrEnum):
-    """Why a row is left out; the summary counts the rows of each reason."""
-
-    MALFORMED = "malformed row"
-    TWO_PROMPTS = "two different prompts"
-    EMPTY_PROMPT = "empty prompt"
-    EMPTY_RESPONSE = "empty response"
-    IDENTICAL = "identical pair"
-    IDENTICAL_TOKENS = "identical after truncation"
-    CUT_BEHAVIOR = "truncated, so that its behavior log-probs do not hold"
-    TEMPLATE = "refused by the chat template"
-
-
-class RowError(ValueError):
-    """A row that cannot be used. It is counted and left out, never repaired."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
-
-
-def read_strings(row: Row, column: str) -> SFTExample:
-    """A prompt and a response, used as they stand; the prompt may also be a list of messages.
-
-    >>> read_strings({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "chosen")
-    SFTExample(prompt='2 + 2 =', completion=' 4')
-    """
-    prompt, response = row["prompt"], row[column]
-    if isinstance(prompt, list):
-        prompt = _turns(prompt)
-    if not isinstance(prompt, str | list) or not isinstance(response, str):
-        raise RowError(Reason.MALFORMED)
-    return SFTExample(prompt, _not_empty(response))
-
-
-def read_messages(row: Row, column: str) -> SFTExample:
-    """A conversation that ends in an assistant turn: the last turn is the response, all before it the prompt.
-
-    A ``prompt`` column is used where the conversation does not begin with it: as one user turn where it is a string and
-    the conversation is the response alone, before the conversation where it is a list of messages.
-
-    >>> read_messages({"prompt": "2 + 2?", "chosen": [{"role": "assistant", "content": "4"}]}, "chosen")
-    SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4')
-    """
-    *before, last = _turns(row[column])
-    prompt = row.get("prompt")
-    if isinstance(prompt, list) and prompt:
-        stated = _turns(prompt)
-        if before[: len(stated)] != stated:
-            before = stated + before
-    elif isinstance(prompt, str) and not before:
-        before = [Message(role="user", content=prompt)]
-    if last["role"] != "assistant" or not before:
-        raise RowError(Reason.MALFORMED)
-    return SFTExample(before, _not_empty(last["content"]))
-
-
-def read_transcript(row: Row, column: str) -> SFTExample:
-    r"""A whole dialogue in one string, as in Anthropic's hh-rlhf; the last assistant turn is the response.
-
-    >>> read_transcript({"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4"}, "chosen")
-    SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4')
-    """
-    text = row[column]
-    if not isinstance(text, str):
-        raise RowError(Reason.MALFORMED)
-    head, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
-    # One space belongs to the marker. Everything else is kept, so that rendering the turns gives the same text again.
-    turns = [
-        Message(role="user" if speaker == "Human" else "assistant", content=content.removeprefix(" "))
-        for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-    if head.strip() or len(turns) < 2 or turns[0]["role"] != "user" or turns[-1]["role"] != "assistant":
-        raise RowError(Reason.MALFORMED)
-    return SFTExample(turns[:-1], _not_empty(turns[-1]["content"]))
+BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
 
 
 class Format(NamedTuple):
-    """One line of ``FORMATS``.
+    """A line of ``FORMATS`` for rows that hold a pair or a demonstration.
+
+    Columns are listed as ``"prompt, completion | chosen"``: a prompt, and a completion or else a chosen response. The
+    last one of a demonstration is where its response is read from.
 
     Attributes:
         read: row and response column -> demonstration.
-        holds: whether a value of a response column looks like this format's.
-        needs_prompt: whether the row must have a ``prompt`` column.
-        response_columns: where a demonstration's response is looked for, in this order.
+        pairs: the columns of a preference pair, whose responses are read as ``chosen`` and ``rejected``.
+        demonstrations: the columns of a demonstration.
+        holds: whether a row with these columns looks like this format's, given the last of them.
         looks: the format in words, for messages.
     """
 
-    read: Callable[[Row, str], SFTExample]
-    holds: Callable[[object], bool]
-    needs_prompt: bool
-    response_columns: tuple[str, ...]
+    read: Reader
+    pairs: str
+    demonstrations: str
+    holds: Callable[[Row, str], bool]
     looks: str
 
-    def required(self, kind: Kind, columns: Iterable[str]) -> list[str]:
-        """The columns that this format reads, given those that the data set has."""
-        if kind == "pairs":
-            responses = ["chosen", "rejected"]
-        else:
-            found = [name for name in self.response_columns if name in columns]
-            responses = (found or list(self.response_columns))[:1]
-        return ["prompt"] * self.needs_prompt + responses
+    def columns(self, kind: Kind) -> str:
+        """The columns of a kind of row, as a list in words."""
+        return self.pairs if kind == "pairs" else self.demonstrations
 
 
-FORMATS: dict[str, Format] = {  # the first that fits is taken
+class RankedFormat(NamedTuple):
+    """A line of ``FORMATS`` for rows that hold several responses; attributes as in :class:`Format`.
+
+    Attributes:
+        read: row -> all its responses and their scores.
+        responses: the columns.
+        holds: as above.
+        looks: as above.
+        score_column: where the scores are a column of their own, which may be named as the margin.
+    """
+
+    read: ScoredReader
+    responses: str
+    holds: Callable[[Row, str], bool]
+    looks: str
+    score_column: str | None = None
+
+    def columns(self, kind: Kind) -> str:
+        """The columns of a row, the same for pairs and for demonstrations."""
+        return self.responses
+
+
+FORMATS: dict[str, Format | RankedFormat] = {  # the first that fits is taken
     "transcripts": Format(
         read_transcript,
-        lambda value: isinstance(value, str) and value.lstrip("\n").startswith("Human:"),
-        needs_prompt=False,
-        response_columns=("chosen",),
-        looks=r'strings such as "\n\nHuman: ...\n\nAssistant: ..."',
+        "chosen, rejected",
+        "chosen",
+        lambda row, column: is_transcript(row[column]),
+        r'strings such as "\n\nHuman: ...\n\nAssistant: ..."',
+    ),
+    "dialogues": Format(
+        read_dialogue,
+        "prompt, chosen, rejected",
+        "prompt, completion | chosen",
+        lambda row, column: is_transcript(row["prompt"]) and isinstance(row[column], str),
+        r'strings, the prompt such as "\n\nHuman: ...\n\nAssistant:"',
     ),
     "messages": Format(
         read_messages,
-        lambda value: isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value),
-        needs_prompt=False,
-        response_columns=("messages", "completion", "chosen"),
-        looks="lists of {role, content}; a prompt column is optional",
+        "chosen, rejected",
+        "messages | completion | chosen",
+        lambda row, column: is_list_of(row[column], "role"),
+        "lists of {role, content}; a prompt column is optional",
     ),
     "strings": Format(
         read_strings,
-        lambda value: isinstance(value, str),
-        needs_prompt=True,
-        response_columns=("completion", "chosen"),
-        looks="strings",
+        "prompt, chosen, rejected",
+        "prompt, completion | chosen",
+        lambda row, column: isinstance(row[column], str),
+        "strings",
+    ),
+    "queries": Format(
+        read_query,
+        "query, chosen, rejected",
+        "query, reference_response | chosen",
+        lambda row, column: isinstance(row[column], str),
+        'strings, the responses with "<|endoftext|>" at their end',
+    ),
+    "comparisons": Format(
+        read_comparison,
+        "info, choice, summaries",
+        "info, choice, summaries",
+        lambda row, column: is_list_of(row[column], "text"),
+        "a post, 0 or 1, and a list of two {text}",
+    ),
+    "ranked": RankedFormat(
+        read_ranked,
+        "prompt | question | instruction, scores | ranks, responses",
+        lambda row, column: isinstance(row[column], list),
+        "lists of as many strings and numbers",
+        score_column="scores",
+    ),
+    "nectar": RankedFormat(
+        read_nectar,
+        "prompt, answers",
+        lambda row, column: is_list_of(row[column], "answer", "rank"),
+        "lists of {answer, rank}",
+    ),
+    "ultrafeedback": RankedFormat(
+        read_ultrafeedback,
+        "instruction, completions",
+        lambda row, column: is_list_of(row[column], "response", "overall_score"),
+        "lists of {response, overall_score}",
     ),
 }
 
 
+def required_columns(format: str, kind: Kind, columns: Collection[str]) -> list[str]:
+    """The columns that a format reads, given those that the data set has.
+
+    >>> required_columns("strings", "demonstrations", ["prompt", "chosen", "rejected"])
+    ['prompt', 'chosen']
+    """
+    choices = [choice.split(" | ") for choice in FORMATS[format].columns(kind).split(", ")]
+    return [next((name for name in choice if name in columns), " or ".join(choice)) for choice in choices]
+
+
 def detect_format(columns: Sequence[str], first_rows: Sequence[Row], *, kind: Kind = "pairs", name: str = "") -> str:
-    """Recognises a format by its columns and by the type of the values in the first rows.
+    """Recognises a format by its columns and by the values in the first rows.
 
     Args:
         columns: the data set's columns.
@@ -168,13 +177,10 @@ def detect_format(columns: Sequence[str], first_rows: Sequence[Row], *, kind: Ki
     'strings'
     """
     for key, known in FORMATS.items():
-        required = known.required(kind, columns)
-        if set(required) <= set(columns) and any(known.holds(row[required[-1]]) for row in first_rows):
+        required = required_columns(key, kind, columns)
+        if set(required) <= set(columns) and any(known.holds(row, required[-1]) for row in first_rows):
             return key
-    layouts = []
-    for key, known in FORMATS.items():
-        responses = "chosen, rejected" if kind == "pairs" else " or ".join(known.response_columns)
-        layouts.append(f"{key} ({'prompt, ' * known.needs_prompt}{responses}: {known.looks})")
+    layouts = [f"{key} ({known.columns(kind)}: {known.looks})" for key, known in FORMATS.items()]
     raise InputError(
         f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known; "
         f"known for {kind}: {'; '.join(layouts)}"
@@ -189,7 +195,7 @@ def check_format(key: str, columns: Sequence[str], *, kind: Kind = "pairs", name
     """
     if key not in FORMATS:
         raise InputError(f"data.format: no format {key!r}; known: auto, {', '.join(FORMATS)}")
-    for column in FORMATS[key].required(kind, columns):
+    for column in required_columns(key, kind, columns):
         if column not in columns:
             raise InputError(
                 f"{name or 'the data set'}: format {key!r} needs a column {column!r}; it has {_listed(columns)}"
@@ -197,64 +203,105 @@ def check_format(key: str, columns: Sequence[str], *, kind: Kind = "pairs", name
     return key
 
 
-def to_example(row: Row, format: str) -> SFTExample:
-    """Reads a row as one demonstration; of a preference pair it is the chosen response.
+def check_pairing(pairing: Pairing, format: str, *, name: str = "") -> None:
+    """Refuses a choice of pairs where there is nothing to choose from.
 
     Raises:
-        RowError: the row cannot be used.
-
-    >>> to_example({"prompt": "2 + 2 =", "completion": " 4"}, "strings")
-    SFTExample(prompt='2 + 2 =', completion=' 4')
+        InputError: ``pairing`` is set although a row of the format is one pair.
     """
-    return FORMATS[format].read(row, FORMATS[format].required("demonstrations", row)[-1])
+    if pairing != "best_worst" and isinstance(FORMATS[format], Format):
+        ranked = ", ".join(key for key, known in FORMATS.items() if isinstance(known, RankedFormat))
+        raise InputError(
+            f"{name or 'the data set'}: data.pairing is {pairing!r}, but a row of format {format!r} is one pair; leave "
+            f"it out, or name data with several responses to a prompt ({ranked})"
+        )
 
 
-def to_pair(row: Row, format: str) -> PreferenceExample:
-    """Reads a row as a preference pair.
+def to_examples(row: Row, format: str) -> list[SFTExample]:
+    """Reads a row as one demonstration: of a preference pair the chosen response, of several the best.
 
     Raises:
         RowError: the row cannot be used.
 
-    >>> to_pair({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "strings").rejected
+    >>> to_examples({"prompt": "2 + 2 =", "completion": " 4"}, "strings")
+    [SFTExample(prompt='2 + 2 =', completion=' 4')]
+    """
+    known = FORMATS[format]
+    if isinstance(known, Format):
+        return [known.read(row, required_columns(format, "demonstrations", row)[-1])]
+    ranked = known.read(row)
+    if not ranked.responses:
+        raise RowError(Reason.EMPTY_RESPONSE)
+    return [SFTExample(ranked.prompt, ranked.responses[by_score(*ranked)[0]])]
+
+
+def to_pairs(
+    row: Row,
+    format: str,
+    *,
+    pairing: Pairing = "best_worst",
+    weight_column: str | None = None,
+    margin_column: str | None = None,
+) -> list[PreferenceExample]:
+    """Reads a row as preference pairs: one, or as many as ``pairing`` makes of several responses.
+
+    Args:
+        row: the row.
+        format: a key of ``FORMATS``.
+        pairing: which of several responses become pairs, see ``pairing.choose_pairs``.
+        weight_column: holds the factor of the row's loss, at least 0.
+        margin_column: holds the row's margin. Where it is the ``scores`` of several responses, the margin of a pair is
+            the difference of its scores.
+
+    Raises:
+        RowError: the row cannot be used.
+
+    >>> to_pairs({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "strings")[0].rejected
     ' 5'
     """
-    chosen, rejected = FORMATS[format].read(row, "chosen"), FORMATS[format].read(row, "rejected")
+    known = FORMATS[format]
+    weight = 1.0 if weight_column is None else number(row[weight_column])
+    if weight < 0:
+        raise RowError(Reason.MALFORMED)
+    if isinstance(known, RankedFormat):
+        return _ranked_pairs(known, row, pairing, weight, margin_column)
+    margin = 0.0 if margin_column is None else number(row[margin_column])
+    chosen, rejected = known.read(row, "chosen"), known.read(row, "rejected")
     if chosen.prompt != rejected.prompt:
         raise RowError(Reason.TWO_PROMPTS)
-    if chosen.completion == rejected.completion:
-        raise RowError(Reason.IDENTICAL)
-    chosen_logps, rejected_logps = (_behavior_logps(row, side) for side in ("chosen", "rejected"))
+    chosen_logps, rejected_logps = (_behavior_logps(row, column) for column in BEHAVIOR_COLUMNS)
     if (chosen_logps is None) != (rejected_logps is None):
         raise RowError(Reason.MALFORMED)
-    return PreferenceExample(chosen.prompt, chosen.completion, rejected.completion, chosen_logps, rejected_logps)
+    texts = (chosen.prompt, chosen.completion, rejected.completion)
+    return [PreferenceExample(*texts, chosen_logps, rejected_logps, weight, margin)]
 
 
-def _behavior_logps(row: Row, side: str) -> float | None:
-    value = row.get(f"{side}_behavior_logps")
-    if value is None:
+def _behavior_logps(row: Row, column: str) -> float | None:
+    if row.get(column) is None:
         return None
-    if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:  # rounding aside
+    value = number(row[column])
+    if value > 1e-3:  # rounding aside
         raise RowError(Reason.MALFORMED)
-    return float(value)
+    return value
 
 
-def _turns(value: object) -> list[Message]:
-    """Checks a list of messages, and leaves out what else the data set keeps in them."""
-    if not isinstance(value, list) or not value:
-        raise RowError(Reason.MALFORMED)
-    turns: list[Message] = []
-    for turn in value:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-            raise RowError(Reason.MALFORMED)
-        turns.append(Message(role=role, content=content))
-    return turns
-
-
-def _not_empty(response: str) -> str:
-    if not response.strip():
-        raise RowError(Reason.EMPTY_RESPONSE)
-    return response
+def _ranked_pairs(
+    known: RankedFormat, row: Row, pairing: Pairing, weight: float, margin_column: str | None
+) -> list[PreferenceExample]:
+    prompt, responses, scores = known.read(row)
+    chosen = choose_pairs(prompt, responses, scores, pairing)
+    if not chosen:
+        raise RowError(Reason.NO_PREFERENCE)
+    if margin_column is None:
+        margins = [0.0] * len(chosen)
+    elif margin_column == known.score_column:
+        margins = [scores[better] - scores[worse] for better, worse in chosen]
+    else:
+        margins = [number(row[margin_column])] * len(chosen)
+    return [
+        PreferenceExample(prompt, responses[better], responses[worse], weight=weight, margin=margin)
+        for (better, worse), margin in zip(chosen, margins, strict=True)
+    ]
 
 
 def _listed(columns: Sequence[str]) -> str:

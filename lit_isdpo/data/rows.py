@@ -1,18 +1,19 @@
 """Rows tokenized once, into a memory-mapped table that the next start finds again, and what was left out on the way.
 
-The table keeps a line for every row that was read, also for one that is dropped, so that a row's id is its place in the
-data. For the rows of ``strings`` in formats.py, of which the second has an empty response:
+The table keeps a line for every row that was read, also for one that is dropped; where a row holds several responses,
+a line for each pair that is made of it. A row's or pair's id is its line, and ``row`` is its place in the data. For the
+rows of ``strings`` in formats.py, of which the second has an empty response:
 
-    prompt_ids         chosen_ids   rejected_ids   dropped           prompt_key
-    [1, 17, 10, 17]    [19, 2]      [20, 2]        None              -8054872367124087219
-    []                 []           []             empty response    0
+    prompt_ids         chosen_ids   rejected_ids   weight  margin  dropped           prompt_key              row
+    [1, 17, 10, 17]    [19, 2]      [20, 2]        1.0     0.0     None              -8054872367124087219    0
+    []                 []           []             None    None    empty response    0                       1
 """
 
 import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,18 +24,28 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import collate_examples, collate_pairs
-from lit_isdpo.data.formats import Kind, Row, RowError, check_format, detect_format, to_example, to_pair
+from lit_isdpo.data.formats import (
+    BEHAVIOR_COLUMNS,
+    Kind,
+    check_format,
+    check_pairing,
+    detect_format,
+    required_columns,
+    to_examples,
+    to_pairs,
+)
+from lit_isdpo.data.readers import Row, RowError
 from lit_isdpo.data.sampling import permutation
 from lit_isdpo.data.tokenization import tokenize_example, tokenize_pair
 from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
-# Part of the cache's key: raise it with every change to formats.py or tokenization.py that changes the ids.
-_TOKENS_VERSION = 1
+# Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
+_TOKENS_VERSION = 2
 _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
 
 
 class RowType(NamedTuple):
-    """What a row becomes on its way to a batch."""
+    """What a row becomes on its way to a batch: examples, each of which is tokenized to an item."""
 
     kind: Kind
     read: Callable[..., Any]
@@ -43,8 +54,8 @@ class RowType(NamedTuple):
     collate: Callable[..., Any]
 
 
-PAIRS = RowType("pairs", to_pair, tokenize_pair, TokenizedPair, collate_pairs)
-DEMONSTRATIONS = RowType("demonstrations", to_example, tokenize_example, TokenizedExample, collate_examples)
+PAIRS = RowType("pairs", to_pairs, tokenize_pair, TokenizedPair, collate_pairs)
+DEMONSTRATIONS = RowType("demonstrations", to_examples, tokenize_example, TokenizedExample, collate_examples)
 
 
 class Rows(Dataset[tuple[int, Any]]):
@@ -52,7 +63,7 @@ class Rows(Dataset[tuple[int, Any]]):
 
     Args:
         table: the tokenized rows of all sources, one after another, dropped ones included.
-        positions: ``(N,)`` int64, this split's rows in the table; a row's position is its id.
+        positions: ``(N,)`` int64, this split's lines of the table; a line's position is its row id.
         row_type: whether they are pairs or demonstrations.
     """
 
@@ -83,10 +94,10 @@ class TokenizedSource(NamedTuple):
     """The rows of one source.
 
     Attributes:
-        table: a ``datasets.Dataset`` with a line for every row, as shown at the head of this file.
+        table: a ``datasets.Dataset`` with a line for every row or pair, as shown at the head of this file.
         format: the format that the rows were read in.
-        kept: ``(N,)`` int64, the positions of the rows that are not dropped.
-        dropped: number of dropped rows by reason, the commonest first.
+        kept: ``(N,)`` int64, the positions of the lines that are not dropped.
+        dropped: number of dropped lines by reason, the commonest first.
     """
 
     table: Any
@@ -103,6 +114,7 @@ def tokenize_rows(
     *,
     name: str,
     num_proc: int | None = None,
+    read_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TokenizedSource:
     """Tokenizes the rows of one source, or finds them tokenized by an earlier run.
@@ -114,18 +126,26 @@ def tokenize_rows(
         tokenizer: with an EOS token.
         name: the source, for messages.
         num_proc: number of processes.
+        read_options: for pairs, those of ``to_pairs``.
         **options: those of ``tokenize_pair``.
 
     Raises:
-        InputError: the format or the chat template does not fit, the text is not UTF-8, or no row can be used.
+        InputError: the format or the chat template does not fit, a column that was named is not there, the text is not
+            UTF-8, no row can be used, or all weights are 0.
     """
+    read_options = read_options or {}
     try:
         if format == "auto":
             first_rows = list(rows.select(range(min(len(rows), 8))))
             format = detect_format(rows.column_names, first_rows, kind=row_type.kind, name=name)
         else:
             check_format(format, rows.column_names, kind=row_type.kind, name=name)
-        table = _map(rows, row_type, format, tokenizer, num_proc, options)
+        check_pairing(read_options.get("pairing", "best_worst"), format, name=name)
+        for option in ("weight_column", "margin_column"):
+            column = read_options.get(option)
+            if column is not None and column not in rows.column_names:
+                raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(rows.column_names)}")
+        table = _map(rows, row_type, format, tokenizer, num_proc, read_options, options)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: the text is not UTF-8: {error.reason}") from error
     reasons = table.data.column("dropped").to_pylist()
@@ -134,6 +154,11 @@ def tokenize_rows(
     if not len(kept):
         why = ", ".join(f"{number} x {reason}" for reason, number in dropped.items())
         raise InputError(f"{name}: none of the {len(rows)} rows can be used: {why}")
+    if read_options.get("weight_column") and not any(table.data.column("weight").to_pylist()):
+        raise InputError(
+            f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
+            "nothing to learn"
+        )
     return TokenizedSource(table, format, kept, dropped)
 
 
@@ -143,24 +168,32 @@ def _map(
     format: str,
     tokenizer: PreTrainedTokenizerBase,
     num_proc: int | None,
+    read_options: Mapping[str, Any],
     options: dict[str, Any],
 ) -> Any:
     content = rows._fingerprint  # of the rows, or of the file that they were read into
-    key = [_TOKENS_VERSION, content, row_type.kind, format, _tokenizer_key(tokenizer), sorted(options.items())]
+    how = [row_type.kind, format, sorted(read_options.items()), _tokenizer_key(tokenizer), sorted(options.items())]
+    key = [_TOKENS_VERSION, content, *how]
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("float64")
     features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
-    features |= {"dropped": datasets.Value("string"), "prompt_key": datasets.Value("int64")}
+    features |= {"dropped": datasets.Value("string")} | dict.fromkeys(("prompt_key", "row"), datasets.Value("int64"))
+    # Some public data sets hold their tokens too: what is not read need not be unpacked.
+    named = {"prompt", *BEHAVIOR_COLUMNS, *read_options.values()}
+    named.update(required_columns(format, row_type.kind, rows.column_names))
+    rows = rows.select_columns([column for column in rows.column_names if column in named])
     silence = len(rows) < _SHOW_PROGRESS_FROM and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()
     try:
         return rows.map(
             partial(
-                _record,
-                read=partial(row_type.read, format=format),
+                _lines,
+                read=partial(row_type.read, format=format, **read_options),
                 tokenize=partial(row_type.tokenize, tokenizer=tokenizer, **options),
                 fields=row_type.item._fields,
             ),
+            batched=True,  # a row may become several lines
+            with_indices=True,
             remove_columns=rows.column_names,
             features=datasets.Features(features),
             num_proc=num_proc,
@@ -202,18 +235,39 @@ def hold_out(prompt_keys: Tensor, size: int | float) -> Tensor:
     return torch.isin(prompt_of_row, order[:num_prompts])
 
 
-def _record(
-    row: Row, *, read: Callable[[Row], Any], tokenize: Callable[[Any], Any], fields: Sequence[str]
-) -> dict[str, Any]:
-    """A line of the table."""
+def _lines(
+    batch: Mapping[str, list[Any]],
+    indices: Sequence[int],
+    *,
+    read: Callable[[Row], Sequence[Any]],
+    tokenize: Callable[[Any], Any],
+    fields: Sequence[str],
+) -> dict[str, list[Any]]:
+    """The lines of the table that some rows become, column by column."""
+    lines = []
+    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        try:
+            examples = read(dict(zip(batch, values, strict=True)))
+        except RowError as error:
+            lines.append(_dropped(error, fields) | {"row": index})
+            continue
+        lines += [_line(example, tokenize, fields) | {"row": index} for example in examples]
+    return {column: [line[column] for line in lines] for column in (*fields, "dropped", "prompt_key", "row")}
+
+
+def _line(example: Any, tokenize: Callable[[Any], Any], fields: Sequence[str]) -> dict[str, Any]:
     try:
-        item = tokenize(read(row))
+        item = tokenize(example)
     except RowError as error:
-        blank: dict[str, Any] = {field: [] if field.endswith("_ids") else None for field in fields}
-        return blank | {"dropped": error.reason.value, "prompt_key": 0}
+        return _dropped(error, fields)
     digest = hashlib.blake2b(array("q", item.prompt_ids).tobytes(), digest_size=8).digest()
     line: dict[str, Any] = item._asdict()
     return line | {"dropped": None, "prompt_key": int.from_bytes(digest, "little", signed=True)}
+
+
+def _dropped(error: RowError, fields: Sequence[str]) -> dict[str, Any]:
+    blank: dict[str, Any] = {field: [] if field.endswith("_ids") else None for field in fields}
+    return blank | {"dropped": error.reason.value, "prompt_key": 0}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

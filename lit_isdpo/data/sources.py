@@ -7,8 +7,9 @@ they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parqu
 
 import glob
 import importlib.util
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -19,22 +20,39 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from lit_isdpo.data.formats import BEHAVIOR_COLUMNS
 from lit_isdpo.types import InputError
 
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
-_BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
-# A CSV column has no type of its own: text is read as it stands, or a response "None" would be a missing one.
-_CSV = {
-    "converters": dict.fromkeys(_TEXT_COLUMNS, str),
-    "keep_default_na": False,
-    "na_values": {column: [""] for column in _BEHAVIOR_COLUMNS},
-}
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "query", "reference_response", "question", "instruction")
+
+
+def _cell(text: str) -> float:
+    """The number in a cell, NaN where there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _csv(numbers: Collection[str] = ()) -> dict[str, Any]:
+    """Options of the CSV reader, as a CSV column has no type of its own.
+
+    Text is read as it stands, or a response "None" would be a missing one, and numbers cell by cell, or one bad cell
+    would make text of the column.
+    """
+    return {
+        "converters": dict.fromkeys(_TEXT_COLUMNS, str) | dict.fromkeys(numbers, _cell),
+        "keep_default_na": False,
+        "na_values": {column: [""] for column in BEHAVIOR_COLUMNS},
+    }
+
+
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> the reader of `datasets` and its options
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),
     ".json": ("json", {}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
@@ -144,13 +162,17 @@ class OpenSource:
             )
         return found
 
-    def rows(self, split: str) -> Any:
+    def rows(self, split: str, *, numbers: Collection[str] = ()) -> Any:
         """Reads a split as a memory-mapped ``datasets.Dataset``.
+
+        Args:
+            split: its name.
+            numbers: columns that hold numbers, which a CSV file cannot say.
 
         Raises:
             InputError: a file cannot be read, or there are no rows.
         """
-        rows = self.hub[split] if self.hub else _read(self.files[split], self.option)
+        rows = self.hub[split] if self.hub else _read(self.files[split], self.option, numbers)
         if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
         return rows
@@ -232,11 +254,13 @@ def _reader(file: Path, option: str) -> tuple[str, dict[str, Any]]:
     return _READERS[suffix]
 
 
-def _read(files: list[Path], option: str) -> Any:
+def _read(files: list[Path], option: str, numbers: Collection[str] = ()) -> Any:
     readers = {_suffixes(file)[0]: _reader(file, option) for file in files}
     if len({reader for reader, _ in readers.values()}) > 1:
         raise InputError(f"{option}: {str(files[0].parent)!r} mixes files of several formats: {', '.join(readers)}")
     reader, options = readers[_suffixes(files[0])[0]]
+    if reader == "csv":
+        options = _csv(numbers) | options
     # `datasets` would take brackets in a file's name for a pattern.
     names = [glob.escape(str(file.absolute())) for file in files if file.stat().st_size]
     if not names:
@@ -249,7 +273,7 @@ def _read(files: list[Path], option: str) -> Any:
             return []
         if len(files) > 1:
             for file in files:
-                _read([file], option)  # names the one at fault
+                _read([file], option, numbers)  # names the one at fault
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

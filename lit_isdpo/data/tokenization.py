@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_isdpo.data.formats import Reason, RowError
+from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample, TokenizedExample, TokenizedPair
 
 TruncationMode = Literal["keep_end", "keep_start"]
@@ -84,10 +84,12 @@ def tokenize_pair(
             turn), ``never`` writes conversations as a plain transcript.
 
     Raises:
-        RowError: the prompt or a response has no tokens, the responses are the same, or they were cut although they
-            have behavior log-probs, which are those of the whole response.
+        RowError: the prompt has no tokens, a response is empty, the responses are the same, or they were cut although
+            they have behavior log-probs, which are those of the whole response.
         InputError: the template does not render a prompt as the beginning of prompt and response.
     """
+    if example.chosen == example.rejected:
+        raise RowError(Reason.IDENTICAL)
     prompt_ids, (chosen_ids, rejected_ids), was_cut = _tokenize(
         example.prompt,
         [example.chosen, example.rejected],
@@ -102,7 +104,13 @@ def tokenize_pair(
     if was_cut and example.chosen_behavior_logps is not None:
         raise RowError(Reason.CUT_BEHAVIOR)
     return TokenizedPair(
-        prompt_ids, chosen_ids, rejected_ids, example.chosen_behavior_logps, example.rejected_behavior_logps
+        prompt_ids,
+        chosen_ids,
+        rejected_ids,
+        example.chosen_behavior_logps,
+        example.rejected_behavior_logps,
+        example.weight,
+        example.margin,
     )
 
 
@@ -163,6 +171,8 @@ def _tokenize(
 ) -> tuple[list[int], list[list[int]], bool]:
     """Encodes a prompt with its responses, and cuts them; also says whether anything was cut."""
     assert 1 <= max_prompt_length < max_length
+    if not all(response.strip() for response in responses):
+        raise RowError(Reason.EMPTY_RESPONSE)
     messages = _templated(prompt, tokenizer, chat_template)
     if messages is not None:
         prompt_ids, completions = _encode_chat(messages, responses, tokenizer)

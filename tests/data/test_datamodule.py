@@ -16,7 +16,10 @@ REAL = Path(__file__).parents[3] / "shared" / "data"
 
 
 def pairs(num, first=0):
-    return [{"prompt": f"{i:03}", "chosen": f" {i}", "rejected": f" -{i}"} for i in range(first, first + num)]
+    return [
+        {"prompt": f"{i:03}", "chosen": f" {i}", "rejected": f" -{i}", "weight": i / 2, "margin": 1}
+        for i in range(first, first + num)
+    ]
 
 
 @pytest.fixture
@@ -264,13 +267,13 @@ def test_text_that_is_not_utf8_is_an_error(make, tmp_path):
 
 def test_the_second_start_tokenizes_nothing(make, monkeypatch):
     make().setup("fit")
-    original, calls = rows_module._record, []
+    original, calls = rows_module._line, []
 
-    def record(row, **options):
-        calls.append(row)
-        return original(row, **options)
+    def line(example, *options):
+        calls.append(example)
+        return original(example, *options)
 
-    monkeypatch.setattr(rows_module, "_record", record)
+    monkeypatch.setattr(rows_module, "_line", line)
     data = make()
     data.setup("fit")
     assert calls == []
@@ -278,6 +281,8 @@ def test_the_second_start_tokenizes_nothing(make, monkeypatch):
     assert len(calls) == 27
     make(SFTDataModule, max_length=20).setup("fit")
     assert len(calls) == 54
+    make(max_length=20, weight_column="weight").setup("fit")
+    assert len(calls) == 81
 
 
 def test_several_processes_tokenize_alike(make):
@@ -294,6 +299,83 @@ def test_prompts_are_the_first_different_ones(make, tmp_path, write_rows):
     assert [prompt[1:] for prompt in data.prompts("val", 3)] == [("p0", " 0", 0), ("p1", " 2", 2), ("p2", " 4", 4)]
     assert data.prompts("val", 1)[0].prompt_ids[0] == data.tokenizer.bos_token_id
     assert len(data.prompts("val", 99)) == 4
+
+
+def test_weights_and_margins_reach_the_batch_where_they_are_named(make):
+    for options, weights, margin in (
+        ({}, [1.0, 1.0, 1.0, 1.0], 0.0),
+        ({"weight_column": "weight", "margin_column": "margin"}, [50.0, 50.5, 51.0, 51.5], 1.0),
+    ):
+        data = make(**options)
+        data.setup("validate")
+        batch = next(iter(data.val_dataloader()))
+        assert batch.pair_weights.tolist() == weights
+        assert batch.margins.tolist() == [margin] * 4
+    assert PreferenceDataModule(**data.hparams).read_options == data.read_options
+
+
+def test_weights_of_a_csv_file_are_numbers(make, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,chosen,rejected,w\na,1,2,0.5\nb,3,4,\nc,5,6,heavy\nd,7,8,-1\ne,9,10,2\n")
+    data = make(train=str(file), val_size=1, batch_size=1, weight_column="w")
+    data.setup("fit")
+    assert data.counts["train"][0].dropped == {"malformed row": 3}
+    assert sorted(data._rows["train"].table["weight"], key=str) == [0.5, 2.0, None, None, None]
+
+
+def test_weights_that_cannot_be_are_refused(make, tmp_path, write_rows):
+    with pytest.raises(
+        InputError, match=r"data\.margin_column: no column 'm'; it has prompt, chosen, rejected, weight"
+    ):
+        make(margin_column="m").setup("fit")
+    file = write_rows(tmp_path / "a.jsonl", [row | {"weight": 0} for row in pairs(4)])
+    with pytest.raises(InputError, match=r"a\.jsonl: data\.weight_column: all weights in 'weight' are 0"):
+        make(train=file, weight_column="weight").setup("fit")
+
+
+RANKED = [
+    {"prompt": "a", "responses": ["1", "2", "3"], "scores": [1, 2, 3]},
+    {"prompt": "b", "responses": ["1", "2"], "scores": [1, 1]},
+    {"prompt": "c", "responses": ["1", " ", "3"], "scores": [3, 2, 1]},
+    {"prompt": "d", "responses": ["1", "2"], "scores": [1, 2]},
+]
+
+
+def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder, write_rows, capsys):
+    file = write_rows(tmp_path / "ranked.jsonl", RANKED)
+    data = make(train=[str(folder / "val.jsonl"), file], val=file, pairing="all", format="auto")
+    with pytest.raises(
+        InputError, match=r"val\.jsonl: data\.pairing is 'all', but a row of format 'strings' is one pair"
+    ):
+        data.setup("fit")
+    data = make(train=[file, file], val=file, pairing="all", margin_column="scores")
+    data.setup("fit")
+    counts = data.counts["train"][1]
+    assert counts[2:] == (4, 5, 0, {"empty response": 2, "no two responses with different scores": 1})
+    assert counts.lines == 8
+    assert capsys.readouterr().out.splitlines()[2] == (
+        f"data.val: {file}: 4 rows read, 5 pairs kept, 2 empty response, 1 no two responses with different scores"
+    )
+    rows = data._rows["train"]
+    assert [data.row_name("train", row_id).split()[1] for row_id in range(16)] == list("0001222300012223")
+    assert rows.positions.tolist() == [0, 1, 2, 5, 7, 8, 9, 10, 13, 15]
+    _, pair = rows[3]
+    assert [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[:3]] == ["c", "1", "3"]
+    assert pair.margin == 2.0
+
+
+def test_pairs_of_one_prompt_are_held_out_together(make, tmp_path, write_rows):
+    data = make(train=write_rows(tmp_path / "a.jsonl", RANKED), pairing="all", val_size=1, batch_size=1)
+    data.setup("fit")
+    names = [{data.row_name(split, i) for i in data._rows[split].positions.tolist()} for split in ("train", "val")]
+    assert not names[0] & names[1]
+    assert len(names[0] | names[1]) == 3
+
+
+def test_demonstrations_of_several_responses_are_the_best(make, tmp_path, write_rows):
+    data = make(SFTDataModule, val=write_rows(tmp_path / "a.jsonl", RANKED))
+    data.setup("validate")
+    assert [prompt.response for prompt in data.prompts("val", 9)][::2] == ["3", "1"]
 
 
 def test_source_folders(make, folder):
@@ -316,6 +398,8 @@ def test_source_folders(make, folder):
         ({"val_size": 1.0}, "data.val_size is 1.0"),
         ({"val_size": 0}, "data.val_size is 0;"),
         ({"format": "alpaca"}, "data.format: no format 'alpaca'"),
+        ({"pairing": "some"}, "data.pairing: no pairing 'some'; known: best_worst, best_random, all"),
+        ({"format": "strings", "pairing": "all"}, "data.format: data.pairing is 'all', but a row of format 'strings'"),
         ({"val": {"path": "a", "weight": 2}}, "data.val: weights are for data.train"),
     ],
 )

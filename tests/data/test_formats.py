@@ -1,6 +1,7 @@
 import pytest
 
-from lit_isdpo.data.formats import Reason, RowError, check_format, detect_format, to_example, to_pair
+from lit_isdpo.data.formats import check_format, check_pairing, detect_format, to_examples, to_pairs
+from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.types import InputError, PreferenceExample, SFTExample
 
 USER, FOUR, FIVE = (
@@ -9,6 +10,9 @@ USER, FOUR, FIVE = (
 STRINGS = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 MESSAGES = {"prompt": "2 + 2?", "chosen": [USER, FOUR], "rejected": [USER, FIVE]}
 TRANSCRIPTS = {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"}
+DIALOGUE = {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": " 4", "rejected": " 5"}
+QUERY = {"query": "2 + 2 =", "chosen": " 4<|endoftext|>", "rejected": " 5<|endoftext|>"}
+RANKED = {"prompt": "2 + 2 =", "responses": [" 5", " 4", " 3"], "scores": [7, 9, 5]}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,9 @@ TRANSCRIPTS = {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nH
         (MESSAGES, "messages"),
         (TRANSCRIPTS, "transcripts"),
         ({**STRINGS, "prompt": [USER]}, "strings"),
+        (DIALOGUE, "dialogues"),
+        (QUERY, "queries"),
+        (RANKED, "ranked"),
     ],
 )
 def test_pair_formats_are_recognised(row, expected):
@@ -38,16 +45,21 @@ def test_pair_formats_are_recognised(row, expected):
 )
 def test_demonstrations_are_recognised_and_read(row, expected, example):
     assert detect_format(list(row), [row], kind="demonstrations") == expected
-    assert to_example(row, expected) == example
+    assert to_examples(row, expected) == [example]
 
 
 def test_unknown_columns_are_named_with_the_known_formats():
-    with pytest.raises(InputError, match=r"f\.csv: .*columns question, answer .*strings \(prompt, chosen, rejected"):
+    with pytest.raises(
+        InputError,
+        match=r"f\.csv: .*columns question, answer .*strings \(prompt, chosen, rejected: .*ranked \(prompt \| quest",
+    ):
         detect_format(["question", "answer"], [{"question": "a", "answer": "b"}], name="f.csv")
     with pytest.raises(InputError, match=r"data\.format: no format 'alpaca'; known: auto, transcripts"):
         check_format("alpaca", ["prompt"])
     with pytest.raises(InputError, match="needs a column 'rejected'; it has prompt, chosen"):
         check_format("strings", ["prompt", "chosen"])
+    with pytest.raises(InputError, match="needs a column 'scores or ranks'; it has prompt, responses"):
+        check_format("ranked", ["prompt", "responses"])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +68,7 @@ def test_unknown_columns_are_named_with_the_known_formats():
 )
 def test_pairs_are_read(row, format, prompt):
     space = " " if format == "strings" else ""
-    assert to_pair(row, format) == PreferenceExample(prompt, f"{space}4", f"{space}5")
+    assert to_pairs(row, format) == [PreferenceExample(prompt, f"{space}4", f"{space}5")]
 
 
 def test_only_the_last_turn_is_the_response():
@@ -65,28 +77,70 @@ def test_only_the_last_turn_is_the_response():
         "chosen": [*turns, {"role": "assistant", "content": "6", "score": 1.0}],
         "rejected": [*turns, {"role": "assistant", "content": "7"}],
     }
-    assert to_pair(row, "messages") == PreferenceExample(turns, "6", "7")
+    assert to_pairs(row, "messages") == [PreferenceExample(turns, "6", "7")]
     begin = "\n\nHuman: 2 + 2?\n\nAssistant: 4\n\nHuman: 3 + 3?\n\nAssistant:"
-    assert to_pair({"chosen": f"{begin} 6", "rejected": f"{begin} 7"}, "transcripts") == PreferenceExample(
-        turns[1:], "6", "7"
-    )
+    assert to_pairs({"chosen": f"{begin} 6", "rejected": f"{begin} 7"}, "transcripts") == [
+        PreferenceExample(turns[1:], "6", "7")
+    ]
 
 
 def test_a_prompt_column_completes_a_conversation_only_where_it_lacks_one():
     alone = {"prompt": "2 + 2?", "chosen": [FOUR], "rejected": [FIVE]}
     system = {"role": "system", "content": "Be brief."}
-    assert to_pair(alone, "messages").prompt == [USER]
-    assert to_pair({**alone, "prompt": [system, USER]}, "messages").prompt == [system, USER]
-    assert to_pair({**MESSAGES, "prompt": [USER]}, "messages").prompt == [USER]
-    assert to_pair({**MESSAGES, "prompt": "something else"}, "messages").prompt == [USER]
+    assert to_pairs(alone, "messages")[0].prompt == [USER]
+    assert to_pairs({**alone, "prompt": [system, USER]}, "messages")[0].prompt == [system, USER]
+    assert to_pairs({**MESSAGES, "prompt": [USER]}, "messages")[0].prompt == [USER]
+    assert to_pairs({**MESSAGES, "prompt": "something else"}, "messages")[0].prompt == [USER]
 
 
 def test_behavior_logps_are_read_and_checked():
     row = {**STRINGS, "chosen_behavior_logps": -1.5, "rejected_behavior_logps": -2}
-    assert to_pair(row, "strings")[3:] == (-1.5, -2.0)
+    assert to_pairs(row, "strings")[0][3:5] == (-1.5, -2.0)
     for bad in (None, float("nan"), 0.5, "x"):
         with pytest.raises(RowError, match="malformed"):
-            to_pair({**row, "rejected_behavior_logps": bad}, "strings")
+            to_pairs({**row, "rejected_behavior_logps": bad}, "strings")
+
+
+def test_weights_and_margins_are_read_where_they_are_named():
+    row = {**STRINGS, "weight": 0.5, "margin": -2, "confidence": 0}
+    assert to_pairs(row, "strings")[0][5:] == (1.0, 0.0)
+    assert to_pairs(row, "strings", weight_column="weight", margin_column="margin")[0][5:] == (0.5, -2.0)
+    assert to_pairs(row, "strings", weight_column="confidence")[0][5:] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), [1.0]])
+def test_a_weight_or_margin_that_is_no_number_makes_a_row_malformed(value):
+    for options in ({"weight_column": "w"}, {"margin_column": "w"}):
+        with pytest.raises(RowError, match="malformed"):
+            to_pairs({**STRINGS, "w": value}, "strings", **options)
+    with pytest.raises(RowError, match="malformed"):
+        to_pairs({**STRINGS, "w": -0.1}, "strings", weight_column="w")
+    assert to_pairs({**STRINGS, "w": -0.1}, "strings", margin_column="w")[0].margin == -0.1
+
+
+def test_ranked_responses_become_pairs_or_the_best_demonstration():
+    pairs = to_pairs(RANKED, "ranked", pairing="all", margin_column="scores")
+    assert [(pair.chosen, pair.rejected, pair.margin) for pair in pairs] == [
+        (" 4", " 5", 2.0),
+        (" 4", " 3", 4.0),
+        (" 5", " 3", 2.0),
+    ]
+    assert to_pairs(RANKED, "ranked") == [PreferenceExample("2 + 2 =", " 4", " 3")]
+    assert to_examples(RANKED, "ranked") == [SFTExample("2 + 2 =", " 4")]
+    weighted = to_pairs({**RANKED, "w": 3, "m": 0.5}, "ranked", weight_column="w", margin_column="m", pairing="all")
+    assert {pair[5:] for pair in weighted} == {(3.0, 0.5)}
+    by_rank = {"instruction": "2 + 2?", "responses": ["5", "4"], "ranks": [2, 1]}
+    assert to_pairs(by_rank, "ranked") == [PreferenceExample([USER], "4", "5")]
+    assert to_pairs({**RANKED, "prompt": [USER]}, "ranked")[0].prompt == [USER]
+
+
+def test_a_choice_of_pairs_is_refused_where_a_row_is_one():
+    check_pairing("best_worst", "strings")
+    check_pairing("all", "nectar")
+    with pytest.raises(
+        InputError, match=r"data\.pairing is 'all', but a row of format 'strings' is one pair.*\(ranked,"
+    ):
+        check_pairing("all", "strings")
 
 
 OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"
@@ -97,8 +151,6 @@ OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"
     [
         ({**STRINGS, "chosen": None}, "strings", Reason.MALFORMED),
         ({**STRINGS, "prompt": 3}, "strings", Reason.MALFORMED),
-        ({**STRINGS, "rejected": " \n"}, "strings", Reason.EMPTY_RESPONSE),
-        ({**STRINGS, "rejected": " 4"}, "strings", Reason.IDENTICAL),
         ({**MESSAGES, "chosen": []}, "messages", Reason.MALFORMED),
         ({**MESSAGES, "chosen": [USER]}, "messages", Reason.MALFORMED),
         ({"chosen": [FOUR], "rejected": [FIVE]}, "messages", Reason.MALFORMED),
@@ -109,10 +161,20 @@ OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"
         ({**TRANSCRIPTS, "rejected": OTHER + "\n\nHuman: why?"}, "transcripts", Reason.MALFORMED),
         ({**TRANSCRIPTS, "rejected": "\n\nAssistant: 6"}, "transcripts", Reason.MALFORMED),
         ({**TRANSCRIPTS, "rejected": "Note." + OTHER}, "transcripts", Reason.MALFORMED),
-        ({**TRANSCRIPTS, "chosen": "\n\nHuman: 2 + 2?\n\nAssistant:"}, "transcripts", Reason.EMPTY_RESPONSE),
+        ({**DIALOGUE, "prompt": "\n\nHuman: 2 + 2?"}, "dialogues", Reason.MALFORMED),
+        ({**DIALOGUE, "prompt": "\n\nHuman: 2 + 2?\n\nAssistant: It"}, "dialogues", Reason.MALFORMED),
+        ({**DIALOGUE, "chosen": [FOUR]}, "dialogues", Reason.MALFORMED),
+        ({**QUERY, "query": None}, "queries", Reason.MALFORMED),
+        ({**RANKED, "scores": [1]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "scores": [1, None, 3]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "scores": [1, True, 3]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "scores": [1, float("nan"), 3]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "responses": [" 4", None, " 6"]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "scores": [2, 2, 2]}, "ranked", Reason.NO_PREFERENCE),
+        ({**RANKED, "scores": [], "responses": []}, "ranked", Reason.NO_PREFERENCE),
     ],
 )
 def test_unusable_rows_say_why(row, format, reason):
     with pytest.raises(RowError) as error:
-        to_pair(row, format)
+        to_pairs(row, format)
     assert error.value.reason is reason

@@ -1,6 +1,6 @@
 import pytest
 
-from lit_isdpo.data.formats import Reason, RowError
+from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.tokenization import (
     load_tokenizer,
     pad_token_id,
@@ -148,13 +148,26 @@ def test_what_truncation_can_spoil_is_left_out(make_tokenizer):
         with pytest.raises(RowError) as error:
             tokenize_pair(pair, tokenizer, **lengths)
         assert error.value.reason is Reason.CUT_BEHAVIOR
-    assert tokenize_pair(PreferenceExample("abc", "u", "v", -1.0, -2.0), tokenizer, **lengths)[3:] == (-1.0, -2.0)
+    assert tokenize_pair(PreferenceExample("abc", "u", "v", -1.0, -2.0), tokenizer, **lengths)[3:5] == (-1.0, -2.0)
 
 
-def test_a_response_that_encodes_to_nothing_is_empty(make_tokenizer):
+def test_a_pairs_numbers_are_handed_on(make_tokenizer):
+    pair = tokenize_pair(PreferenceExample("a", "b", "c", -1.0, -2.0, 0.5, 3.0), make_tokenizer(), **LENGTHS)
+    assert pair[3:] == (-1.0, -2.0, 0.5, 3.0)
+
+
+@pytest.mark.parametrize(("prompt", "response"), [("a", ""), ("a", " \n"), ("a", "<eos>"), (QUESTION, ""), (QUESTION, " ")])
+def test_a_response_without_text_is_empty(make_tokenizer, prompt, response):
+    for tokenizer in (make_tokenizer(), make_tokenizer(template=CHATML)):
+        with pytest.raises(RowError) as error:
+            tokenize_pair(PreferenceExample(prompt, "b", response), tokenizer, **LENGTHS)
+        assert error.value.reason is Reason.EMPTY_RESPONSE
+
+
+def test_a_pair_needs_two_responses(make_tokenizer):
     with pytest.raises(RowError) as error:
-        tokenize_example(SFTExample("a", "<eos>"), make_tokenizer(), **LENGTHS)
-    assert error.value.reason is Reason.EMPTY_RESPONSE
+        tokenize_pair(PreferenceExample("a", "b", "b"), make_tokenizer(), **LENGTHS)
+    assert error.value.reason is Reason.IDENTICAL
 
 
 def test_loading(make_tokenizer, tokenizer_path, tmp_path):

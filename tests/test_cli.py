@@ -1,8 +1,10 @@
 """The command line as a user meets it: verbs, files, messages."""
 
+import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_isdpo import __version__
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.objective.losses import PreferenceLoss
+from lit_isdpo.objective.weights import PairWeighting
 from lit_isdpo.policy.logprob_model import LogProbModel
 from tests.conftest import read_metrics
 
@@ -183,50 +187,79 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in capsys.readouterr().out
 
 
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = ROOT / "configs"
+METHODS = sorted((CONFIGS / "model").glob("*.yaml"))
+PAPER = sorted((CONFIGS / "experiment" / "paper").glob("*.yaml"))
+EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
+OTHERS = sorted(set(CONFIGS.rglob("*.yaml")) - {*METHODS, *PAPER, *EXPERIMENTS})
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = "trainer" in yaml.safe_load(config.read_text())
-    base = [] if whole else [f"--config={ROOT / 'configs' / 'quickstart.yaml'}"]
+@pytest.mark.parametrize("config", OTHERS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_other_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that take no step below."""
+    text = config.read_text()
+    base = [] if "trainer:" in text else [f"--config={CONFIGS / ('sft' if 'SFT' in text else 'quickstart')}.yaml"]
     with pytest.raises(SystemExit) as end:
         main(["fit", *base, f"--config={config}", "--print_config"])
     assert end.value.code == 0
     assert "class_path" in capsys.readouterr().out
 
 
-EXPERIMENTS = [path for path in CONFIGS if "trainer" in yaml.safe_load(path.read_text()) and path.name != "sft.yaml"]
+def takes_a_step(config: Path, arguments: list[str], folder: Path) -> None:
+    options = ["--trainer.max_steps=1", f"--trainer.default_root_dir={folder}", "--checkpoint.monitor=null"]
+    main(["fit", f"--config={config}", *arguments, *options])
+    checkpoint = torch.load(folder / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
-    main(
-        [
-            "fit",
-            f"--config={config}",
-            *tiny,
-            "--trainer.max_steps=1",
-            f"--trainer.default_root_dir={tmp_path}",
-            "--checkpoint.monitor=null",
-        ]
-    )
-    assert torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    takes_a_step(config, tiny, tmp_path)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_method_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
-    main(
-        [
-            "fit",
-            f"--config={config}",
-            *tiny,
-            "--trainer.max_steps=1",
-            f"--trainer.default_root_dir={tmp_path}",
-            "--probe.num_prompts=0",
-        ]
-    )
-    assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [*PAPER, *METHODS], ids=lambda path: path.stem)
+def test_every_method_and_paper_scale_experiment_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
+    others = ["--data.val=null", "--data.num_workers=0"] if config in PAPER else []
+    takes_a_step(config, [*tiny, *others, "--probe.num_prompts=0"], tmp_path)
+
+
+def built(config: dict[str, Any]) -> Any:
+    """What a ``class_path`` of a file stands for."""
+    module, name = config["class_path"].rsplit(".", 1)
+    arguments = config.get("init_args", {})
+    if "factors" in arguments:
+        arguments = {"factors": [built(factor) for factor in arguments["factors"]]}
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+@pytest.mark.parametrize("config", [*PAPER, *METHODS], ids=lambda path: path.stem)
+def test_every_loss_and_weighting_of_a_file_can_be_built(config: Path) -> None:
+    model = yaml.safe_load(config.read_text())["model"]["init_args"]
+    if config.stem != "sft":
+        assert isinstance(built(model["loss"]), PreferenceLoss)
+        assert isinstance(built(model["weighting"]), PairWeighting)
+
+
+def test_paper_scale_experiments_differ_in_their_method_alone() -> None:
+    """Equal batch, budget, optimizer and schedule, or a comparison says nothing."""
+    for data in ("tldr", "hh"):
+        names, common = [], set()
+        for path in PAPER:
+            if path.stem.startswith(f"{data}_"):
+                config = yaml.safe_load(path.read_text())
+                method = path.stem.removeprefix(f"{data}_")
+                names.append(method)
+                overlay = yaml.safe_load((CONFIGS / "model" / f"{method}.yaml").read_text())["model"]["init_args"]
+                own = {key: config["model"]["init_args"].pop(key) for key in ("loss", "weighting")}
+                for part in own.values():  # the same method as in the file of that name, at another beta
+                    assert part["class_path"] == overlay["loss" if part is own["loss"] else "weighting"]["class_path"]
+                assert config["trainer"].pop("default_root_dir") == f"runs/paper_{path.stem}"
+                common.add(json.dumps(config, sort_keys=True))
+                assert "Not yet run." in path.read_text().splitlines()[0]
+        assert len(common) == 1
+        assert len(names) == 15
+        assert json.loads(common.pop())["data"]["init_args"]["batch_size"] == 128
 
 
 def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:

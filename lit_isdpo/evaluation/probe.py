@@ -14,6 +14,7 @@ from lit_isdpo.data.collation import collate_completions, collate_prompts
 from lit_isdpo.objective.metrics import Estimate, kl_values, token_kl
 from lit_isdpo.policy.generation import sample_responses
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import Reference
 from lit_isdpo.types import Response
 
 LOGITS_BUDGET = 2**26  # values of a batch's logits for the exact next-token KL: 0.25 GiB in fp32, some six times over
@@ -56,7 +57,7 @@ class ProbeValues(NamedTuple):
 
 def run_probe(
     policy: LogProbModel,
-    reference: LogProbModel | None,
+    reference: Reference | None,
     prompts: Sequence[Sequence[int]],
     *,
     prompt_texts: Sequence[str],
@@ -72,7 +73,7 @@ def run_probe(
 
     Args:
         policy: the model that is sampled.
-        reference: the model that the KL is taken to; ``None`` skips the KL.
+        reference: what the KL is taken to; ``None`` skips the KL.
         prompts: token ids of P prompts.
         prompt_texts: the same as text, for the reward.
         decode: token ids to text, special tokens left out.
@@ -118,7 +119,7 @@ def run_probe(
 @torch.no_grad()
 def sampled_kl(
     policy: LogProbModel,
-    reference: LogProbModel,
+    reference: Reference,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Response],
     *,
@@ -137,7 +138,9 @@ def sampled_kl(
             prompts[rows], [response.token_ids for response in responses[rows]], pad_token_id=pad_token_id
         )
         tokens = type(tokens)(*(field.to(policy.model.device) for field in tokens))
-        logits, ref_logits = policy.completion_logits(tokens), reference.completion_logits(tokens)  # (N, V) each
+        logits = policy.completion_logits(tokens)  # (N, V)
+        with reference.scoring() as model:
+            ref_logits = model.completion_logits(tokens)  # (N, V)
         logps, ref_logps = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
         targets = tokens.completion_ids[tokens.completion_mask][:, None]  # (N, 1)
         token_logratios = (logps.gather(1, targets) - ref_logps.gather(1, targets))[:, 0]

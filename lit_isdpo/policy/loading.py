@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
 from lit_isdpo.types import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,6 +30,8 @@ class PolicyConfig:
         gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
         chunk_size: completion tokens whose logits exist at a time.
         trust_remote_code: run Python code that comes with the model.
+        peft: trains an adapter in place of the model's own weights, which may then be bfloat16: the options of PEFT's
+            configuration, ``{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: all-linear}`` say.
     """
 
     path: str = "lab:posts"
@@ -40,10 +43,15 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     chunk_size: int = 2048
     trust_remote_code: bool = False
+    peft: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise InputError(f"model.policy.chunk_size must be at least 1 token, not {self.chunk_size}.")
+        if self.peft is not None:
+            parse_adapter(self.peft)
+            if self.init == "random":
+                raise InputError("model.policy.peft: an adapter needs a trained model, so init cannot be random.")
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
@@ -60,6 +68,11 @@ def load_config(policy: PolicyConfig, *, option: str = "model.policy.path") -> P
     Raises:
         InputError: no such model, or not a causal language model.
     """
+    if (Path(policy.path) / CONFIG_NAME).is_file():
+        raise InputError(
+            f"{option}: {policy.path!r} holds a PEFT adapter and not a whole model; merge it first, by `lit-isdpo "
+            "export` without --as_adapter or by PEFT's merge_and_unload, and name the folder of the merged model."
+        )
     try:
         config = AutoConfig.from_pretrained(
             policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code

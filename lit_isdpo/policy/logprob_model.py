@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import completion_hidden_states, sequence_logps
+from lit_isdpo.policy.adapters import Adapter, parse_adapter
 from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
 from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
@@ -23,16 +24,23 @@ class LogProbModel(nn.Module):
         model: the language model; kept as ``self.model``, so its parameter names stay recognisable.
         compute_dtype: autocast dtype of the decoder.
         chunk_size: completion tokens whose logits exist at a time.
+        adapter: the model's adapter, where it has one.
 
     Raises:
         InputError: the model changes its logits in a way that this head does not know.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32, chunk_size: int = 2048
+        self,
+        model: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        chunk_size: int = 2048,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.adapter = adapter
         self.compute_dtype = compute_dtype
         self.chunk_size = chunk_size
         text_config = model.config.get_text_config()
@@ -46,9 +54,7 @@ class LogProbModel(nn.Module):
 
     def forward(self, tokens: TokenBatch, alignment: bool = False) -> SequenceLogps:
         """Log-probs of each completion given its prompt; with ``alignment``, how likely it is against all others."""
-        return sequence_logps(
-            self.decode(tokens), tokens, self.head, chunk_size=self.chunk_size, alignment=alignment
-        )
+        return sequence_logps(self.decode(tokens), tokens, self.head, chunk_size=self.chunk_size, alignment=alignment)
 
     @torch.no_grad()
     def completion_logits(self, tokens: TokenBatch) -> Tensor:
@@ -98,6 +104,8 @@ class LogProbModel(nn.Module):
 
 
 def load_logprob_model(config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
-    """Loads the model that ``config`` names, on the CPU; messages name ``option``."""
+    """Loads the model that ``config`` names, on the CPU, with its adapter; messages name ``option``."""
     model = load_causal_lm(config, option=option)
-    return LogProbModel(model, compute_dtype=DTYPES[config.compute_dtype], chunk_size=config.chunk_size)
+    adapter = None if config.peft is None else Adapter(model, parse_adapter(config.peft), revision=config.revision)
+    compute_dtype = DTYPES[config.compute_dtype]
+    return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)

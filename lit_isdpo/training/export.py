@@ -1,6 +1,7 @@
 """A checkpoint in, a Hugging Face folder out."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lit_isdpo import __version__
+from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, parse_adapter
+from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
+from lit_isdpo.training.module import BASE_KEY, WEIGHTS_PREFIX
 from lit_isdpo.types import InputError
 
-WEIGHTS_PREFIX = "policy.model."
-
 CARD = """---
-library_name: transformers
+{library}
 pipeline_tag: text-generation
 tags:
 - lit-isdpo
@@ -23,8 +25,8 @@ tags:
 
 # {name}
 
-A language model trained with lit_isdpo {version}, exported from optimizer step {step}.
-Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+{what} trained with lit_isdpo {version}, exported from optimizer step {step}.
+Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
 ## Measured on the validation set, at step {metrics_step}
 
@@ -40,13 +42,24 @@ are there only where the true reward is known.
 """
 
 
-def export(ckpt_path: str, output_dir: str, run_dir: str | None = None, trust_remote_code: bool = False) -> None:
+def export(
+    ckpt_path: str,
+    output_dir: str,
+    run_dir: str | None = None,
+    base_model: str | None = None,
+    as_adapter: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
     """Writes the policy of a checkpoint as a Hugging Face folder: safetensors, tokenizer, chat template, model card.
+
+    An adapter is merged into its base in fp32, where no small change is rounded away.
 
     Args:
         ckpt_path: the checkpoint, ``RUN/checkpoints/last.ckpt`` say.
         output_dir: the folder to write; it must be new or empty.
         run_dir: the run's folder, with its ``model`` and ``config.yaml``, where the checkpoint was moved away from it.
+        base_model: folder or hub id of the model that the run's adapter belongs to, where it is not where it was.
+        as_adapter: write the run's adapter alone, as a PEFT folder.
         trust_remote_code: run Python code that came with the model.
 
     Raises:
@@ -57,18 +70,26 @@ def export(ckpt_path: str, output_dir: str, run_dir: str | None = None, trust_re
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
     checkpoint = _load(checkpoint_file)
-    model = _model(run / "model", checkpoint["state_dict"], checkpoint_file, trust_remote_code)
-    model.save_pretrained(output)
+    if as_adapter:
+        adapter = _adapter(checkpoint_file, checkpoint, run, base_model, trust_remote_code)
+        adapter.save(output)
+        wrote = f"an adapter of {sum(tensor.numel() for tensor in adapter.state().values()):,} values"
+    else:
+        model = _whole_model(checkpoint_file, checkpoint, run, base_model, trust_remote_code)
+        model.save_pretrained(output)
+        wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
     AutoTokenizer.from_pretrained(run / "model", trust_remote_code=trust_remote_code).save_pretrained(output)
-    (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"])))
-    print(f"Wrote {output} ({sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}).")
+    (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"]), as_adapter))
+    print(f"Wrote {output} ({wrote}).")
 
 
-def load_policy(ckpt_path: str | Path, run_dir: str | Path | None = None) -> PreTrainedModel:
-    """The policy of a checkpoint, in memory; arguments and errors as those of ``export``."""
+def load_policy(
+    ckpt_path: str | Path, run_dir: str | Path | None = None, base_model: str | None = None
+) -> PreTrainedModel:
+    """The policy of a checkpoint, in memory, its adapter merged; arguments and errors as those of ``export``."""
     checkpoint_file = Path(ckpt_path)
     run = find_run(checkpoint_file, run_dir)
-    model = _model(run / "model", _load(checkpoint_file)["state_dict"], checkpoint_file)
+    model = _whole_model(checkpoint_file, _load(checkpoint_file), run, base_model)
     model.eval()
     return model
 
@@ -97,10 +118,61 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _model(
-    folder: Path, state_dict: dict[str, torch.Tensor], path: Path, trust_remote_code: bool = False
+def _whole_model(
+    path: Path, checkpoint: dict[str, Any], run: Path, base_model: str | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    weights = {key.removeprefix(WEIGHTS_PREFIX): v for key, v in state_dict.items() if key.startswith(WEIGHTS_PREFIX)}
+    folder = run / "model"
+    if BASE_KEY in checkpoint:
+        model = _adapter(path, checkpoint, run, base_model, trust_remote_code).merge()
+    elif base_model is not None:
+        raise InputError(f"base_model: {str(path)!r} holds a whole model, which needs no other; leave the option out.")
+    else:
+        model = _trained_model(path, checkpoint, folder, trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _adapter(
+    path: Path, checkpoint: dict[str, Any], run: Path, base_model: str | None, trust_remote_code: bool
+) -> Adapter:
+    """The checkpoint's adapter in its base, which is widened to fp32 after it was loaded as in the run."""
+    file = run / "model" / CONFIG_NAME
+    if BASE_KEY not in checkpoint:
+        raise InputError(f"as_adapter: {str(path)!r} holds a whole model and no adapter; leave the option out.")
+    if not file.is_file():
+        raise InputError(
+            f"{str(run)!r} is not the run's folder (it has no model/{CONFIG_NAME}): name it with --run_dir."
+        )
+    options = json.loads(file.read_text())
+    base, revision = options.pop("base_model_name_or_path"), options.pop("revision")
+    dtype = AutoConfig.from_pretrained(file.parent, trust_remote_code=trust_remote_code).dtype
+    policy = PolicyConfig(
+        path=base_model or base,
+        revision=None if base_model else revision,
+        dtype="bfloat16" if dtype == DTYPES["bfloat16"] else "float32",
+        trust_remote_code=trust_remote_code,
+    )
+    model = load_causal_lm(policy, option="base_model (what the adapter was trained on; say where it is)").float()
+    adapter = Adapter(model, parse_adapter(options), revision=policy.revision)
+    if adapter.base_fingerprint != checkpoint[BASE_KEY]:
+        raise InputError(
+            f"base_model: {policy.path!r} has other weights than the model that the adapter was trained on."
+        )
+    try:
+        adapter.load_state(_weights(checkpoint))
+    except ValueError as error:
+        raise InputError(f"ckpt_path: {str(path)!r} is no checkpoint of the run {str(run)!r} ({error}).") from error
+    return adapter
+
+
+def _weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    state_dict = checkpoint["state_dict"]
+    return {key.removeprefix(WEIGHTS_PREFIX): v for key, v in state_dict.items() if key.startswith(WEIGHTS_PREFIX)}
+
+
+def _trained_model(path: Path, checkpoint: dict[str, Any], folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    weights = _weights(checkpoint)
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
@@ -111,18 +183,19 @@ def _model(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"ckpt_path: the weights in {str(path)!r} do not fit the model of {str(folder)!r}.") from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _card(run: Path, name: str, step: int) -> str:
+def _card(run: Path, name: str, step: int, as_adapter: bool) -> str:
     config_file = run / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
     metrics_step, metrics = _validation(run / "metrics.csv", step)
     rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
     return CARD.format(
         name=name,
+        library="library_name: peft" if as_adapter else "library_name: transformers",
+        what="An adapter of a language model," if as_adapter else "A language model",
+        loader="peft.AutoPeftModelForCausalLM" if as_adapter else "AutoModelForCausalLM",
         version=__version__,
         step=step,
         metrics_step=metrics_step,

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +16,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_isdpo.data.collation import batch_prompts, collate_prompts
 from lit_isdpo.data.tokenization import load_tokenizer, pad_token_id, terminator_ids
+from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.generation import sample_responses
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
-from lit_isdpo.policy.reference import ResidentReference
+from lit_isdpo.policy.reference import Reference
 from lit_isdpo.types import InputError, PreferenceBatch, PromptBatch, SFTBatch
+
+WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
+BASE_KEY = "base_fingerprint"  # of a checkpoint that holds an adapter alone
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -129,7 +134,7 @@ class PolicyModule(LightningModule, ABC):
         )
 
     @property
-    def reference(self) -> ResidentReference | None:
+    def reference(self) -> Reference | None:
         """The frozen model that KL is measured to; supervised training has none."""
         return None
 
@@ -161,6 +166,55 @@ class PolicyModule(LightningModule, ABC):
         if not hasattr(self, "policy"):
             self.policy = load_logprob_model(self.policy_config)
             self.policy.train()  # dropout is 0; gradient checkpointing works in training mode alone
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What a checkpoint holds: of a policy with an adapter, the adapter alone."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if self.policy.adapter is None:
+            return state
+        names = self.policy.adapter.names
+        return {key: value for key, value in state.items() if key.removeprefix(WEIGHTS_PREFIX) in names}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes back what ``state_dict`` gave, all of it and nothing else, whatever ``strict`` says.
+
+        Raises:
+            InputError: the checkpoint is of another model or another adapter.
+        """
+        try:
+            check_same_tensors(self.state_dict(), state_dict)
+        except ValueError as error:
+            option = "path" if self.policy.adapter is None else "peft"
+            raise InputError(
+                f"ckpt_path: the checkpoint's tensors are not those of model.policy.{option} ({error}); use the "
+                "config.yaml of its own run."
+            ) from error
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside an adapter, keeps what tells its base from others."""
+        if self.policy.adapter is not None:
+            checkpoint[BASE_KEY] = self.policy.adapter.base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint is of this kind, and of this base.
+
+        Raises:
+            InputError: an adapter meets a whole model, or another base than its own.
+        """
+        adapter, base = self.policy.adapter, checkpoint.get(BASE_KEY)
+        if adapter is None and base is not None:
+            raise InputError("ckpt_path: the checkpoint holds an adapter alone; set model.policy.peft as its run did.")
+        if adapter is not None and base is None:
+            raise InputError(
+                "ckpt_path: the checkpoint holds a whole model and no adapter; leave model.policy.peft out, or begin "
+                "anew from what `lit-isdpo export` makes of it."
+            )
+        if adapter is not None and base != adapter.base_fingerprint:
+            raise InputError(
+                f"model.policy.path: {self.policy_config.path!r} has other weights than the model that the "
+                "checkpoint's adapter was trained on (or other ones in this dtype); name that one."
+            )
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -16,7 +16,7 @@ from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting
 from lit_isdpo.policy.loading import PolicyConfig, load_config
-from lit_isdpo.policy.reference import ReferenceConfig, ResidentReference, load_reference, reference_as_policy
+from lit_isdpo.policy.reference import Reference, ReferenceConfig, load_reference, reference_as_policy
 from lit_isdpo.training.module import PolicyModule, Sampling, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
@@ -78,13 +78,13 @@ class PreferenceModule(PolicyModule):
         self.train_metrics = PairMetrics(loss, unknown=unknown, window=ess_window)
         self.val_metrics = PairMetrics(loss, unknown=unknown)
         self.test_metrics = PairMetrics(loss, unknown=unknown)
-        self._reference: tuple[ResidentReference, ...] = ()  # in a tuple: a reference is not a part of this module
+        self._reference: tuple[Reference, ...] = ()  # in a tuple: a reference is not a part of this module
         self._window_row_ids: list[Tensor] = []
         self._window_losses: list[Tensor] = []
         self._ess_before_resume: Tensor | None = None
 
     @property
-    def reference(self) -> ResidentReference | None:
+    def reference(self) -> Reference | None:
         """The frozen model that the policy is measured against."""
         return self._reference[0] if self._reference else None
 
@@ -101,8 +101,9 @@ class PreferenceModule(PolicyModule):
         super().configure_model()
         sampling = self.trainer.state.fn == TrainerFn.PREDICTING
         if self.reference_config is not None and not self._reference and not sampling:
-            self._reference = (load_reference(self.policy_config, self.reference_config),)
-            vocabularies = [model.vocabulary_size for model in (self.policy, self._reference[0].model)]
+            self._reference = (load_reference(self.policy_config, self.reference_config, self.policy),)
+            with self._reference[0].scoring() as model:
+                vocabularies = [self.policy.vocabulary_size, model.vocabulary_size]
             if vocabularies[0] != vocabularies[1]:
                 raise InputError(
                     f"model.reference.path: its vocabulary has {vocabularies[1]} entries and the policy's "
@@ -181,11 +182,13 @@ class PreferenceModule(PolicyModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the window of the effective sample size, so that a resumed run logs what an unbroken one would."""
+        super().on_save_checkpoint(checkpoint)
         with self.train_metrics.sync_context():
             checkpoint["recent_log_weights"] = self.train_metrics.recent_log_weights.cpu().clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the window back at the start of a fit."""
+        super().on_load_checkpoint(checkpoint)
         self._ess_before_resume = checkpoint.get("recent_log_weights")
 
     def _pair_logps(self, batch: PreferenceBatch) -> PairLogps:

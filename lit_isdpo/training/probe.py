@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_isdpo.evaluation.probe import ProbeValues, Reward, SampledText, run_probe, summarize
 from lit_isdpo.lab.folder import gold_reward_for
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import Reference
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.types import InputError
 
@@ -76,14 +77,15 @@ class SamplingProbe(Callback):
                 "0 switches the probe off."
             )
         prompts = of_all_ranks[trainer.global_rank :: trainer.world_size]
-        reference = None if module.reference is None else module.reference.model
+        reference = module.reference
         if self._prepared_for != stage:
             self._prepared_for = stage
             self.reward = self._find_reward(trainer, stage, prompts[0].text)
             self._ref_rewards = None
             if reference is not None:
                 # Another seed than the policy's: a win rate compares independent responses.
-                drawn = self._draw(reference, None, prompts, module, trainer, seed=self.seed + 1)
+                with reference.scoring() as model:
+                    drawn = self._draw(model, None, prompts, module, trainer, seed=self.seed + 1)
                 self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
         values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed)
         self.samples = values.texts
@@ -93,7 +95,7 @@ class SamplingProbe(Callback):
     def _draw(
         self,
         model: LogProbModel,
-        reference: LogProbModel | None,
+        reference: Reference | None,
         prompts: list[Any],
         module: PolicyModule,
         trainer: Trainer,

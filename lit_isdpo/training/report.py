@@ -43,7 +43,7 @@ class RunReport(Callback):
     """Validates before the first step, keeps what belongs to the run in its folder, and prints a table at the end.
 
     The run's folder gets ``model/``: the policy's configuration and tokenizer, so that a checkpoint can be exported
-    without the model that the run began with.
+    without the model that the run began with; an adapter's configuration too, though that one needs the model.
     """
 
     def __init__(self) -> None:
@@ -151,6 +151,8 @@ def write_model_folder(module: PolicyModule, folder: Path) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
+    if module.policy.adapter is not None:
+        module.policy.adapter.config.save_pretrained(str(folder))
 
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
@@ -184,6 +186,7 @@ def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
         "setup.batch_size": getattr(datamodule, "batch_size", None),
         "setup.optimizer": type(optimizer).__name__,
         "setup.policy": module.policy_config.path,
+        "setup.peft": (module.policy_config.peft or {}).get("peft_type"),
     }
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
     metrics = [key for key in trainer.callback_metrics if key.startswith("val/")]

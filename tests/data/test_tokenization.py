@@ -156,7 +156,9 @@ def test_a_pairs_numbers_are_handed_on(make_tokenizer):
     assert pair[3:] == (-1.0, -2.0, 0.5, 3.0)
 
 
-@pytest.mark.parametrize(("prompt", "response"), [("a", ""), ("a", " \n"), ("a", "<eos>"), (QUESTION, ""), (QUESTION, " ")])
+@pytest.mark.parametrize(
+    ("prompt", "response"), [("a", ""), ("a", " \n"), ("a", "<eos>"), (QUESTION, ""), (QUESTION, " ")]
+)
 def test_a_response_without_text_is_empty(make_tokenizer, prompt, response):
     for tokenizer in (make_tokenizer(), make_tokenizer(template=CHATML)):
         with pytest.raises(RowError) as error:

@@ -71,6 +71,8 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
     for key in sorted(given.keys() & UNSUPPORTED_OPTIONS.keys()):
         if given[key]:
             raise InputError(f"{OPTION}: {key} is not supported: {UNSUPPORTED_OPTIONS[key]}.")
+    if (init := given.get("init_lora_weights")) in DATA_DRIVEN_INITS:
+        raise InputError(f"{OPTION}: init_lora_weights {init!r} needs a preparation that is not made; use true.")
     if given.setdefault("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise InputError(f"{OPTION}: task_type must be CAUSAL_LM, not {given['task_type']!r}.")
     try:
@@ -84,8 +86,6 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
         raise InputError(f"{OPTION}: {dropouts[0]} must be 0, or policy and reference would differ by its noise.")
     if getattr(config, "bias", "none") != "none":
         raise InputError(f"{OPTION}: bias must be 'none': biases that are trained are not switched off.")
-    if (init := getattr(config, "init_lora_weights", None)) in DATA_DRIVEN_INITS:
-        raise InputError(f"{OPTION}: init_lora_weights {init!r} needs a preparation that is not made; use true.")
     return config
 
 

@@ -8,11 +8,10 @@ Half of its length is the documentation of its options and a sentence for each w
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
@@ -105,8 +104,6 @@ class TextDataModule(LightningDataModule, ABC):
         InputError: an argument is out of range; in ``setup``: whatever is wrong with the data.
     """
 
-    read_options: Mapping[str, Any] = MappingProxyType({})
-
     @property
     @abstractmethod
     def row_type(self) -> RowType:
@@ -148,6 +145,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.seed = 0 if seed is None else seed
         self.num_workers = num_workers
         self.num_proc = num_proc
+        self.read_options: dict[str, Any] = {}  # of row_type.read
         self._check_arguments()
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
         plain = {split: [asdict(source) for source in sources] or None for split, sources in self.sources.items()}
@@ -489,7 +487,7 @@ class PreferenceDataModule(TextDataModule):
         if pairing not in get_args(Pairing):
             raise InputError(f"data.pairing: no pairing {pairing!r}; known: {', '.join(get_args(Pairing))}")
         if self.format != "auto":
-            check_pairing(pairing, self.format, name="data.format")
+            check_pairing(pairing, self.format)
         self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}
         self.save_hyperparameters(self.read_options, logger=False)
 

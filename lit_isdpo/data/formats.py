@@ -1,10 +1,11 @@
 r"""The formats that rows come in, how they are recognised, and what is made of a row of each.
 
-A new format is one function in ``readers.py`` and one line of ``FORMATS``. The oldest three:
+A new format is one function in ``readers.py`` and one line of ``FORMATS``. Four of them, as pairs:
 
     strings      prompt "2 + 2 =", chosen " 4", rejected " 5"
     messages     chosen [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], rejected alike
     transcripts  chosen "\n\nHuman: 2 + 2?\n\nAssistant: 4", rejected alike
+    ranked       prompt "2 + 2 =", responses [" 4", " 5", " 22"], scores [9, 3, 1]
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -212,8 +213,8 @@ def check_pairing(pairing: Pairing, format: str, *, name: str = "") -> None:
     if pairing != "best_worst" and isinstance(FORMATS[format], Format):
         ranked = ", ".join(key for key, known in FORMATS.items() if isinstance(known, RankedFormat))
         raise InputError(
-            f"{name or 'the data set'}: data.pairing is {pairing!r}, but a row of format {format!r} is one pair; leave "
-            f"it out, or name data with several responses to a prompt ({ranked})"
+            f"{name and name + ': '}data.pairing is {pairing!r}, but a row of format {format!r} is one pair; leave it "
+            f"out, or name data with several responses to a prompt ({ranked})"
         )
 
 

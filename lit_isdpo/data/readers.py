@@ -192,8 +192,10 @@ def is_transcript(value: object) -> bool:
 
 
 def is_list_of(value: object, *keys: str) -> bool:
-    """Whether it is a list of mappings that have these keys."""
-    return isinstance(value, list) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in value)
+    """Whether it is a list of mappings that have these keys; an empty one tells nothing."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and item.keys() >= set(keys) for item in value)
 
 
 def number(value: object) -> float:

@@ -192,7 +192,8 @@ def _map(
                 tokenize=partial(row_type.tokenize, tokenizer=tokenizer, **options),
                 fields=row_type.item._fields,
             ),
-            batched=True,  # a row may become several lines
+            batched=True,  # a row may become several lines; few rows, as Nectar's 21 pairs a row are many tokens
+            batch_size=100,
             with_indices=True,
             remove_columns=rows.column_names,
             features=datasets.Features(features),

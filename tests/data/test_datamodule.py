@@ -348,17 +348,24 @@ def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder
         InputError, match=r"val\.jsonl: data\.pairing is 'all', but a row of format 'strings' is one pair"
     ):
         data.setup("fit")
-    data = make(train=[file, file], val=file, pairing="all", margin_column="scores")
+    others = [write_rows(tmp_path / name, RANKED) for name in ("b.jsonl", "c.jsonl")]
+    data = make(train=[file, *others], val=file, pairing="all", margin_column="scores")
     data.setup("fit")
     counts = data.counts["train"][1]
     assert counts[2:] == (4, 5, 0, {"empty response": 2, "no two responses with different scores": 1})
     assert counts.lines == 8
-    assert capsys.readouterr().out.splitlines()[2] == (
+    assert capsys.readouterr().out.splitlines()[3] == (
         f"data.val: {file}: 4 rows read, 5 pairs kept, 2 empty response, 1 no two responses with different scores"
     )
     rows = data._rows["train"]
     assert [data.row_name("train", row_id).split()[1] for row_id in range(16)] == list("0001222300012223")
-    assert rows.positions.tolist() == [0, 1, 2, 5, 7, 8, 9, 10, 13, 15]
+    assert [data.row_name("train", row_id) for row_id in (7, 8, 15, 16)] == [
+        f"row 3 of {file}",
+        f"row 0 of {others[0]}",
+        f"row 3 of {others[0]}",
+        f"row 0 of {others[1]}",
+    ]
+    assert rows.positions.tolist()[:10] == [0, 1, 2, 5, 7, 8, 9, 10, 13, 15]
     _, pair = rows[3]
     assert [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[:3]] == ["c", "1", "3"]
     assert pair.margin == 2.0
@@ -399,7 +406,7 @@ def test_source_folders(make, folder):
         ({"val_size": 0}, "data.val_size is 0;"),
         ({"format": "alpaca"}, "data.format: no format 'alpaca'"),
         ({"pairing": "some"}, "data.pairing: no pairing 'some'; known: best_worst, best_random, all"),
-        ({"format": "strings", "pairing": "all"}, "data.format: data.pairing is 'all', but a row of format 'strings'"),
+        ({"format": "strings", "pairing": "all"}, "^data.pairing is 'all', but a row of format 'strings'"),
         ({"val": {"path": "a", "weight": 2}}, "data.val: weights are for data.train"),
     ],
 )

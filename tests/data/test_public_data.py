@@ -282,6 +282,7 @@ def test_a_foreign_terminator_is_not_learned_and_the_own_one_once(make_tokenizer
     [
         ("\n\nHuman: a\n\nAssistant:", " b"),
         ("\n\nHuman: a\n\nAssistant: ", "b"),
+        ("\n\nHuman: a\n\nAssistant: ", " b"),
         ("\n\nHuman:  a \n\nAssistant: c\n\n\n\nHuman: d\n\nAssistant:", "  b\n\nHuman: e "),
     ],
 )

@@ -1,13 +1,14 @@
-"""The posts environment as files, and the names (``lab:posts``) under which the rest of the project asks for them.
+"""The lab's environments as files, and the names (``lab:posts``) under which the rest of the project asks for them.
 
-    ROOT/posts-SEED-HASH/
+    ROOT/NAME-SEED-HASH/
         pairs/      train, validation and test .jsonl of preference pairs, and environment.json, which tells of them
         sft/        train and validation .jsonl of demonstrations, and the like marker
         reference/  the model that wrote the pairs: a Hugging Face folder, shipped with the package
         init/       its architecture and tokenizer without weights, to train it anew
 
-Each part is written when it is first asked for. HASH covers the reference and :data:`FORMAT`, so files of another
-version are never taken for these.
+NAME is posts, verbosity or length. Other sets of pairs of an environment have a folder of their own name. Each part is
+written when it is first asked for. HASH covers the reference and the environment's format, so files of another version
+are never taken for these.
 """
 
 import json
@@ -18,128 +19,128 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import GenerationConfig
 
-from lit_isdpo.lab.pairs import sample_pairs
-from lit_isdpo.lab.posts import GoldReward, Split, render_prompt, sample_demonstration, sample_post
-from lit_isdpo.lab.tokenizer import MAX_LENGTH, build_tokenizer
-from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
+from lit_isdpo.lab import designs
+from lit_isdpo.lab.environments import Enumerable, Environment, Gold, Posts
+from lit_isdpo.lab.exact import ExactEvaluation
 from lit_isdpo.types import InputError
 
-Part = Literal["pairs", "sft", "reference", "init"]
-
 PREFIX = "lab:"
-FORMAT = 1  # to be raised with every change of the files' content
-REFERENCE = Path(__file__).parent / "posts_reference"
 MARKER = "environment.json"
-NUM_PROMPTS: Mapping[Split, int] = {"train": 1024, "validation": 512, "test": 512}
-NUM_DEMONSTRATIONS = 48_000
-NUM_VALIDATION_DEMONSTRATIONS = 1024
+ENVIRONMENTS: Mapping[str, Environment] = {
+    "posts": Posts(),
+    "verbosity": Enumerable(designs.verbosity),
+    "length": Enumerable(designs.length),
+}
 
 
-def resolve(source: str, root: Path, *, default: Part = "pairs") -> Path:
+def resolve(source: str, root: Path, *, default: Literal["pairs", "reference"] = "pairs") -> Path:
     """Turns a name of the lab into a folder, which is written if it is not there yet.
 
     Args:
-        source: ``lab:posts``, ``lab:posts/PART``, each with ``@SEED`` behind it for a seed other than 0. The parts are
-            the folders of this module's text.
+        source: ``lab:NAME``, ``lab:NAME/PART``, each with ``@SEED`` behind it for a seed other than 0. The names and
+            parts are those of this module's text.
         root: where the environments are kept.
-        default: what ``lab:posts`` without a part means: pairs to a data set, the reference to a model path.
+        default: what ``lab:NAME`` without a part means: pairs to a data set, the reference to a model path.
 
     Raises:
         InputError: the lab has nothing of that name.
     """
-    match = re.fullmatch(r"lab:posts(?:/(pairs|sft|reference|init))?(?:@(\d{1,9}))?", source)
-    if match is None:
+    match = re.fullmatch(r"lab:(\w+)(?:/(\w+))?(?:@(\d{1,9}))?", source)
+    writers = _writers(match[1]) if match is not None and match[1] in ENVIRONMENTS else {}
+    part = default if match is None else match[2] or default
+    if match is None or part not in writers:
+        there_is = ", ".join(f"lab:{name}/{part}" for name in ENVIRONMENTS for part in _writers(name))
         raise InputError(
-            f"the lab has no {source!r}; it has lab:posts/pairs, lab:posts/sft, lab:posts/reference, lab:posts/init, "
-            "and each of them with a seed, as in lab:posts/pairs@1."
+            f"the lab has no {source!r}; it has {there_is}, and each of them with a seed, as in lab:posts/pairs@1."
         )
-    part, seed = match[1] or default, int(match[2] or 0)
-    writers: dict[str, Callable[[Path], None]] = {
-        "pairs": lambda folder: write_pairs(folder, seed),
-        "sft": lambda folder: write_sft(folder, seed),
-        "reference": write_reference,
-        "init": write_init,
-    }
-    return _write_once(root / f"posts-{seed}-{_content_hash()}" / part, writers[part])
+    name, seed = match[1], int(match[3] or 0)
+    return _write_once(
+        root / f"{name}-{seed}-{_content_hash(ENVIRONMENTS[name])}" / part, lambda folder: writers[part](folder, seed)
+    )
 
 
-def gold_reward_for(folder: Path) -> GoldReward | None:
+def gold_reward_for(folder: Path) -> Gold | None:
     """The gold reward that belongs to a data folder, or ``None`` if it is not one of the lab's."""
+    found = _read_marker(folder)
+    return None if found is None else found[0].gold_reward
+
+
+def exact_evaluation_for(folder: Path) -> ExactEvaluation | None:
+    """The exact values of a policy on a data folder, or ``None`` if its responses are too many, or it is no lab's."""
+    found = _read_marker(folder)
+    return None if found is None else found[0].exact_evaluation(found[1])
+
+
+def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
+    """Writes a set of pairs, one file a split, and counts in the marker what was left out.
+
+    Args:
+        folder: an existing folder.
+        name: of the environment.
+        part: of the set of pairs.
+        seed: the pairs are a function of it.
+    """
+    environment, counts = ENVIRONMENTS[name], {}
+    with _one_thread():
+        for split in environment.num_pairs:
+            rows, counts[split] = environment.sample_pairs(part, split, seed)
+            _write_lines(folder / f"{split}.jsonl", rows)
+    _write_marker(folder, name, part, seed, counts=counts)
+
+
+def write_sft(folder: Path, name: str, seed: int) -> None:
+    """Writes demonstrations, one file a split; arguments as those of :func:`write_pairs`."""
+    environment = ENVIRONMENTS[name]
+    for split in environment.num_demonstrations:
+        _write_lines(folder / f"{split}.jsonl", environment.sample_demonstrations(split, seed))
+    _write_marker(folder, name, "sft", seed)
+
+
+def write_reference(folder: Path, name: str) -> None:
+    """Copies the shipped reference into ``folder``."""
+    shutil.copytree(ENVIRONMENTS[name].reference, folder, dirs_exist_ok=True)
+
+
+def write_init(folder: Path, name: str) -> None:
+    """Writes the reference's architecture and tokenizer into ``folder``, without weights."""
+    config = ENVIRONMENTS[name].build_config()
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    ENVIRONMENTS[name].build_tokenizer().save_pretrained(folder)
+
+
+def _writers(name: str) -> dict[str, Callable[[Path, int], None]]:
+    """What writes each part of an environment, given a folder and a seed."""
+
+    def pairs_writer(part: str) -> Callable[[Path, int], None]:
+        return lambda folder, seed: write_pairs(folder, name, part, seed)
+
+    return {part: pairs_writer(part) for part in ENVIRONMENTS[name].pairs_parts} | {
+        "sft": lambda folder, seed: write_sft(folder, name, seed),
+        "reference": lambda folder, _: write_reference(folder, name),
+        "init": lambda folder, _: write_init(folder, name),
+    }
+
+
+def _read_marker(folder: Path) -> tuple[Environment, str] | None:
+    """The environment and the part that a folder holds."""
     try:
         marker = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
         return None
-    return GoldReward() if isinstance(marker, dict) and marker.get("design") == "posts" else None
+    if not isinstance(marker, dict) or marker.get("design") not in ENVIRONMENTS:
+        return None
+    return ENVIRONMENTS[marker["design"]], str(marker.get("part"))
 
 
-def write_pairs(folder: Path, seed: int, *, num_prompts: Mapping[Split, int] = NUM_PROMPTS) -> None:
-    """Samples pairs from the shipped reference, one file a split, and counts in the marker what was left out.
-
-    Args:
-        folder: an existing folder.
-        seed: the pairs are a function of it.
-        num_prompts: posts a split; see :func:`lit_isdpo.lab.pairs.sample_pairs`.
-    """
-    model = load_causal_lm(PolicyConfig(path=str(REFERENCE)))
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    counts = {}
-    with _one_thread():
-        for split, number in num_prompts.items():
-            rows, counts[split] = sample_pairs(model, tokenizer, split=split, num_prompts=number, seed=seed)
-            _write_lines(folder / f"{split}.jsonl", rows)
-    marker = {"design": "posts", "format": FORMAT, "seed": seed, "counts": counts}
+def _write_marker(folder: Path, name: str, part: str, seed: int, **more: Any) -> None:
+    marker = {"design": name, "format": ENVIRONMENTS[name].format, "seed": seed, **more, "part": part}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-
-
-def write_sft(folder: Path, seed: int, num: int = NUM_DEMONSTRATIONS) -> None:
-    """Writes ``num`` demonstrations for training, and :data:`NUM_VALIDATION_DEMONSTRATIONS` more, into ``folder``."""
-    numbers: dict[Split, int] = {"train": num, "validation": NUM_VALIDATION_DEMONSTRATIONS}
-    for split, number in numbers.items():
-        rng = Random(f"posts/sft/{split}/{seed}")
-        posts = (sample_post(rng, split) for _ in range(number))
-        rows = ({"prompt": render_prompt(post), "completion": sample_demonstration(rng, post)} for post in posts)
-        _write_lines(folder / f"{split}.jsonl", rows)
-    (folder / MARKER).write_text(json.dumps({"design": "posts", "format": FORMAT, "seed": seed}, indent=2) + "\n")
-
-
-def write_reference(folder: Path) -> None:
-    """Copies the shipped reference into ``folder``."""
-    shutil.copytree(REFERENCE, folder, dirs_exist_ok=True)
-
-
-def write_init(folder: Path) -> None:
-    """Writes the reference's architecture and tokenizer into ``folder``, without weights."""
-    config = reference_config()
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-
-
-def reference_config() -> LlamaConfig:
-    """The architecture of the reference: a Llama of 0.4 million parameters."""
-    tokenizer = build_tokenizer()
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        # 1 / sqrt(hidden_size); from the usual 0.02 it learns to copy facts late or, in 3,000 steps, not at all.
-        initializer_range=0.1,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        dtype="float32",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @contextmanager
@@ -153,9 +154,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _content_hash() -> str:
-    digest = sha256(f"format {FORMAT}".encode())
-    for file in sorted(REFERENCE.iterdir()):
+def _content_hash(environment: Environment) -> str:
+    digest = sha256(f"format {environment.format}".encode())
+    for file in sorted(environment.reference.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -159,9 +159,9 @@ def sample_demonstration(rng: Random, post: Post) -> str:
     return render_facts((attribute, _perhaps_wrong(rng, value)) for attribute, value in facts)
 
 
-def first_wins(rng: Random, gold_first: float, gold_second: float) -> bool:
-    """A Bradley-Terry label: true with probability ``sigmoid((gold_first - gold_second) / LABEL_TEMPERATURE)``."""
-    return rng.random() < 1 / (1 + math.exp((gold_second - gold_first) / LABEL_TEMPERATURE))
+def first_wins(rng: Random, gold_first: float, gold_second: float, *, temperature: float = LABEL_TEMPERATURE) -> bool:
+    """A Bradley-Terry label: true with probability ``sigmoid((gold_first - gold_second) / temperature)``."""
+    return rng.random() < 1 / (1 + math.exp((gold_second - gold_first) / temperature))
 
 
 def _perhaps_wrong(rng: Random, value: str) -> str:

@@ -1,4 +1,6 @@
-"""The tokenizer of the lab: a token is a word, space included, and any other text passes byte by byte."""
+"""The tokenizers of the lab: a token is a word, space included; to that of the posts other text passes byte by byte."""
+
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -42,6 +44,30 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=_EOS,
         unk_token=_UNK,
         split_special_tokens=True,  # "</s>" within a text is text: it cannot end a response
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def build_closed_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer of an enumerable task: ids 0 to K - 1 are its words, K ends a response, and that is all.
+
+    There is no padding token, so the end token fills rows up, and none for unknown text, which is left out: a row of
+    other data becomes empty, and is dropped as such.
+
+    >>> tokenizer = build_closed_tokenizer(["very", "good"])
+    >>> tokenizer.encode(" very very good bad"), tokenizer.eos_token_id, len(tokenizer)
+    ([0, 0, 1], 2, 3)
+    """
+    words = {f" {word}": index for index, word in enumerate(vocabulary)} | {_EOS: len(vocabulary)}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=_EOS,
+        eos_token=_EOS,
+        split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_LENGTH,
     )

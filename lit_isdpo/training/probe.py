@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.evaluation.probe import ProbeValues, Reward, SampledText, run_probe, summarize
-from lit_isdpo.lab.folder import gold_reward_for
+from lit_isdpo.lab.enumeration import ResponseDistribution
+from lit_isdpo.lab.exact import ExactEvaluation
+from lit_isdpo.lab.folder import exact_evaluation_for, gold_reward_for
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.training.module import PolicyModule
@@ -20,7 +22,9 @@ from lit_isdpo.types import InputError
 class SamplingProbe(Callback):
     """Logs ``{val,test}/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
 
-    The same seed serves every validation: differences between two steps are then less noisy than either value.
+    The same seed serves every validation: differences between two steps are then less noisy than either value. On tasks
+    of the lab whose responses can be enumerated, ``exact/*`` is logged too: sums over all of them, for every prompt of
+    the task.
 
     Args:
         num_prompts: distinct prompts of the validation (or test) set, over all ranks; 0 switches the probe off.
@@ -55,6 +59,8 @@ class SamplingProbe(Callback):
         self.samples: list[SampledText] = []
         self.ref_samples: list[SampledText] = []
         self._ref_rewards: Tensor | None = None
+        self._exact: ExactEvaluation | None = None
+        self._ref_responses: ResponseDistribution | None = None
         self._prepared_for: str | None = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,15 +87,22 @@ class SamplingProbe(Callback):
         if self._prepared_for != stage:
             self._prepared_for = stage
             self.reward = self._find_reward(trainer, stage, prompts[0].text)
-            self._ref_rewards = None
+            self._exact = self._find_exact(
+                trainer, stage, module.policy, [prompt.prompt_ids for prompt in of_all_ranks]
+            )
+            self._ref_rewards = self._ref_responses = None
             if reference is not None:
                 # Another seed than the policy's: a win rate compares independent responses.
                 with reference.scoring() as model:
                     drawn = self._draw(model, None, prompts, module, trainer, seed=self.seed + 1)
+                    self._ref_responses = None if self._exact is None else self._exact.enumerate(model)
                 self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
         values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed)
         self.samples = values.texts
         module.log_dict({f"{stage}/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
+        if self._exact is not None:  # on every rank alike
+            exact = self._exact(self._exact.enumerate(module.policy), self._ref_responses)
+            module.log_dict({f"{stage}/exact/{key}": value for key, value in exact.items()})
         self._log_texts(trainer, stage)
 
     def _draw(
@@ -131,6 +144,20 @@ class SamplingProbe(Callback):
             "gold_reward and win_rate are not logged; KL and samples are."
         )
         return None
+
+    def _find_exact(
+        self, trainer: Trainer, stage: str, policy: LogProbModel, prompts: list[list[int]]
+    ) -> ExactEvaluation | None:
+        found = [exact_evaluation_for(folder) for folder in trainer.datamodule.source_folders(stage)]  # type: ignore[attr-defined]
+        if len(found) != 1 or found[0] is None:
+            return None
+        if not found[0].applies_to(policy, prompts):
+            rank_zero_info(
+                f"The {stage} prompts, or the model's vocabulary, are not those of the lab's task: no exact values are "
+                "logged."
+            )
+            return None
+        return found[0]
 
     def _log_texts(self, trainer: Trainer, stage: str) -> None:
         rows = [

@@ -1,6 +1,7 @@
-"""The environment's files: a function of the seed, disjoint splits, whole or not there, found by their names."""
+"""The environments' files: a function of the seed, disjoint splits, whole or not there, found by their names."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from lit_isdpo.lab import design_data, designs
 from lit_isdpo.lab import folder as lab
+from lit_isdpo.lab.designs import Design
+from lit_isdpo.lab.enumeration import ResponseDistribution
+from lit_isdpo.lab.environments import Enumerable, Environment, Posts
 from lit_isdpo.lab.posts import GoldReward, Split, gold_reward, parse_prompt, split_of
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.types import InputError
@@ -20,11 +25,19 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few pairs and demonstrations, for tests of where files go."""
-    monkeypatch.setitem(lab.write_pairs.__kwdefaults__, "num_prompts", NUM_PROMPTS)
-    monkeypatch.setattr(lab.write_sft, "__defaults__", (100,))
+    """Few pairs and demonstrations, and of the enumerable tasks a reference that costs nothing."""
+    for environment in (Posts, Enumerable):
+        monkeypatch.setattr(environment, "num_pairs", NUM_PROMPTS)
+        monkeypatch.setattr(environment, "num_demonstrations", {"train": 200, "validation": 1024})
+    monkeypatch.setattr(design_data, "shipped_reference", uniform)
+
+
+def uniform(design: Design) -> ResponseDistribution:
+    tokens = design.tree.num_words + 1
+    next_logps = torch.full((len(design.prompts), len(design.tree), tokens), -math.log(tokens), dtype=torch.float64)
+    return ResponseDistribution(design.tree, next_logps)
 
 
 def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
@@ -32,7 +45,7 @@ def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
     contents = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         (tmp_path / name).mkdir()
-        lab.write_pairs(tmp_path / name, seed, num_prompts=NUM_PROMPTS)
+        lab.write_pairs(tmp_path / name, "posts", "pairs", seed)
         contents.append({file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())})
     assert list(contents[0]) == ["environment.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
     assert contents[0] == contents[1]
@@ -40,7 +53,7 @@ def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
     marker = json.loads(contents[0]["environment.json"])
-    assert (marker["design"], marker["format"], marker["seed"]) == ("posts", lab.FORMAT, 3)
+    assert (marker["design"], marker["format"], marker["seed"]) == ("posts", 1, 3)
     prompts = set()
     for split, number in NUM_PROMPTS.items():
         rows = read(tmp_path / "a" / f"{split}.jsonl")
@@ -58,7 +71,7 @@ def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
 def test_demonstrations_are_a_function_of_the_seed_and_disjoint(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
-        lab.write_sft(tmp_path / name, seed, num=200)
+        lab.write_sft(tmp_path / name, "posts", seed)
     train = read(tmp_path / "a" / "train.jsonl")
     assert train == read(tmp_path / "b" / "train.jsonl") != read(tmp_path / "c" / "train.jsonl")
     assert len(train) == 200
@@ -72,7 +85,6 @@ def test_demonstrations_are_a_function_of_the_seed_and_disjoint(tmp_path: Path) 
     assert sum(rewards) / len(rewards) == pytest.approx(0.65, abs=0.12)
 
 
-@pytest.mark.usefixtures("small")
 def test_names_are_resolved_to_folders_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = lab.resolve("lab:posts", tmp_path)
     assert pairs.parent.parent == tmp_path
@@ -104,7 +116,7 @@ def test_an_unknown_name_is_refused_with_what_there_is(source: str, tmp_path: Pa
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: Path, seed: int) -> None:
+    def fail(folder: Path, name: str, part: str, seed: int) -> None:
         (folder / "train.jsonl").write_text("half of ")
         raise KeyboardInterrupt
 
@@ -116,7 +128,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_of_two_writers_the_first_to_finish_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_while_another_does(folder: Path, seed: int) -> None:
+    def write_while_another_does(folder: Path, name: str, part: str, seed: int) -> None:
         (folder / "train.jsonl").write_text("second")
         target = folder.parent.parent / "pairs"
         target.mkdir()
@@ -135,7 +147,6 @@ def test_other_folders_have_no_gold_reward(content: str | None, tmp_path: Path) 
     assert lab.gold_reward_for(tmp_path) is None
 
 
-@pytest.mark.usefixtures("small")
 def test_the_gold_reward_is_found_by_the_marker(tmp_path: Path) -> None:
     folder = lab.resolve("lab:posts", tmp_path)
     reward = lab.gold_reward_for(folder)
@@ -144,7 +155,45 @@ def test_the_gold_reward_is_found_by_the_marker(tmp_path: Path) -> None:
     assert reward([row["prompt"]], [row["chosen"]], [True]) == [row["chosen_gold"]]
 
 
-def test_the_shipped_reference_has_the_architecture_of_init() -> None:
-    shipped, built = AutoConfig.from_pretrained(lab.REFERENCE).to_dict(), lab.reference_config().to_dict()
+def test_an_enumerable_task_has_files_of_the_same_kind(tmp_path: Path) -> None:
+    hole = lab.resolve("lab:length/pairs_hole@2", tmp_path)
+    assert hole.name == "pairs_hole"
+    assert {folder.name for folder in tmp_path.iterdir()} == {hole.parent.name}
+    assert hole.parent.name.startswith("length-2-")
+    marker = json.loads((hole / lab.MARKER).read_text())
+    assert (marker["design"], marker["part"], marker["seed"]) == ("length", "pairs_hole", 2)
+    assert marker["counts"]["train"]["pairs"] == 16
+    rows = read(hole / "train.jsonl")
+    assert len(rows) == 16
+    assert all(1 <= len(row["chosen"].split()) <= 4 for row in rows)
+    reward = lab.gold_reward_for(hole)
+    assert reward is not None
+    assert reward([rows[0]["prompt"]], [rows[0]["chosen"]], [True]) == [rows[0]["chosen_gold"]]
+    sft = lab.resolve("lab:verbosity/sft", tmp_path)
+    assert all(len(row["completion"].split()) == 6 for row in read(sft / "train.jsonl"))
+    init = lab.resolve("lab:verbosity/init", tmp_path)
+    assert len(AutoTokenizer.from_pretrained(init)) == AutoConfig.from_pretrained(init).vocab_size == 7
+
+
+def test_exact_values_are_found_by_the_marker(tmp_path: Path) -> None:
+    exact = lab.exact_evaluation_for(lab.resolve("lab:length/pairs_hole", tmp_path))
+    assert exact is not None
+    assert (exact.design, exact.part) == (designs.length(), "pairs_hole")
+    demonstrations = lab.exact_evaluation_for(lab.resolve("lab:length/sft", tmp_path))
+    assert demonstrations is not None
+    assert demonstrations.part is None
+    assert lab.exact_evaluation_for(lab.resolve("lab:posts", tmp_path)) is None
+    assert lab.exact_evaluation_for(tmp_path) is None
+
+
+@pytest.mark.parametrize("source", ["lab:posts/pairs_hole", "lab:length/pairs_wrong_mu", "lab:verbosity/pairs_hole"])
+def test_a_part_of_another_environment_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"it has .*lab:verbosity/pairs_wrong_mu, .*lab:length/pairs_hole, "):
+        lab.resolve(source, tmp_path)
+
+
+@pytest.mark.parametrize("environment", lab.ENVIRONMENTS.values(), ids=lab.ENVIRONMENTS)
+def test_the_shipped_reference_has_the_architecture_of_init(environment: Environment) -> None:
+    shipped, built = AutoConfig.from_pretrained(environment.reference).to_dict(), environment.build_config().to_dict()
     differing = {key for key in shipped.keys() | built.keys() if shipped.get(key) != built.get(key)}
     assert differing <= {"_name_or_path", "transformers_version", "use_cache"}

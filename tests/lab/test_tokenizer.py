@@ -1,12 +1,15 @@
 """The tokenizer loses nothing, and prompt and response can be encoded apart."""
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_isdpo.lab.folder import REFERENCE
+from lit_isdpo.lab import designs
+from lit_isdpo.lab.designs import Design
+from lit_isdpo.lab.environments import Enumerable, Posts
 from lit_isdpo.lab.posts import render_prompt, sample_demonstration, sample_post
 from lit_isdpo.lab.tokenizer import build_tokenizer
 
@@ -82,9 +85,21 @@ def test_random_text_comes_back_as_it_was(tokenizer: PreTrainedTokenizerBase) ->
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_the_shipped_reference_has_this_tokenizer() -> None:
-    shipped, built = AutoTokenizer.from_pretrained(REFERENCE), build_tokenizer()
+@pytest.mark.parametrize("environment", [Posts(), Enumerable(designs.verbosity), Enumerable(designs.length)])
+def test_the_shipped_reference_has_this_tokenizer(environment: Posts | Enumerable) -> None:
+    shipped, built = AutoTokenizer.from_pretrained(environment.reference), environment.build_tokenizer()
     assert shipped.get_vocab() == built.get_vocab()
     assert shipped.backend_tokenizer.to_str() == built.backend_tokenizer.to_str()
     assert shipped.special_tokens_map == built.special_tokens_map
     assert shipped.split_special_tokens
+
+
+@pytest.mark.parametrize("design", [designs.verbosity, designs.length])
+def test_an_enumerable_task_has_its_words_and_one_more_token(design: Callable[[], Design]) -> None:
+    tokenizer, vocabulary = Enumerable(design).build_tokenizer(), design().vocabulary
+    words = [*range(len(vocabulary)), 0, 0]
+    assert tokenizer.encode(design().render(words)) == words
+    assert tokenizer.decode(words, skip_special_tokens=True) == design().render(words)
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == len(vocabulary) == len(tokenizer) - 1
+    assert tokenizer.pad_token_id is None
+    assert tokenizer.encode("Hello, world </s>") == []

@@ -99,8 +99,8 @@ class PreferenceBatch(NamedTuple):
         behavior_logps: ``(2B,)`` float32 in nats, NaN where the data has none.
         pair_weights: ``(B,)`` float32, the data's own factor of each pair's loss, at least 0; 1 where it has none.
         margins: ``(B,)`` float32, what the pair's scaled preference must exceed; 0 where the data has none.
-        row_ids: ``(B,)`` int64, the pair's line in its table of rows; -1 marks a pair that only fills up the last batch of
-            an evaluation and must not be counted.
+        row_ids: ``(B,)`` int64, the pair's line in its table; -1 marks a pair that only fills up the last batch of an
+            evaluation and must not be counted.
     """
 
     tokens: TokenBatch

@@ -172,19 +172,24 @@ def detect_format(columns: Sequence[str], first_rows: Sequence[Row], *, kind: Ki
         A key of ``FORMATS``.
 
     Raises:
-        InputError: no format fits; the message has the columns found and the formats known.
+        InputError: no format fits; the message has the columns found, what is missing, and the formats known.
 
     >>> detect_format(["prompt", "chosen", "rejected"], [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
     'strings'
     """
+    required = {key: required_columns(key, kind, columns) for key in FORMATS}
+    missing = {key: [name for name in names if name not in columns] for key, names in required.items()}
     for key, known in FORMATS.items():
-        required = required_columns(key, kind, columns)
-        if set(required) <= set(columns) and any(known.holds(row, required[-1]) for row in first_rows):
+        if not missing[key] and any(known.holds(row, required[key][-1]) for row in first_rows):
             return key
-    layouts = [f"{key} ({known.columns(kind)}: {known.looks})" for key, known in FORMATS.items()]
+    # Reversed, as of two formats with the same columns the plainer one comes later.
+    nearest = min(reversed(FORMATS), key=lambda key: (len(missing[key]) - len(required[key]), len(missing[key])))
+    hint = f"lacks {', '.join(missing[nearest])}" if missing[nearest] else f"has {FORMATS[nearest].looks} in them"
+    formats = "; ".join(f"{key} ({known.columns(kind)})" for key, known in FORMATS.items())
     raise InputError(
-        f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known; "
-        f"known for {kind}: {'; '.join(layouts)}"
+        f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known"
+        + f", the nearest, {nearest!r}, {hint}" * (missing[nearest] != required[nearest])
+        + f"; known for {kind}: {formats}"
     )
 
 

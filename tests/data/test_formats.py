@@ -48,12 +48,25 @@ def test_demonstrations_are_recognised_and_read(row, expected, example):
     assert to_examples(row, expected) == [example]
 
 
-def test_unknown_columns_are_named_with_the_known_formats():
-    with pytest.raises(
-        InputError,
-        match=r"f\.csv: .*columns question, answer .*strings \(prompt, chosen, rejected: .*ranked \(prompt \| quest",
-    ):
-        detect_format(["question", "answer"], [{"question": "a", "answer": "b"}], name="f.csv")
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "question, answer is not known, the nearest, 'ranked', lacks scores or ranks, r",
+        ),
+        ({"a": "b"}, "a is not known; known for pairs: transcripts .chosen, rejected.; dialogues"),
+        ({"prompt": "a", "chosen": "b"}, "the nearest, 'strings', lacks rejected; known"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2}, "the nearest, 'strings', has strings in them; known"),
+        ({"prompt": "a", "answers": []}, "the nearest, 'nectar', has lists of {answer, rank} in them; known"),
+    ],
+)
+def test_unknown_columns_are_named_with_what_is_missing(row, message):
+    with pytest.raises(InputError, match=f"^f.csv: the format of its columns .*{message}"):
+        detect_format(list(row), [row], name="f.csv")
+
+
+def test_formats_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match=r"data\.format: no format 'alpaca'; known: auto, transcripts"):
         check_format("alpaca", ["prompt"])
     with pytest.raises(InputError, match="needs a column 'rejected'; it has prompt, chosen"):

@@ -192,7 +192,7 @@ class Adapter:
             raise InputError(f"{kind} has nothing to train.")
         if any(parameter.dtype != torch.float32 for parameter in trained.values()):
             raise InputError(f"{kind} trains bfloat16 weights, in which small steps vanish; use dtype float32.")
-        own = {tensor.data_ptr() for tensor in self.model.state_dict().values()}
+        own = {tensor.data_ptr() for tensor in self.state().values()}
         if any(value.data_ptr() not in own for value in get_peft_model_state_dict(self._peft_model).values()):
             raise InputError(f"{kind} keeps a state that a checkpoint would lack.")
         # fp32 leaves the rounding of a product with the identity, bfloat16 that of a norm.

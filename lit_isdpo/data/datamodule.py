@@ -80,7 +80,8 @@ class TextDataModule(LightningDataModule, ABC):
             list of either as a mixture.
         val: validation rows. Default: the validation split of ``train``, else a held-out part of its rows.
         test: test rows. Default: the test split of ``train``.
-        format: a key of ``formats.FORMATS``; auto recognises it by the columns.
+        format: auto recognises it by the columns; else transcripts, dialogues, messages, strings, queries, comparisons,
+            ranked, nectar or ultrafeedback (``formats.FORMATS``).
         tokenizer: folder or hub id of a tokenizer. Default: the model's own.
         batch_size: rows of an optimizer step, over all ranks and micro-batches.
         micro_batch_size: rows of a forward on one rank; how often gradients are accumulated follows from it. Default:

@@ -41,10 +41,11 @@ def choose_pairs(
     [(1, 2), (1, 0), (2, 0)]
     """
     order = by_score(prompt, responses, scores)
-    pairs = [(better, worse) for better, worse in combinations(order, 2) if scores[better] > scores[worse]]
-    if pairing == "all" or not pairs:
-        return pairs
+    if pairing == "all":
+        return [(better, worse) for better, worse in combinations(order, 2) if scores[better] > scores[worse]]
     worse = [index for index in order if scores[index] < scores[order[0]]]
+    if not worse:
+        return []
     if pairing == "best_worst":
         return [(order[0], worse[-1])]
     return [(order[0], min(worse, key=lambda index: _digest(responses[order[0]], responses[index])))]

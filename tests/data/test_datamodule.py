@@ -289,7 +289,8 @@ def test_several_processes_tokenize_alike(make):
     one, two = make(), make(num_proc=2, max_length=1000)
     one.setup("validate")
     two.setup("validate")
-    assert one._rows["val"][3] == two._rows["val"][3]
+    assert one._rows["val"].table[:] == two._rows["val"].table[:]
+    assert two._rows["val"].table["row"][:] == [0, 1, 2, 3, 4]
 
 
 def test_prompts_are_the_first_different_ones(make, tmp_path, write_rows):

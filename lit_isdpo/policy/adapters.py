@@ -54,6 +54,7 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
         InputError: PEFT is not installed, has no such type or option, or the adapter cannot serve preference training.
     """
     try:
+        from peft import PromptLearningConfig
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
         raise InputError(f'{OPTION}: PEFT is not installed; pip install "lit_isdpo[peft]".') from error
@@ -66,6 +67,8 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
         )
     if name in UNSUPPORTED_TYPES:
         raise InputError(f"{OPTION}: {name} is not supported: {UNSUPPORTED_TYPES[name]}.")
+    if issubclass(classes[name], PromptLearningConfig):
+        raise InputError(f"{OPTION}: {name} learns a prompt, which would shift the tokens; adapt layers, as LORA does.")
     if unknown := sorted(given.keys() - {field.name for field in fields(classes[name])}):
         raise InputError(f"{OPTION}: {name} has no option {unknown[0]!r} (peft.{classes[name].__name__} lists them).")
     for key in sorted(given.keys() & UNSUPPORTED_OPTIONS.keys()):
@@ -79,8 +82,6 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
         config = classes[name](**given)
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"{OPTION}: {name}: {_first_line(error)}") from error
-    if config.is_prompt_learning:
-        raise InputError(f"{OPTION}: {name} learns a prompt, which would shift the tokens; adapt layers, as LORA does.")
     dropouts = [key for key, value in config.to_dict().items() if "dropout" in key and value]
     if dropouts:
         raise InputError(f"{OPTION}: {dropouts[0]} must be 0, or policy and reference would differ by its noise.")
@@ -139,9 +140,8 @@ class Adapter:
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """The model is its base in here, and has its adapter again afterwards, whatever happens."""
-        tuner: Any = (
-            self._peft_model.base_model
-        )  # not PeftModel.disable_adapter, which takes stock of every module first
+        # PeftModel.disable_adapter would take stock of every module first.
+        tuner: Any = self._peft_model.base_model
         tuner.disable_adapter_layers()
         try:
             yield
@@ -170,7 +170,10 @@ class Adapter:
         try:
             merged: PreTrainedModel = self._peft_model.merge_and_unload()
         except Exception as error:  # PEFT raises whatever its parts raise
-            raise InputError(f"{_type(self.config)} cannot be merged: {_first_line(error)}") from error
+            raise InputError(
+                f"{_type(self.config)} adapters like this cannot be merged, so export it with --as_adapter true: "
+                f"{_first_line(error)}"
+            ) from error
         return merged
 
     def save(self, folder: Path) -> None:

@@ -214,3 +214,10 @@ def test_the_state_is_taken_back_whole_or_not_at_all(tiny_llama: PreTrainedModel
     ):
         with pytest.raises(ValueError, match=message):
             adapter.load_state(wrong)
+
+
+def test_what_cannot_be_merged_says_so(tiny_llama: PreTrainedModel) -> None:
+    adapter = adapted(tiny_llama, {**LORA, "lora_bias": True}).adapter
+    assert adapter is not None
+    with pytest.raises(InputError, match="cannot be merged, so export it with --as_adapter true: Impossible to merge"):
+        adapter.merge()

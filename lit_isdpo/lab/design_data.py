@@ -57,7 +57,8 @@ def sample_pairs(
     Returns:
         The rows, and the counts ``pairs`` and ``identical``, draws of two equal responses, which are repeated.
     """
-    rng = Random(f"{design.name}/{part}/{split}/{seed}")
+    drawn_as = part if design.parts[part].true_mu else "pairs"  # with a wrong mu they are the very same pairs
+    rng = Random(f"{design.name}/{drawn_as}/{split}/{seed}")
     mu_logps = pair_logps(design, part, reference or shipped_reference(design))
     behavior = behavior_logps(design, part, mu_logps)
     cumulative = [list(accumulate(row)) for row in mu_logps.exp().tolist()]

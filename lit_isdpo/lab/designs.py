@@ -13,6 +13,7 @@ responses to a prompt it has mean 0 and variance 1. Any other number of words, o
 does: it must never pay, and demonstrations have none. Demonstrations have c ~ Binomial(6, 0.1), and within a c
 probabilities in proportion to exp(q'), where q' is a score like q that correlates 0.3 with it. Pairs are two responses
 of the reference given c <= 2: there the reward rises with c, and nothing in the data says that it falls beyond.
+``pairs_wrong_mu`` are the same pairs, with the log-probs of six words drawn uniformly as those of their writer.
 
 **length** (4 words, responses of up to 8). With n = the number of words, the gold reward is
 
@@ -57,8 +58,8 @@ class PairsPart(NamedTuple):
 
     Attributes:
         support: ``(N,)`` bool, the responses that its pairs are made of.
-        true_mu: whether its behavior log-probs are those of the policy that wrote the responses; if not, they are those
-            of a policy that draws every word uniformly and never says an end too early.
+        true_mu: whether its behavior log-probs are those of the policy that wrote the responses; if not, they are wrong
+            on purpose: those of a policy that draws each word of the response uniformly.
     """
 
     support: Tensor

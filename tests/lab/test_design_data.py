@@ -76,6 +76,22 @@ def test_wrong_mu_is_that_of_words_drawn_uniformly(toy: Design) -> None:
     assert all(len(row["chosen"].split()) == len(row["rejected"].split()) == 3 for row in rows)
 
 
+def test_a_wrong_mu_is_said_of_the_same_pairs() -> None:
+    design = designs.verbosity()
+
+    def draw(part: str) -> list[PairRow]:
+        rows, _ = sample_pairs(design, part, split="test", num_pairs=16, seed=0, reference=uniform(design))
+        return rows
+
+    for right, wrong in zip(draw("pairs"), draw("pairs_wrong_mu"), strict=True):
+        assert wrong["chosen_behavior_logps"] == wrong["rejected_behavior_logps"] == pytest.approx(-6 * math.log(6))
+        assert {**wrong, "chosen_behavior_logps": 0, "rejected_behavior_logps": 0} == {
+            **right,
+            "chosen_behavior_logps": 0,
+            "rejected_behavior_logps": 0,
+        }
+
+
 def test_labels_are_bradley_terrys_with_a_tenth_turned_round() -> None:
     """Pairs in which the better response wins: sigmoid(gap), then 0.9 of that and 0.1 of the rest."""
     design = designs.length()

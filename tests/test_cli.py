@@ -259,7 +259,9 @@ def test_paper_scale_experiments_differ_in_their_method_alone() -> None:
                 assert "Not yet run." in path.read_text().splitlines()[0]
         assert len(common) == 1
         assert len(names) == 15
-        assert json.loads(common.pop())["data"]["init_args"]["batch_size"] == 128
+        ready = yaml.safe_load((CONFIGS / "data" / f"{data}.yaml").read_text())["data"]["init_args"]
+        assert ready.items() <= json.loads(common.pop())["data"]["init_args"].items()
+        assert ready["batch_size"] == 128
 
 
 def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:

@@ -52,7 +52,8 @@ class Throughput(Callback):
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if at_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self._counts / self._seconds
-            num_forwards = 3 if pl_module.reference is None else 4  # a backward pass costs two forwards
+            # A backward pass costs two forwards, and one where the weights are frozen under an adapter.
+            num_forwards = 3 + (pl_module.reference is not None) - (pl_module.policy.adapter is not None)
             flops = num_forwards * forward_flops(pl_module.policy, rates)
             values = {
                 "perf/pairs_per_second": trainer.world_size * rates[0],

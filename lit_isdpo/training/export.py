@@ -32,8 +32,8 @@ Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
 {metrics}
 
-Rewards are beta times the log-ratio, policy over reference; KL is sampled, in nats a response; gold reward and win rate
-are there only where the true reward is known.
+Rewards are those that the loss implies (of DPO: beta times the log-ratio, policy over reference); KL is sampled, in
+nats a response; gold reward and win rate are there only where the true reward is known.
 
 ## Configuration of the run
 

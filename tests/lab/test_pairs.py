@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.tokenization import tokenize_pair
 from lit_isdpo.lab import pairs
-from lit_isdpo.lab.folder import REFERENCE
+from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.posts import gold_reward, parse_prompt, split_of
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
@@ -18,12 +18,12 @@ from lit_isdpo.types import PreferenceExample, Response
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return load_causal_lm(PolicyConfig(path=str(REFERENCE)))
+    return load_causal_lm(PolicyConfig(path=str(Posts.reference)))
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(REFERENCE)
+    return AutoTokenizer.from_pretrained(Posts.reference)
 
 
 def test_behavior_logps_belong_to_the_text_of_the_row(

@@ -9,11 +9,12 @@ A vocabulary of a few words and an end token; eight prompts of two words. A resp
     0.7 q(prompt, response) + g(c),     g(0 ... 6) = 0, 0.8, 1.4, 0.8, -1, -3, -5
 
 q sums a random number for each word, one for each word under this prompt, and one for each two words in a row; over all
-responses to a prompt it has mean 0 and variance 1. Any other number of words, or no end, earns -5, as six times "very"
-does: it must never pay, and demonstrations have none. Demonstrations have c ~ Binomial(6, 0.1), and within a c
-probabilities in proportion to exp(q'), where q' is a score like q that correlates 0.3 with it. Pairs are two responses
-of the reference given c <= 2: there the reward rises with c, and nothing in the data says that it falls beyond.
-``pairs_wrong_mu`` are the same pairs, with the log-probs of six words drawn uniformly as those of their writer.
+responses to a prompt it has mean 0 and variance 1. The reader reads six words: what follows changes nothing, so that
+the task is one of fixed length, and a response with fewer earns -5, as six times "very" does. Demonstrations have c ~
+Binomial(6, 0.1), and within a c probabilities in proportion to exp(q'), where q' is a score like q that correlates 0.3
+with it. Pairs are two responses of the reference given c <= 2: there the reward rises with c, and nothing in the data
+says that it falls beyond. ``pairs_wrong_mu`` are the same pairs, with the log-probs of six words drawn uniformly as
+those of their writer.
 
 **length** (4 words, responses of up to 8). With n = the number of words, the gold reward is
 
@@ -77,7 +78,8 @@ class Design:
         tree: the numbering of the responses.
         prompts: token ids.
         gold: ``(P, N)`` gold reward of each finished response, float64.
-        unfinished_gold: of every other response.
+        longer_gold: ``(P, K^L)`` of the responses that go on behind the L words of a deepest node.
+        malformed_gold: of what is cut off before, or no text of this vocabulary.
         target: ``(P, N)`` probabilities of the demonstrations.
         feature: ``(N,)`` int64: what the reward turns round in, the number of "very" or of words; -1 for responses that
             the demonstrations never have.
@@ -90,7 +92,8 @@ class Design:
     tree: ResponseTree
     prompts: tuple[tuple[int, ...], ...]
     gold: Tensor
-    unfinished_gold: float
+    longer_gold: Tensor
+    malformed_gold: float
     target: Tensor
     feature: Tensor
     parts: Mapping[str, PairsPart]
@@ -114,10 +117,14 @@ class Design:
         prompt_ids = self.read(prompt)
         if prompt_ids is None or tuple(prompt_ids) not in self.prompts:
             raise InputError(f"the gold reward of lab:{self.name} knows its eight prompts, not {prompt[:80]!r}")
-        word_ids = self.read(response)
-        if word_ids is None or not finished or len(word_ids) > self.tree.max_words:
-            return self.unfinished_gold
-        return float(self.gold[self.prompts.index(tuple(prompt_ids)), self.tree.find(word_ids)])
+        word_ids, row = self.read(response), self.prompts.index(tuple(prompt_ids))
+        longest = self.tree.max_words
+        if word_ids is None or (not finished and len(word_ids) < longest):
+            return self.malformed_gold
+        if len(word_ids) > longest or not finished:
+            deepest = self.tree.find(word_ids[:longest]) - self.tree.level(longest).start
+            return float(self.longer_gold[row, deepest])
+        return float(self.gold[row, self.tree.find(word_ids)])
 
     def gold_rewards(self, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """The gold rewards of a batch: what evaluation calls, without knowing which environment it is."""
@@ -149,7 +156,8 @@ def verbosity() -> Design:
         tree=tree,
         prompts=_prompts(rng, len(vocabulary)),
         gold=gold,
-        unfinished_gold=WORST,
+        longer_gold=gold[:, whole],
+        malformed_gold=WORST,
         target=_stratified(tilt, feature, _binomial(6, 0.1)),
         feature=feature,
         parts={"pairs": PairsPart(covered), "pairs_wrong_mu": PairsPart(covered, true_mu=False)},
@@ -173,7 +181,8 @@ def length() -> Design:
         tree=tree,
         prompts=_prompts(rng, len(vocabulary)),
         gold=gold,
-        unfinished_gold=WORST,
+        longer_gold=torch.full((NUM_PROMPTS, 4**8), WORST, dtype=torch.float64),
+        malformed_gold=WORST,
         target=_stratified(_sums(_correlated(score, quality), tree), feature, [0.0, *_binomial(7, 0.35)]),
         feature=feature,
         parts={"pairs": PairsPart(feature >= 1), "pairs_hole": PairsPart((feature >= 1) & (feature <= 4))},

@@ -105,21 +105,26 @@ class ResponseDistribution:
         """``(P, N)`` log-prob of each response, its end token included."""
         return self.prefix_logps + self.next_logps[..., -1]
 
+    @cached_property
+    def longer(self) -> Tensor:
+        """``(P, K^L)`` probability that a response begins with the words of each deepest node, and goes on behind."""
+        deepest = self.tree.level(self.tree.max_words)
+        going_on = self.next_logps[:, deepest, :-1].logsumexp(dim=2)
+        return (self.prefix_logps[:, deepest] + going_on).exp()
+
     @property
     def unfinished(self) -> Tensor:
         """``(P,)`` probability that no end token is among the first ``max_words + 1`` tokens."""
-        deepest = self.tree.level(self.tree.max_words)
-        longer = self.next_logps[:, deepest, :-1].logsumexp(dim=2)
-        return (self.prefix_logps[:, deepest] + longer).exp().sum(dim=1)
+        return self.longer.sum(dim=1)
 
-    def expectation(self, values: Tensor, unfinished: float) -> Tensor:
+    def expectation(self, values: Tensor, longer: float | Tensor) -> Tensor:
         """``(P,)`` mean of a number that each response has.
 
         Args:
             values: ``(N,)`` or ``(P, N)``, of the node as a finished response.
-            unfinished: the number of an unfinished one.
+            longer: of the responses that go on behind a deepest node: one number, or ``(K^L,)`` or ``(P, K^L)``.
         """
-        return (self.logps.exp() * values).sum(dim=1) + self.unfinished * unfinished
+        return (self.logps.exp() * values).sum(dim=1) + (self.longer * longer).sum(dim=1)
 
     def kl(self, reference: "ResponseDistribution") -> Tensor:
         """``(P,)`` KL(self || reference) in nats, of responses stopped at ``max_words + 1`` tokens.

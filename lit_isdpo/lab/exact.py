@@ -70,14 +70,16 @@ class ExactEvaluation:
         """Log keys, without a prefix: means over the prompts.
 
         ``kl`` is in nats, of responses stopped at one token more than the longest has words; ``response_length`` in
-        tokens; ``feature`` is the mean number of "very", or of words. Where there are pairs, ``support_mass`` is the
-        probability of a response that they could hold, ``expected_weight`` and ``expected_weight_true_mu`` are those of
-        :func:`expected_weight` against the reference and against mu, and ``ess`` the effective sample size against mu.
+        tokens; ``feature`` is the mean number of "very", or of words, among the words that the reward looks at. Where
+        there are pairs, ``support_mass`` is the probability of a response that they could hold, ``expected_weight`` and
+        ``expected_weight_true_mu`` are those of :func:`expected_weight` against the reference and against mu, and
+        ``ess`` the effective sample size against mu.
         """
         design = self.design
+        feature = design.feature.clamp(min=0)
         values = {
-            "gold_reward": policy.expectation(design.gold, design.unfinished_gold),
-            "feature": policy.expectation(design.feature.clamp(min=0), unfinished=0),
+            "gold_reward": policy.expectation(design.gold, design.longer_gold),
+            "feature": policy.expectation(feature, feature[design.tree.level(design.tree.max_words)]),
             "response_length": policy.expectation(design.tree.lengths + 1, design.tree.max_words + 1),
             "finished_fraction": 1 - policy.unfinished,
         }
@@ -85,7 +87,7 @@ class ExactEvaluation:
             values["kl"] = policy.kl(reference)
         if self.part is not None:
             mu_logps = pair_logps(design, self.part, shipped_reference(design))
-            values["support_mass"] = policy.expectation(design.parts[self.part].support, unfinished=0)
+            values["support_mass"] = policy.expectation(design.parts[self.part].support, 0.0)
             values["expected_weight_true_mu"] = expected_weight(policy.logps, mu_logps, mu_logps)
             values["ess"] = effective_sample_size(policy.logps, mu_logps)
             if reference is not None:

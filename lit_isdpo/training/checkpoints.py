@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.types import InputError
 
-GOLD_KEYS = ("val/gold_reward", "val/win_rate")  # known for the lab's data alone
+GOLD_KEYS = ("val/gold_reward", "val/win_rate", "val/exact/gold_reward")  # known for the lab's data alone
 
 
 def run_dir(trainer: Trainer) -> Path:

@@ -34,6 +34,9 @@ ROWS = (
     ("gold reward", "gold_reward", "{:.3f}"),
     ("win rate against reference", "win_rate", "{:.3f}"),
     ("response length, tokens", "response_length", "{:.1f}"),
+    ("exact KL, nats", "exact/kl", "{:.3f}"),
+    ("exact gold reward", "exact/gold_reward", "{:.3f}"),
+    ("exact mass on the data's support", "exact/support_mass", "{:.3f}"),
 )
 """Label, log key and format of the table's rows; a key that a run does not log has no row."""
 SHOWN = ("beta", "epsilon")  # beside method, learning rate and seed

@@ -30,7 +30,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Design:
         tree=tree,
         prompts=((0, 1), (2, 2)),
         gold=gold.expand(2, -1),
-        unfinished_gold=-4.0,
+        longer_gold=torch.full((2, 27), -4.0, dtype=torch.float64),
+        malformed_gold=-4.0,
         target=torch.full((2, 40), 1 / 40, dtype=torch.float64),
         feature=tree.lengths,
         parts={

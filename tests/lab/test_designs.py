@@ -106,3 +106,15 @@ def test_gold_of_text_is_that_of_its_node() -> None:
     node = design.tree.find([1, 0, 2, 0, 5, 4])
     assert design.gold_reward(prompt, " good very clear very kind warm", finished=True) == design.gold[3, node]
     assert design.gold_reward(prompt, " good very clear very kind", finished=True) == -5
+
+
+def test_of_a_response_that_goes_on_verbosity_reads_six_words_and_length_gives_the_worst() -> None:
+    design = verbosity()
+    prompt, six = design.render(design.prompts[3]), " good very clear very kind warm"
+    gold = design.gold_reward(prompt, six, finished=True)
+    for text, finished in ((six, False), (f"{six} very", False), (f"{six} very very", True)):
+        assert design.gold_reward(prompt, text, finished) == gold
+    assert design.gold_reward(prompt, " good very", finished=False) == -5
+    other = length()
+    prompt, eight = other.render(other.prompts[0]), " red" * 8
+    assert other.gold_reward(prompt, f"{eight} red", finished=False) == -5 != other.gold_reward(prompt, eight, True)

@@ -121,9 +121,9 @@ def test_the_sampled_estimators_estimate_the_exact_values(
     assert sampled.kl is not None
     assert sampled.rewards is not None
     exact = [policy.kl(reference)[0]] * 3 + [
-        policy.expectation(TREE.lengths, unfinished=-10)[0],
+        policy.expectation(TREE.lengths, longer=-10)[0],
         1 - policy.unfinished[0],
-        policy.expectation(TREE.lengths + 1, unfinished=5)[0],
+        policy.expectation(TREE.lengths + 1, longer=5)[0],
     ]
     columns = [*sampled.kl.T, sampled.rewards, sampled.finished, sampled.num_tokens]
     for values, value in zip(columns, exact, strict=True):

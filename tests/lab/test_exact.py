@@ -1,6 +1,7 @@
 """The moments of the importance weights in closed form, by hand and by drawing pairs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,10 @@ def test_values_of_the_reference_and_of_another_policy(toy: Design) -> None:
     )
     assert values["gold_reward"] == pytest.approx(by_hand / 2 - 4 * policy.unfinished.mean().item())
     assert values["finished_fraction"] == pytest.approx(1 - policy.unfinished.mean().item())
+    beginnings = policy.longer * torch.arange(27)  # a gold of its own for each beginning of three words
+    toy = replace(toy, longer_gold=torch.arange(27, dtype=torch.float64).expand(2, -1))
+    by_beginning = ExactEvaluation(toy, None)(policy, None)["gold_reward"]
+    assert by_beginning == pytest.approx((by_hand + beginnings.sum().item()) / 2)
     demonstrations = ExactEvaluation(toy, None)(policy, None)
     assert demonstrations.keys() == {"gold_reward", "feature", "response_length", "finished_fraction"}
 

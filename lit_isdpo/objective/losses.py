@@ -151,19 +151,11 @@ class CDPOLoss(DPOLoss):
         return -(1 - e) * logsigmoid(preference) - e * logsigmoid(-preference)
 
 
-class RobustDPOLoss(DPOLoss):
-    """Robust DPO: ``[(1-e) L(h) - e L(-h)] / (1-2e)`` (arXiv 2403.00409). At the reference: ln 2.
+class RobustDPOLoss(CDPOLoss):
+    """Robust DPO: ``[(1-e) L(h) - e L(-h)] / (1-2e)`` (arXiv 2403.00409), arguments as of cDPO. At the reference: ln 2.
 
     An unbiased estimate of the loss on clean labels where a share e of them is flipped; it may fall below 0.
-
-    Args:
-        beta: above 0.
-        label_smoothing: e, at least 0 and below 1/2.
     """
-
-    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1) -> None:
-        super().__init__(beta)
-        self.label_smoothing = _checked("label_smoothing", label_smoothing, least=0.0, below=0.5)
 
     def penalty(self, preference: Tensor) -> Tensor:
         """The flipped label's loss is taken off."""

@@ -90,11 +90,11 @@ class PreferenceModule(PolicyModule):
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:
-        """Classes and numbers of the loss and the weighting."""
+        """Classes of the weighting and the loss, and their numbers."""
         weightings = self.weighting.factors if isinstance(self.weighting, ProductWeighting) else [self.weighting]
         parts = [*weightings, self.loss]
-        numbers = {key: value for part in parts for key, value in vars(part).items() if not key.startswith("needs_")}
-        return " x ".join(type(part).__name__ for part in parts), numbers
+        numbers = {key: value for part in parts for key, value in vars(part).items()}
+        return " x ".join(type(part).__name__ for part in parts), numbers | {"mu": self.mu}
 
     def configure_model(self) -> None:
         """Loads both models; to sample, the policy alone."""

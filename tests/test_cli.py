@@ -261,7 +261,7 @@ def test_paper_scale_experiments_differ_in_their_method_alone() -> None:
         assert len(common) == 1
         assert len(names) == 15
         ready = yaml.safe_load((CONFIGS / "data" / f"{data}.yaml").read_text())["data"]["init_args"]
-        assert ready.items() <= json.loads(common.pop())["data"]["init_args"].items()
+        assert ready.items() <= json.loads(common.pop())["data"]["init_args"].items(), "the set of configs/data"
         assert ready["batch_size"] == 128
 
 

@@ -492,6 +492,19 @@ class PreferenceDataModule(TextDataModule):
         self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}
         self.save_hyperparameters(self.read_options, logger=False)
 
+    def check_behavior_logps(self, split: Split) -> None:
+        """Checks that every pair of a split that was set up has behavior log-probs.
+
+        Raises:
+            InputError: says how many have none, and names the first.
+        """
+        missing = self._rows[split].without_behavior_logps()
+        if len(missing):
+            raise InputError(
+                f"data.{split}: model.mu is 'data', but {len(missing)} pairs have no behavior log-probs, the first of "
+                f"them {self.row_name(split, int(missing[0]))}."
+            )
+
 
 class SFTDataModule(TextDataModule):
     """Demonstrations: a prompt and a response to it; of preference pairs the chosen one, of several the best."""

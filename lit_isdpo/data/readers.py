@@ -116,8 +116,8 @@ def read_query(row: Row, column: str) -> SFTExample:
 def read_comparison(row: Row, column: str) -> SFTExample:
     """A judged pair of summaries with the post that they are of, as in openai/summarize_from_feedback (comparisons).
 
-    The prompts are those of arXiv 2009.01325, of which each set on the hub has one: Reddit posts with their subreddit
-    and title, and articles, which have neither.
+    The prompts are those of arXiv 2009.01325: Reddit posts with their subreddit and title, and articles, which have
+    neither (and here no line break behind "TL;DR:").
 
     >>> info = {"subreddit": "AskReddit", "title": "Why?", "post": "I wonder.", "article": None}
     >>> summaries = [{"text": " No.", "policy": "sup1"}, {"text": " He wonders.", "policy": "ref"}]

@@ -89,6 +89,11 @@ class Rows(Dataset[tuple[int, Any]]):
         """``(N,)`` int64; rows have the same key when they have the same prompt tokens."""
         return torch.tensor(self.table.data.column("prompt_key").to_numpy())[self.positions]
 
+    def without_behavior_logps(self) -> Tensor:
+        """Ids of the pairs whose behavior log-probs are not known, int64."""
+        known = torch.tensor(self.table.data.column("chosen_behavior_logps").to_numpy())[self.positions]
+        return self.positions[known.isnan()]
+
 
 class TokenizedSource(NamedTuple):
     """The rows of one source.

@@ -170,7 +170,8 @@ class ProductWeighting(PairWeighting):
     def __init__(self, factors: list[PairWeighting]) -> None:
         if len(factors) < 2:
             raise InputError(f"model.weighting.factors: a product has at least two weightings, not {len(factors)}.")
-        self.factors = factors
+        products = [factor.factors if isinstance(factor, ProductWeighting) else [factor] for factor in factors]
+        self.factors: list[PairWeighting] = [factor for product in products for factor in product]
         self.min_pairs = max(factor.min_pairs for factor in factors)
         self.needs_mu = any(factor.needs_mu for factor in factors)
         self.needs_alignment = any(factor.needs_alignment for factor in factors)

@@ -42,6 +42,12 @@ UNSUPPORTED_OPTIONS = {
     "revision": "the revision is named by model.policy.revision",
     "inference_mode": "nothing would be trained",
     "alora_invocation_tokens": "where it begins is found by PEFT's own forward, which is not called",
+    "use_qalora": "it is for quantised models",
+    "runtime_config": "it is for offloaded models",
+    **dict.fromkeys(
+        ("arrow_config", "corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+        "it needs a preparation that is not made",
+    ),
 }
 DATA_DRIVEN_INITS = ("eva", "lora_ga", "corda", "loftq")  # without PEFT's preparation some fall back to a random one
 SAMPLES_PER_TENSOR = 64
@@ -119,6 +125,9 @@ class Adapter:
                 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's to mend
                 self._peft_model: PeftModel = get_peft_model(model, config)
             self.model = model
+            base_path = Path(str(self.config.base_model_name_or_path))
+            if base_path.is_dir():  # an adapter's file is read from other folders than the run's
+                self.config.base_model_name_or_path = str(base_path.resolve())
             if (model.get_input_embeddings(), model.get_output_embeddings()) != ends:
                 raise InputError(
                     f"{OPTION}: adapters on the embeddings or the head are not supported; leave "

@@ -26,7 +26,7 @@ tags:
 # {name}
 
 {what} trained with lit_isdpo {version}, exported from optimizer step {step}.
-Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`.
+Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`{numerics}.
 
 ## Measured on the validation set, at step {metrics_step}
 
@@ -190,12 +190,14 @@ def _card(run: Path, name: str, step: int, as_adapter: bool) -> str:
     config_file = run / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
     metrics_step, metrics = _validation(run / "metrics.csv", step)
+    dtype = json.loads((run / "model" / "config.json").read_text()).get("dtype", "float32")
     rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
     return CARD.format(
         name=name,
         library="library_name: peft" if as_adapter else "library_name: transformers",
         what="An adapter of a language model," if as_adapter else "A language model",
         loader="peft.AutoPeftModelForCausalLM" if as_adapter else "AutoModelForCausalLM",
+        numerics=f"; with `dtype={dtype}` its base is what it was in training" if as_adapter else "",
         version=__version__,
         step=step,
         metrics_step=metrics_step,

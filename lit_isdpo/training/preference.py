@@ -112,11 +112,11 @@ class PreferenceModule(PolicyModule):
 
     @property
     def _starts_at_reference(self) -> bool:
-        policy, reference = self.policy_config, self.reference_config
-        if reference is None:
+        policy = self.policy_config
+        if self.reference_config is None or policy.init != "pretrained":
             return False
-        same = reference.path in (None, policy.path) and reference.revision in (None, policy.revision)
-        return same and policy.init == "pretrained"
+        loaded = reference_as_policy(policy, self.reference_config)
+        return (loaded.path, loaded.revision) == (policy.path, policy.revision)
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
@@ -127,6 +127,10 @@ class PreferenceModule(PolicyModule):
                 f"{type(self.weighting).__name__} works within a micro-batch, so data.micro_batch_size must be at "
                 f"least {self.weighting.min_pairs}, not {datamodule.rows_per_forward}."
             )
+        if self.mu == "data" and datamodule is not None:
+            splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+            for split in splits.get(stage, ()):
+                datamodule.check_behavior_logps(split)
         self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
 
     # The reference is not a submodule, so Lightning does not move it.
@@ -201,11 +205,11 @@ class PreferenceModule(PolicyModule):
 
     def _mu_logps(self, batch: PreferenceBatch, ref_logps: Tensor) -> Tensor:
         """``(2B,)`` log-probs of the policy that the weights take for the one that wrote the responses."""
-        unknown = batch.behavior_logps.isnan()
-        if self.mu == "data" and unknown.any():
-            rows = self._row_names(batch.row_ids[unknown.view(2, -1).any(dim=0)])
-            raise InputError(f"model.mu is 'data', but there are no behavior log-probs in {rows}.")
-        return ref_logps if self.mu == "reference" else torch.where(unknown, ref_logps, batch.behavior_logps)
+        if self.mu == "reference":
+            return ref_logps
+        if self.mu == "data":
+            return batch.behavior_logps
+        return torch.where(batch.behavior_logps.isnan(), ref_logps, batch.behavior_logps)
 
     def _update(self, metrics: PairMetrics, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
         weights = self.weighting(pairs)
@@ -282,7 +286,8 @@ class PreferenceModule(PolicyModule):
         return ", ".join(datamodule.row_name("train", row_id) for row_id in some)
 
     def _warn_of_vanishing_weights(self, values: dict[str, Tensor]) -> None:
-        if self.weighting.needs_mu:
+        # Of other weightings a small weight says something else: a negative epsilon, say, is small from the start.
+        if isinstance(self.weighting, ImportanceWeighting) and self.weighting.epsilon >= 0:
             mean, ess = values["weights/mean"].item(), values["weights/ess"].item()
             if mean < MEAN_WEIGHT_WARNING:
                 warnings.warn(

@@ -175,5 +175,8 @@ def test_a_product_multiplies_and_asks_for_what_its_factors_need() -> None:
     pairs = pair_logps(CHOSEN, REJECTED, alignment=(-0.5, -0.25))
     torch.testing.assert_close(product(pairs).weights, torch.tensor([0.75, 1.25, -4.75, 0.25]).exp())
     assert product(pairs).clipped.tolist() == [0, 1, 0, 0]
+    nested = ProductWeighting([product, WPOWeighting()])
+    assert [type(factor) for factor in nested.factors] == [ImportanceWeighting, WPOWeighting, WPOWeighting]
+    torch.testing.assert_close(nested(pairs).log_weights, product(pairs).log_weights - 0.75)
     with pytest.raises(InputError, match="at least two weightings, not 1"):
         ProductWeighting([WPOWeighting()])

@@ -90,6 +90,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({**LORA, "base_model_name_or_path": "gpt2"}, "named by model.policy.path"),
     "inference": ({**LORA, "inference_mode": True}, "nothing would be trained"),
     "aLoRA": ({**LORA, "alora_invocation_tokens": [5]}, "PEFT's own forward"),
+    "LoftQ": ({**LORA, "loftq_config": {"loftq_bits": 4}}, "needs a preparation"),
+    "QALoRA": ({**LORA, "use_qalora": True}, "for quantised models"),
     "EVA": ({**LORA, "init_lora_weights": "eva"}, "needs a preparation"),
 }
 

@@ -124,6 +124,9 @@ def test_export_merged_and_as_an_adapter(run: Path, model_dir: str, tmp_path: Pa
     torch.testing.assert_close(logps(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
     main(["export", f"--ckpt_path={last}", f"--output_dir={tmp_path / 'adapter'}", "--as_adapter=true"])
     with_base = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(Path(model_dir).resolve()), "found from every folder"
+    assert "with `dtype=float32` its base" in (tmp_path / "adapter" / "README.md").read_text()
     torch.testing.assert_close(logps(with_base.base_model.model), expected)
     for folder, words in (("merged", "library_name: transformers"), ("adapter", "library_name: peft")):
         assert AutoTokenizer.from_pretrained(tmp_path / folder).encode("POST: price good TL;DR:")

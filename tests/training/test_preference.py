@@ -1,6 +1,8 @@
 """The module: what a step does, what it checks, and the physics of training."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -15,6 +17,7 @@ from lit_isdpo.data.collation import batch_prompts, collate_pairs
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, RPOLoss, SimPOLoss
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, UniformWeighting, WPOWeighting
 from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.training.module import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError, PreferenceBatch, TokenizedPair
@@ -77,10 +80,38 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     module.mu = "data"
     torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
     known.behavior_logps[1] = torch.nan  # of the second pair's chosen response
-    with pytest.raises(InputError, match=r"model\.mu is 'data', but .* in training rows \[1\]"):
-        log_weights(known)
     module.mu = "auto"
     torch.testing.assert_close(log_weights(known), torch.tensor([0.3, -0.2]))
+
+
+def test_mu_of_the_data_is_looked_for_before_anything_runs(
+    tiny: list[str], pairs_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    known = tmp_path / "known.jsonl"
+    for row in rows:
+        row |= {"chosen_behavior_logps": -100.0, "rejected_behavior_logps": -100.0}
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model.mu=data", "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *tiny, *options, f"--data.train={known}"])
+    for verb in ("fit", "validate"):
+        arguments = options if verb == "fit" else options[::2]
+        with pytest.raises(SystemExit):
+            main([verb, *tiny, *arguments, f"--data.train={known}", f"--data.val={pairs_file}"])
+        message = capsys.readouterr().err
+        assert "data.val: model.mu is 'data', but 40 pairs have no behavior log-probs" in message
+        assert f"the first of them row 0 of {pairs_file}" in message
+
+
+def test_another_revision_of_the_same_path_is_another_reference(module: PreferenceModule) -> None:
+    path = module.policy_config.path
+    assert module._starts_at_reference
+    module.reference_config = ReferenceConfig(path=path)
+    assert module._starts_at_reference
+    module.policy_config = replace(module.policy_config, revision="v2")
+    assert not module._starts_at_reference, "a path without a revision is its main branch"
+    module.reference_config = ReferenceConfig()
+    assert module._starts_at_reference
 
 
 def test_the_datas_weights_multiply_all_of_a_pairs_loss(module: PreferenceModule) -> None:
@@ -157,6 +188,10 @@ def test_vanishing_weights_warn(module: PreferenceModule) -> None:
         module._warn_of_vanishing_weights(values)
     values = {"weights/mean": torch.tensor(0.5), "weights/ess": torch.tensor(0.005)}
     with pytest.warns(UserWarning, match="effective sample size fell below"):
+        module._warn_of_vanishing_weights(values)
+    values = {"weights/mean": torch.tensor(0.05), "weights/ess": torch.tensor(0.005)}
+    for weighting in (WPOWeighting(), ImportanceWeighting(epsilon=-3.0)):  # small for another reason
+        module.weighting = weighting
         module._warn_of_vanishing_weights(values)
 
 

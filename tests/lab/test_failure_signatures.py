@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-de
     @cache
     def log_of(name: str, *options: str) -> Log:
         root = tmp_path_factory.mktemp(name)
-        quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}"]
+        quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}", "--probe.num_prompts=128"]
         main(["fit", f"--config={EXPERIMENTS / name}.yaml", *quiet, *options])
         return read_metrics(root / "version_0")
 

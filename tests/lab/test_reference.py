@@ -12,13 +12,14 @@ from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.posts import MAX_NEW_TOKENS, GoldReward, render_prompt, sample_post
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import ResidentReference
 from lit_isdpo.training.export import load_policy
 
 REFERENCE = Posts.reference
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
-def probe(policy: LogProbModel, reference: LogProbModel | None) -> ProbeValues:
+def probe(policy: LogProbModel, reference: ResidentReference | None) -> ProbeValues:
     """Samples of ``policy`` on 1,024 test posts."""
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     rng = Random("reference")
@@ -56,7 +57,7 @@ def test_its_command_makes_its_like(shipped: LogProbModel, tmp_path: Path) -> No
     options = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     main(["fit", f"--config={CONFIGS / 'sft.yaml'}", *options])
     rebuilt = LogProbModel(load_policy(tmp_path / "version_0" / "checkpoints" / "last.ckpt"))
-    there, back = probe(shipped, rebuilt), probe(rebuilt, shipped)
+    there, back = probe(shipped, ResidentReference(rebuilt)), probe(rebuilt, ResidentReference(shipped))
     assert there.kl is not None
     assert back.kl is not None
     assert there.rewards is not None

@@ -17,6 +17,14 @@ from lit_isdpo.objective.pairs import PairLogps
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
 
 
+LONGEST = ("test_reference.py", "test_design_references.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes begin, so that no core waits for them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def tiny_llama() -> PreTrainedModel:
     """A random Llama with a vocabulary of 50."""

@@ -27,7 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-de
     def log_of(name: str, *options: str) -> Log:
         root = tmp_path_factory.mktemp(name)
         quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={root}", "--probe.num_prompts=128"]
-        main(["fit", f"--config={EXPERIMENTS / name}.yaml", *quiet, *options])
+        at_the_ends = "--trainer.check_val_every_n_epoch=8"
+        main(["fit", f"--config={EXPERIMENTS / name}.yaml", *quiet, at_the_ends, *options])
         return read_metrics(root / "version_0")
 
     return log_of

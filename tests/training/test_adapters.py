@@ -1,10 +1,7 @@
 """Training with adapters, end to end: every method, checkpoints, resume, export."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.report import write_model_folder
 from lit_isdpo.types import InputError, TokenizedPair
 from tests.conftest import read_metrics
-from tests.training.test_invariance import assert_alike
+from tests.training.test_invariance import one_rank_is_two
 from tests.training.test_resume import assert_same_end, assert_same_log, checkpoint, fit
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -281,15 +278,4 @@ def test_the_lora_file_lies_over_a_config_of_the_other_module_too(capsys: pytest
 def test_two_ranks_are_one(tiny: list[str], tmp_path: Path) -> None:
     """DDP over gloo, which looks for no unused parameters: there are none."""
     options = [*with_adapter(tiny), "--trainer.max_steps=5", "--data.val_size=7", "--data.micro_batch_size=2"]
-    main(["fit", *options, f"--trainer.default_root_dir={tmp_path / 'one'}"])
-    command = [sys.executable, "-m", "lit_isdpo", "fit", *options, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    result = subprocess.run(
-        [*command, f"--trainer.default_root_dir={tmp_path / 'two'}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert_alike(tmp_path / "one" / "version_0", tmp_path / "two" / "version_0", tolerance=1e-5)
+    one_rank_is_two(options, tmp_path)

@@ -55,17 +55,12 @@ def test_evaluation_batches_of_any_size_log_the_same(tiny: list[str], tmp_path: 
         assert list(values.values()) == pytest.approx(list(other[key].values()), abs=1e-5), key
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["preference", "sft"])
-def test_two_ranks_are_one(module: str, tiny: list[str], tmp_path: Path) -> None:
-    """DDP over gloo, with accumulation, on 7 validation pairs, so that one rank's last batch is filled up."""
-    options = [*tiny, *STEPS, "--data.val_size=7", "--data.micro_batch_size=2"]
-    if module == "sft":
-        options = ["--model=SFTModule", "--data=SFTDataModule", *options]
-    main(["fit", *options, f"--trainer.default_root_dir={tmp_path / 'one'}"])
+def one_rank_is_two(options: list[str], folder: Path) -> None:
+    """A fit in this process, and the same over gloo with two, in ``one`` and ``two`` of the folder."""
+    main(["fit", *options, f"--trainer.default_root_dir={folder / 'one'}"])
     command = [sys.executable, "-m", "lit_isdpo", "fit", *options, "--trainer.devices=2", "--trainer.strategy=ddp"]
     result = subprocess.run(
-        [*command, f"--trainer.default_root_dir={tmp_path / 'two'}"],
+        [*command, f"--trainer.default_root_dir={folder / 'two'}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -73,7 +68,17 @@ def test_two_ranks_are_one(module: str, tiny: list[str], tmp_path: Path) -> None
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert_alike(tmp_path / "one" / "version_0", tmp_path / "two" / "version_0", tolerance=1e-5)
+    assert_alike(folder / "one" / "version_0", folder / "two" / "version_0", tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["preference", "sft"])
+def test_two_ranks_are_one(module: str, tiny: list[str], tmp_path: Path) -> None:
+    """DDP over gloo, with accumulation, on 7 validation pairs, so that one rank's last batch is filled up."""
+    options = [*tiny, *STEPS, "--data.val_size=7", "--data.micro_batch_size=2"]
+    if module == "sft":
+        options = ["--model=SFTModule", "--data=SFTDataModule", *options]
+    one_rank_is_two(options, tmp_path)
     if module == "preference":
         window = end_of(tmp_path / "two" / "version_0")["recent_log_weights"]
         assert len(window) == len(end_of(tmp_path / "one" / "version_0")["recent_log_weights"])

@@ -1,0 +1,161 @@
+"""Intervals for what is measured on a sample of prompts, and win rates.
+
+Prompts are the sample: several responses to one prompt say more about that prompt, not about prompts. So a prompt's
+values are averaged first, and the bootstrap draws whole prompts.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_isdpo.objective.metrics import Estimate
+
+_ELEMENTS = 2**22  # of a chunk of resamples: 32 MiB in float64
+_RIDGE = 1e-8  # keeps a separable fit finite, and moves no win rate by more than 1e-6
+_MAX_NEWTON_STEPS = 200  # separable data, the slowest, takes some 30
+
+
+class Interval(NamedTuple):
+    """An estimate, its standard error, and a confidence interval.
+
+    Of a single prompt the standard error is infinite and the interval the whole line: it says nothing about others.
+    Where nothing was measured the mean is NaN.
+    """
+
+    mean: float
+    stderr: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(values: Tensor, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean over prompts, with a percentile bootstrap interval that resamples prompts.
+
+    Percentile, as its ends stay within the range of the values (a win rate's within 0 and 1), lean where the values
+    lean, and need no jackknife, which BCa divides by and which is 0 where all values agree. The price is an interval
+    that is too short by about ``1 / P`` of its width and by the tails of Student's t: little from 30 prompts on. Where
+    all values are equal it is a point, however few they are: of P wins in P, the truth may well be ``1 - 3 / P``.
+
+    Args:
+        values: ``(P,)`` or ``(P, n)``, n responses to each of P prompts. NaN (no verdict) is left out, and a prompt
+            that has nothing else, too.
+        level: coverage, between 0 and 1.
+        num_resamples: bootstrap draws.
+        seed: of the draws.
+
+    >>> bootstrap_interval(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).mean
+    0.75
+    """
+    means = values.double().reshape(len(values), -1).nanmean(dim=1)
+    means = means[~means.isnan()]
+    num_prompts = len(means)
+    draws = [counts @ means / num_prompts for counts in _resamples(num_prompts, num_prompts, num_resamples, seed)]
+    interval = _interval(means.mean(), draws, num_prompts, level)
+    return interval._replace(stderr=Estimate.of(means).stderr.item())  # in closed form: without the draws' noise
+
+
+def win_scores(rewards: Tensor, other_rewards: Tensor) -> Tensor:
+    """The share of another's m responses to the same prompt that each response beats; a tie counts one half.
+
+    Args:
+        rewards: ``(P, n)``.
+        other_rewards: ``(P, m)``.
+
+    Returns:
+        ``(P, n)``, between 0 and 1.
+
+    >>> win_scores(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
+    tensor([[0.7500, 0.0000]])
+    """
+    own, others = rewards[:, :, None], other_rewards[:, None, :]
+    return ((own > others).float() + (own == others).float() / 2).mean(dim=2)
+
+
+def length_controlled_win_rate(
+    scores: Tensor, length_differences: Tensor, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The win rate that would be left if the responses were as long as the ones they are compared with.
+
+    After AlpacaEval 2 (arXiv 2404.04475): a logistic regression of the preference,
+
+        P(win) = sigmoid( theta + phi tanh(d / sd(d)) ),   d: length less the other's,
+
+    evaluated at ``d = 0``, which is ``sigmoid(theta)``. Its third term, the difficulty of each instruction, is left
+    out: it is fitted on many models' responses to one fixed set of instructions. Lengths that all differ by the same
+    cannot be told from quality; what comes out is then the plain win rate. Data that a threshold in d separates leaves
+    theta open within bounds, and the estimate with it: look at the interval.
+
+    Args:
+        scores: ``(P, n)``, 1 a win, 0 a loss, anything between counts in part; NaN is left out. Each prompt weighs
+            the same.
+        length_differences: ``(P, n)``, in any unit.
+        level: coverage of the percentile bootstrap interval over prompts.
+        num_resamples: bootstrap draws; the regression is fitted anew in each.
+        seed: of the draws.
+    """
+    known = ~scores.isnan()
+    kept = known.any(dim=1)
+    known, scores, differences = known[kept], scores[kept].double(), length_differences[kept].double()
+    num_prompts, num_responses = scores.shape
+    spread = differences[known].std(correction=0) if num_prompts else torch.tensor(0)
+    terms = (differences / spread).tanh() if spread > 0 else torch.zeros_like(differences)
+    terms, scores = terms.flatten(), scores.nan_to_num().flatten()
+    share = (known / known.sum(dim=1, keepdim=True)).flatten()
+
+    def win_rates(counts: Tensor) -> Tensor:
+        """``(R, P)`` how often each prompt counts -> ``(R,)``."""
+        weights = counts.repeat_interleave(num_responses, dim=1) * share / num_prompts
+        return _fit_logistic(terms, scores, weights)[:, 0].sigmoid()
+
+    draws = map(win_rates, _resamples(num_prompts, num_prompts * num_responses, num_resamples, seed))
+    estimate = win_rates(torch.ones(1, num_prompts, dtype=torch.float64))[0]
+    return _interval(estimate, list(draws), num_prompts, level)
+
+
+def _resamples(num_prompts: int, row_size: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """Chunks ``(R, P)`` of how often each resample has each prompt, R such that ``R * row_size`` stays small."""
+    generator = torch.Generator().manual_seed(seed)
+    for chunk in torch.arange(num_resamples).split(max(1, _ELEMENTS // max(1, row_size))):
+        drawn = torch.randint(max(1, num_prompts), (len(chunk), num_prompts), generator=generator)
+        yield torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def _interval(mean: Tensor, draws: list[Tensor], num_prompts: int, level: float) -> Interval:
+    assert 0 < level < 1
+    if num_prompts < 2:
+        return Interval(mean.item() if num_prompts else torch.nan, torch.inf, -torch.inf, torch.inf)
+    drawn = torch.cat(draws)
+    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Interval(mean.item(), drawn.std().item(), low, high)
+
+
+def _fit_logistic(term: Tensor, scores: Tensor, weights: Tensor) -> Tensor:
+    """Minimises R weighted cross-entropies of ``sigmoid(theta + phi term)`` at once, by Newton steps.
+
+    Full steps overshoot where the data is nearly separable. Steps of the length ``log(1 + r) / r``, with r the largest
+    change of a logit, never do (arXiv 1703.04599), and become full ones as r vanishes.
+
+    Args:
+        term: ``(N,)`` float64, between -1 and 1.
+        scores: ``(N,)`` float64, between 0 and 1.
+        weights: ``(R, N)`` float64, each row adds up to 1.
+
+    Returns:
+        ``(R, 2)``, theta and phi.
+    """
+    features = torch.stack([torch.ones_like(term), term], dim=1)  # (N, 2)
+    products = features[:, :, None] * features[:, None, :]  # (N, 2, 2)
+    ridge = _RIDGE * torch.eye(2, dtype=torch.float64)
+    parameters = torch.zeros(len(weights), 2, dtype=torch.float64)
+    for _ in range(_MAX_NEWTON_STEPS):
+        probs = (parameters @ features.T).sigmoid()  # (R, N)
+        gradient = (weights * (probs - scores)) @ features + _RIDGE * parameters
+        hessian = ((weights * probs * (1 - probs)) @ products.flatten(1)).unflatten(1, (2, 2)) + ridge
+        step = torch.linalg.solve(hessian, gradient)
+        change = step.abs().sum(dim=1, keepdim=True).clamp_min(1e-12)
+        parameters = parameters - step * change.log1p() / change
+        if change.max() < 1e-9:
+            break
+    return parameters

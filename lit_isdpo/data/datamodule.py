@@ -1,6 +1,6 @@
 """The data modules: from named data sets to batches, in an order that a resumed run goes on with.
 
-sources -> rows -> formats -> tokenization -> one memory-mapped table -> TrainingOrder -> collation -> batches
+sources -> rows -> formats -> tokenization -> one memory-mapped table -> splits -> TrainingOrder -> collation -> batches
 
 Half of its length is the documentation of its options and a sentence for each way in which they can be wrong.
 """
@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
-import datasets
-import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -25,35 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.formats import FORMATS, check_pairing
 from lit_isdpo.data.pairing import Pairing
-from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, hold_out, tokenize_rows
+from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, RowType, TokenizedSource, tokenize_rows
 from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder
-from lit_isdpo.data.sources import OpenSource, Sources, as_sources, open_source
+from lit_isdpo.data.sources import OpenSource, Sources, as_sources
+from lit_isdpo.data.splits import Split, Splits
 from lit_isdpo.data.tokenization import ChatTemplate, TruncationMode, load_tokenizer, pad_token_id
 from lit_isdpo.types import InputError
 
-Split = Literal["train", "val", "test"]
-_PUBLIC_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-
-
-class SourceCounts(NamedTuple):
-    """What became of the rows of one source.
-
-    ``kept``, ``held_out`` and those ``dropped``, by reason, add up to ``lines``: the rows that were read, but where a
-    row holds several responses, the pairs that were made of them.
-    """
-
-    source: str
-    format: str
-    read: int
-    kept: int
-    held_out: int
-    dropped: dict[str, int]
-
-    @property
-    def lines(self) -> int:
-        """Lines of the table."""
-        return self.kept + self.held_out + sum(self.dropped.values())
 
 
 class ProbePrompt(NamedTuple):
@@ -99,7 +76,7 @@ class TextDataModule(LightningDataModule, ABC):
         num_proc: processes that tokenize.
 
     Attributes:
-        counts: what became of the rows, for each split that was set up.
+        splits: the rows of each split that was set up, and what became of those that were read.
 
     Raises:
         InputError: an argument is out of range; in ``setup``: whatever is wrong with the data.
@@ -151,9 +128,7 @@ class TextDataModule(LightningDataModule, ABC):
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
         plain = {split: [asdict(source) for source in sources] or None for split, sources in self.sources.items()}
         self.save_hyperparameters({**arguments, **plain}, logger=False)
-        self.counts: dict[Split, list[SourceCounts]] = {}
-        self._opened: dict[Split, list[OpenSource]] = {}
-        self._rows: dict[Split, Rows] = {}
+        self.splits = Splits(self.sources, self.row_type, val_size=self.val_size, read=self._read)
         self._order: TrainingOrder | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -207,7 +182,7 @@ class TextDataModule(LightningDataModule, ABC):
         self._load(stage)
         if stage == "fit" and self._order is None:
             self._order = TrainingOrder(
-                [counts.kept for counts in self.counts["train"]],
+                [counts.kept for counts in self.splits.counts["train"]],
                 weights=[source.weight for source in self.sources["train"]],
                 batch_size=self.batch_size,
                 micro_batch_size=self.rows_per_forward,
@@ -234,20 +209,38 @@ class TextDataModule(LightningDataModule, ABC):
                     f"and data.micro_batch_size make it {accumulation}; leave it out"
                 )
             self.trainer.accumulate_grad_batches = accumulation
-        missing = [split for split in self._stage_splits(stage) if split not in self._rows]
+        missing = [split for split in self._stage_splits(stage) if split not in self.splits.rows]
         for split in missing:
-            self._load_split(split)
-        if missing:
-            self._report(missing)
+            self.splits.load(split)
+        self._print([line for split in missing for line in self.splits.report(split)])
+
+    def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
+        """A split of a source, tokenized; messages call it ``label``."""
+        numbers = [self.read_options[key] for key in ("weight_column", "margin_column") if self.read_options.get(key)]
+        return tokenize_rows(
+            source.rows(name, numbers=numbers),
+            self.row_type,
+            self.format,
+            self.tokenizer,
+            name=label,
+            num_proc=self.num_proc,
+            read_options=self.read_options,
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation_mode=self.truncation_mode,
+            chat_template=self.chat_template,
+        )
+
+    @rank_zero_only
+    def _print(self, lines: Sequence[str]) -> None:
+        console = Console(highlight=False, soft_wrap=True)
+        for line in lines:
+            console.print(line, markup=False)
 
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:
         if stage != "predict":
             return _STAGES[stage]
-        return ("test",) if self._parts("test") else ("val",)
-
-    @property
-    def _number_columns(self) -> list[str]:
-        return [self.read_options[key] for key in ("weight_column", "margin_column") if self.read_options.get(key)]
+        return ("test",) if self.splits.parts("test") else ("val",)
 
     @property
     def _world_size(self) -> int:
@@ -266,93 +259,6 @@ class TextDataModule(LightningDataModule, ABC):
             raise InputError(f"data.batch_size is {self.batch_size}, which {by} does not divide")
         return micro or self.batch_size // world
 
-    def _parts(self, split: Split) -> list[tuple[OpenSource, str]]:
-        """The sources of a split, and what each of them calls it; none where there is nothing to read."""
-
-        def opened(part: Split) -> list[OpenSource]:
-            if part not in self._opened:
-                self._opened[part] = [open_source(source, f"data.{part}") for source in self.sources[part]]
-            return self._opened[part]
-
-        default = _PUBLIC_NAMES[split]
-        if self.sources[split]:
-            return [(source, source.choose(default)) for source in opened(split)]
-        # A mixture may name one folder twice: nothing is evaluated twice, nor on what is trained on.
-        taken = {(source.identity, source.choose("train")) for source in opened("train")}
-        parts = []
-        for source in opened("train"):
-            name = source.find(default)
-            if name is not None and (source.identity, name) not in taken:
-                taken.add((source.identity, name))
-                parts.append((source, name))
-        return parts
-
-    def _load_split(self, split: Split) -> None:
-        parts = self._parts(split)
-        if not parts and not self.sources["train"]:
-            raise InputError(
-                f"data.{split}: name your {_PUBLIC_NAMES[split]} rows: a file, a folder, a glob or a hub id"
-            )
-        if not parts and split == "test":
-            raise InputError("data.test: no test rows are named, and data.train has no test split")
-        if not parts:  # and split == "val"
-            self._hold_out()
-            return
-        tables, positions, counts, offset = [], [], [], 0
-        for source, name in parts:
-            path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
-            rows = source.rows(name, numbers=self._number_columns)
-            tokenized = tokenize_rows(
-                rows,
-                self.row_type,
-                self.format,
-                self.tokenizer,
-                name=f"data.{split}: {path}",
-                num_proc=self.num_proc,
-                read_options=self.read_options,
-                max_length=self.max_length,
-                max_prompt_length=self.max_prompt_length,
-                truncation_mode=self.truncation_mode,
-                chat_template=self.chat_template,
-            )
-            tables.append(tokenized.table)
-            positions.append(tokenized.kept + offset)
-            counts.append(SourceCounts(path, tokenized.format, len(rows), len(tokenized.kept), 0, tokenized.dropped))
-            offset += len(tokenized.table)
-        table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-        self._rows[split] = Rows(table, torch.cat(positions), self.row_type)
-        self.counts[split] = counts
-
-    def _hold_out(self) -> None:
-        """Moves a part of the training rows to the validation rows."""
-        if "train" not in self._rows:
-            self._load_split("train")
-        rows, counts = self._rows["train"], self.counts["train"]
-        mask = hold_out(rows.prompt_keys(), self.val_size)
-        held_out = [int(part.sum()) for part in mask.split([source.kept for source in counts])]
-        self._rows["train"] = Rows(rows.table, rows.positions[~mask], self.row_type)
-        self._rows["val"] = Rows(rows.table, rows.positions[mask], self.row_type)
-        self.counts["train"] = [
-            source._replace(kept=source.kept - number, held_out=number)
-            for source, number in zip(counts, held_out, strict=True)
-        ]
-        self.counts["val"] = [
-            SourceCounts("held out of data.train", counts[0].format, sum(held_out), sum(held_out), 0, {})
-        ]
-
-    @rank_zero_only
-    def _report(self, splits: Sequence[Split]) -> None:
-        console = Console(highlight=False, soft_wrap=True)
-        for split in splits:
-            for source in self.counts[split]:
-                left_out = source.dropped | ({"held out": source.held_out} if source.held_out else {})
-                why = "".join(f", {number:,} {reason}" for reason, number in left_out.items())
-                pairs = " pairs" if source.lines != source.read else ""
-                console.print(
-                    f"data.{split}: {source.source}: {source.read:,} rows read, {source.kept:,}{pairs} kept{why}",
-                    markup=False,
-                )
-
     # Batches
 
     @property
@@ -365,7 +271,7 @@ class TextDataModule(LightningDataModule, ABC):
         """This rank's micro-batches, from the trainer's optimizer step on."""
         assert self._order is not None, "setup('fit') comes first"
         return TrainingLoader(
-            self._rows["train"],
+            self.splits.rows["train"],
             batch_size=self.rows_per_forward,
             sampler=self._order,
             persistent_workers=self.num_workers > 0,
@@ -385,7 +291,7 @@ class TextDataModule(LightningDataModule, ABC):
         return self._evaluation_loader(*self._stage_splits("predict"))
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Any]:
-        rows = self._rows[split]
+        rows = self.splits.rows[split]
         return DataLoader(
             rows,
             batch_size=self.eval_batch_size or self.rows_per_forward,
@@ -407,7 +313,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def prompts(self, split: Split, num: int) -> list[ProbePrompt]:
         """The first ``num`` different prompts of a split that was set up; fewer where there are not so many."""
-        rows = self._rows[split]
+        rows = self.splits.rows[split]
         first = {key: index for index, key in reversed(list(enumerate(rows.prompt_keys().tolist())))}
 
         def text(ids: list[int]) -> str:
@@ -420,27 +326,17 @@ class TextDataModule(LightningDataModule, ABC):
 
     def row_name(self, split: Split, row_id: int) -> str:
         """A row in words, for messages: ``row 17 of pairs.jsonl``, counted from 0 as it was read."""
-        line = row_id
-        for source in self.counts[split if self._parts(split) else "train"]:
-            if line < source.lines:
-                break
-            line -= source.lines
-        return f"row {self._rows[split].table[row_id]['row']} of {source.source}"
+        return self.splits.row_name(split, row_id)
 
     def source_folders(self, split: Split) -> list[Path]:
         """The local folders and files that a split is read from; a hub data set has none."""
-        folders = []
-        for source, name in self._parts(split) or self._parts("train"):
-            path = Path(source.source.path).expanduser()
-            found = [path] if path.exists() else [file.parent for file in source.files.get(name, [])]
-            folders += [folder for folder in dict.fromkeys(found) if folder not in folders]
-        return folders
+        return self.splits.folders(split)
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training rows follows from; the place in it is the trainer's step."""
         if self._order is None:
             return {}
-        rows = self._rows["train"].prompt_keys().numpy().tobytes()
+        rows = self.splits.rows["train"].prompt_keys().numpy().tobytes()
         return {
             "rows": hashlib.blake2b(rows, digest_size=8).hexdigest(),
             "weights": [source.weight for source in self.sources["train"]],
@@ -498,12 +394,7 @@ class PreferenceDataModule(TextDataModule):
         Raises:
             InputError: says how many have none, and names the first.
         """
-        missing = self._rows[split].without_behavior_logps()
-        if len(missing):
-            raise InputError(
-                f"data.{split}: model.mu is 'data', but {len(missing)} pairs have no behavior log-probs, the first of "
-                f"them {self.row_name(split, int(missing[0]))}."
-            )
+        self.splits.check_behavior_logps(split)
 
 
 class SFTDataModule(TextDataModule):

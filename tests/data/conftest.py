@@ -10,6 +10,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lit_isdpo.data.datamodule import PreferenceDataModule, TextDataModule
+
+RANKED: list[dict[str, Any]] = [
+    {"prompt": "a", "responses": ["1", "2", "3"], "scores": [1, 2, 3]},
+    {"prompt": "b", "responses": ["1", "2"], "scores": [1, 1]},
+    {"prompt": "c", "responses": ["1", " ", "3"], "scores": [3, 2, 1]},
+    {"prompt": "d", "responses": ["1", "2"], "scores": [1, 2]},
+]
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +71,29 @@ def write_rows() -> Callable[[Path, list[dict[str, Any]]], str]:
         return str(path)
 
     return write
+
+
+def pairs(num: int, first: int = 0) -> list[dict[str, Any]]:
+    """Rows that tell their number."""
+    return [
+        {"prompt": f"{i:03}", "chosen": f" {i}", "rejected": f" -{i}", "weight": i / 2, "margin": 1}
+        for i in range(first, first + num)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_rows: Callable[[Path, list[dict[str, Any]]], str]) -> Path:
+    """22 training, 5 validation and 3 test rows."""
+    for name, num, first in (("train", 22, 0), ("val", 5, 100), ("test", 3, 200)):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", pairs(num, first))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def make(folder: Path, tokenizer_path: str) -> Callable[..., TextDataModule]:
+    """Makes a data module, of the rows of ``folder`` unless others are named."""
+
+    def make(cls: type[TextDataModule] = PreferenceDataModule, **options: Any) -> TextDataModule:
+        return cls(**{"train": str(folder), "tokenizer": tokenizer_path, "batch_size": 4} | options)
+
+    return make

@@ -321,9 +321,9 @@ def test_a_config_reads_its_data_and_keeps_the_cue(config, tmp_path, monkeypatch
     data = getattr(datamodule, section["data"]["class_path"].rpartition(".")[2])(**options)
     for stage in ("fit", "test") if "test" in options else ("fit",):
         data.setup(stage)
-    for counts in [counts for split in data.counts.values() for counts in split]:
+    for counts in [counts for split in data.splits.counts.values() for counts in split]:
         assert (counts.dropped, counts.lines) == ({}, counts.read)
-    for split, rows in data._rows.items():
+    for split, rows in data.splits.rows.items():
         cut = 0
         for prompt in data.prompts(split, len(rows)):
             assert prompt.text.endswith((CUE, HUMAN))

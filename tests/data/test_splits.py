@@ -1,0 +1,128 @@
+"""Which rows belong to which split, and what is said of those that belong to none."""
+
+import pytest
+
+from lit_isdpo.types import InputError
+from tests.data.conftest import RANKED, pairs
+
+
+def test_rows_are_held_out_where_no_validation_rows_are_named(make, folder):
+    reports = []
+    for stage in ("fit", "validate"):
+        data = make(train=str(folder / "train.jsonl"), val_size=0.25)
+        data.setup(stage)
+        reports.append(data.splits.counts)
+        train, val = (set(data.splits.rows[split].positions.tolist()) for split in ("train", "val"))
+        assert not train & val
+        assert train | val == set(range(22))
+        assert len(val) == 6
+    assert reports[0] == reports[1]
+    assert reports[0]["train"][0][2:5] == (22, 16, 6)
+    assert data.source_folders("val") == [folder / "train.jsonl"]
+    assert data.row_name("val", 17) == f"row 17 of {folder / 'train.jsonl'}"
+
+
+def test_a_prompt_is_never_on_both_sides(make, tmp_path, write_rows):
+    rows = [{"prompt": f"{i % 4}", "chosen": f" {i}", "rejected": "?"} for i in range(20)]
+    data = make(train=write_rows(tmp_path / "a.jsonl", rows), val_size=1)
+    data.setup("fit")
+    assert len(data.splits.rows["val"]) == 5
+    assert len({position % 4 for position in data.splits.rows["val"].positions.tolist()}) == 1
+    for row in rows:
+        row["prompt"] = "same"
+    with pytest.raises(InputError, match="have 1 different prompt"):
+        make(train=write_rows(tmp_path / "b.jsonl", rows)).setup("fit")
+
+
+def test_a_test_split_is_that_of_train_or_named(make, folder):
+    with pytest.raises(InputError, match=r"data\.test: no test rows are named"):
+        make(train=str(folder / "train.jsonl")).setup("test")
+    data = make(train=str(folder / "train.jsonl"), test=str(folder / "val.jsonl"))
+    data.setup("test")
+    assert len(data.splits.rows["test"]) == 5
+    data = make(train={"path": str(folder), "split": "test"})
+    with pytest.raises(InputError, match=r"data\.test: no test rows are named"):
+        data.setup("test")
+
+
+def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys):
+    bad = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "b"}]
+    sources = [
+        str(folder / "train.jsonl"),
+        {"path": write_rows(tmp_path / "b.jsonl", pairs(6, 300) + bad), "weight": 2},
+    ]
+    data = make(train=sources, val=str(folder))
+    data.setup("fit")
+    second = data.splits.counts["train"][1]
+    assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1})
+    assert data.steps_per_epoch == (22 + 2 * 6) // 4
+    assert capsys.readouterr().out.splitlines() == [
+        f"data.train: {folder / 'train.jsonl'}: 22 rows read, 22 kept",
+        f"data.train: {tmp_path / 'b.jsonl'}: 8 rows read, 6 kept, 1 identical pair, 1 empty response",
+        f"data.val: {folder} [validation]: 5 rows read, 5 kept",
+    ]
+    assert data.splits.rows["train"].positions.tolist() == list(range(28))
+    assert data.row_name("train", 24) == f"row 2 of {tmp_path / 'b.jsonl'}"
+
+
+def test_a_folder_that_a_mixture_names_twice_is_evaluated_once(make, folder):
+    data = make(train=[str(folder), {"path": str(folder), "weight": 2}])
+    data.setup("validate")
+    assert len(data.splits.rows["val"]) == 5
+    data = make(train=[str(folder), {"path": str(folder), "split": "val"}], val_size=6)
+    data.setup("fit")
+    assert data.splits.counts["val"][0].source == "held out of data.train"
+
+
+def test_no_usable_row_is_an_error_with_the_reasons(make, tmp_path, write_rows):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3 + [{"prompt": "a", "chosen": None, "rejected": "b"}]
+    with pytest.raises(
+        InputError, match=r"a\.jsonl: none of the 4 rows can be used: 3 x identical pair, 1 x malformed"
+    ):
+        make(train=write_rows(tmp_path / "a.jsonl", rows)).setup("fit")
+
+
+def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder, write_rows, capsys):
+    file = write_rows(tmp_path / "ranked.jsonl", RANKED)
+    data = make(train=[str(folder / "val.jsonl"), file], val=file, pairing="all", format="auto")
+    with pytest.raises(
+        InputError, match=r"val\.jsonl: data\.pairing is 'all', but a row of format 'strings' is one pair"
+    ):
+        data.setup("fit")
+    others = [write_rows(tmp_path / name, RANKED) for name in ("b.jsonl", "c.jsonl")]
+    data = make(train=[file, *others], val=file, pairing="all", margin_column="scores")
+    data.setup("fit")
+    counts = data.splits.counts["train"][1]
+    assert counts[2:] == (4, 5, 0, {"empty response": 2, "no two responses with different scores": 1})
+    assert counts.lines == 8
+    assert capsys.readouterr().out.splitlines()[3] == (
+        f"data.val: {file}: 4 rows read, 5 pairs kept, 2 empty response, 1 no two responses with different scores"
+    )
+    rows = data.splits.rows["train"]
+    assert [data.row_name("train", row_id).split()[1] for row_id in range(16)] == list("0001222300012223")
+    assert [data.row_name("train", row_id) for row_id in (7, 8, 15, 16)] == [
+        f"row 3 of {file}",
+        f"row 0 of {others[0]}",
+        f"row 3 of {others[0]}",
+        f"row 0 of {others[1]}",
+    ]
+    assert rows.positions.tolist()[:10] == [0, 1, 2, 5, 7, 8, 9, 10, 13, 15]
+    _, pair = rows[3]
+    assert [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[:3]] == ["c", "1", "3"]
+    assert pair.margin == 2.0
+
+
+def test_pairs_of_one_prompt_are_held_out_together(make, tmp_path, write_rows):
+    data = make(train=write_rows(tmp_path / "a.jsonl", RANKED), pairing="all", val_size=1, batch_size=1)
+    data.setup("fit")
+    names = [
+        {data.row_name(split, i) for i in data.splits.rows[split].positions.tolist()} for split in ("train", "val")
+    ]
+    assert not names[0] & names[1]
+    assert len(names[0] | names[1]) == 3
+
+
+def test_source_folders(make, folder):
+    data = make(test=str(folder / "t*.jsonl"))
+    assert data.source_folders("train") == data.source_folders("val") == [folder]
+    assert data.source_folders("test") == [folder]

@@ -1,7 +1,7 @@
 """What the policy would say now: sampled responses, their KL to the reference, their reward and win rate.
 
-A log-ratio averaged over the data set is not a KL: the data is not the policy's. So the probe draws its own responses,
-at temperature 1 and top-p 1, the only setting in which the estimators are unbiased.
+The probe draws its own responses at temperature 1 and top-p 1, the only setting in which the KL's estimators are
+unbiased. Prompts are its sample: standard errors are those of the mean over prompts of each prompt's mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,14 +10,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lit_isdpo.data.collation import collate_completions, collate_prompts
-from lit_isdpo.objective.metrics import Estimate, kl_values, token_kl
-from lit_isdpo.policy.generation import sample_responses
+from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
+from lit_isdpo.evaluation.sampling import sample_many
+from lit_isdpo.evaluation.statistics import win_scores
+from lit_isdpo.objective.metrics import Estimate
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.types import Response
-
-LOGITS_BUDGET = 2**26  # values of a batch's logits for the exact next-token KL: 0.25 GiB in fp32, some six times over
 
 
 class Reward(Protocol):
@@ -38,14 +36,14 @@ class SampledText(NamedTuple):
 
 
 class ProbeValues(NamedTuple):
-    """Per-response values of P sampled responses; average them over ranks before you average over responses.
+    """Values of n sampled responses to each of P prompts.
 
     Attributes:
-        kl: ``(P, 3)`` Rao-Blackwell, k1 and k3 in nats; ``None`` without a reference.
-        num_tokens: ``(P,)`` response length, EOS included.
-        finished: ``(P,)`` 1 where the response ended by itself.
-        rewards: ``(P,)``; ``None`` without a reward.
-        texts: the P prompts and responses.
+        kl: ``(P, n, 3)`` Rao-Blackwell, k1 and k3 in nats; ``None`` without a reference.
+        num_tokens: ``(P, n)`` response length, EOS included.
+        finished: ``(P, n)`` 1 where the response ended by itself.
+        rewards: ``(P, n)``; ``None`` without a reward.
+        texts: the prompts, each with its first response.
     """
 
     kl: Tensor | None
@@ -67,9 +65,10 @@ def run_probe(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    num_responses: int = 1,
     reward: Reward | None = None,
 ) -> ProbeValues:
-    """Samples one response a prompt from ``policy`` and measures it.
+    """Samples responses from ``policy`` and measures them.
 
     Args:
         policy: the model that is sampled.
@@ -80,100 +79,75 @@ def run_probe(
         eos_token_ids: each ends a response.
         pad_token_id: padding.
         max_new_tokens: longer responses are cut; KL is then that of the cut responses.
-        batch_size: prompts sampled at a time.
+        batch_size: responses sampled at a time.
         seed: the responses are a function of it.
+        num_responses: to each prompt.
         reward: scores the responses.
     """
-    device = policy.model.device
-    responses: list[Response] = []
-    # Prompts of like length share a batch, so that little is padding.
+    drawn = sample_many(
+        policy,
+        prompts,
+        num_responses=num_responses,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    shape = (len(prompts), num_responses)
+    # Flat, responses of like prompt length side by side, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for number, start in enumerate(range(0, len(order), batch_size)):
-        rows = order[start : start + batch_size]
-        batch = collate_prompts([prompts[row] for row in rows], pad_token_id=pad_token_id)
-        responses += sample_responses(
-            policy.model,
-            type(batch)(*(field.to(device) for field in batch)),
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            pad_token_id=pad_token_id,
-            seed=seed * 100_003 + number,
-            compute_dtype=policy.compute_dtype,
-        )
-    ids = [prompts[row] for row in order]
-    kl = None if reference is None else sampled_kl(policy, reference, ids, responses, pad_token_id=pad_token_id)
+    rows = [row for row in order for _ in range(num_responses)]
+    back = torch.tensor(order).argsort()
+    responses = [response for row in order for response in drawn[row]]
+
+    def shaped(values: Tensor) -> Tensor:
+        in_order: Tensor = values.unflatten(0, shape)[back]
+        return in_order
+
+    kl = None
+    if reference is not None:
+        kl = sampled_kl(policy, reference, [prompts[row] for row in rows], responses, pad_token_id=pad_token_id)
     texts = [decode(response.token_ids) for response in responses]
     finished = [response.finished for response in responses]
-    shown = [prompt_texts[row] for row in order]
-    rewards = None if reward is None else list(reward(shown, texts, finished))
-    back = sorted(range(len(order)), key=order.__getitem__)  # from the order of lengths to the caller's
+    rewards = None
+    if reward is not None:
+        rewards = torch.tensor(list(reward([prompt_texts[row] for row in rows], texts, finished)))
+    first = [int(place) * num_responses for place in back]  # of each prompt's responses, in the flat order
     return ProbeValues(
-        kl=None if kl is None else kl[back],
-        num_tokens=torch.tensor([len(responses[i].token_ids) for i in back], dtype=torch.float32),
-        finished=torch.tensor([finished[i] for i in back], dtype=torch.float32),
-        rewards=None if rewards is None else torch.tensor([rewards[i] for i in back]),
-        texts=[SampledText(shown[i], texts[i], finished[i], None if rewards is None else rewards[i]) for i in back],
+        kl=None if kl is None else shaped(kl),
+        num_tokens=shaped(torch.tensor([len(response.token_ids) for response in responses], dtype=torch.float32)),
+        finished=shaped(torch.tensor(finished, dtype=torch.float32)),
+        rewards=None if rewards is None else shaped(rewards),
+        texts=[
+            SampledText(prompt, texts[i], finished[i], None if rewards is None else rewards[i].item())
+            for prompt, i in zip(prompt_texts, first, strict=True)
+        ],
     )
 
 
-@torch.no_grad()
-def sampled_kl(
-    policy: LogProbModel,
-    reference: Reference,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Response],
-    *,
-    pad_token_id: int,
-) -> Tensor:
-    """KL(policy || reference) estimated on each of P responses that the policy sampled, ``(P, 3)``, in nats.
-
-    The columns are the fields of :class:`~lit_isdpo.objective.metrics.KLValues`.
-    """
-    longest = max(len(response.token_ids) for response in responses)
-    rows_at_a_time = max(1, LOGITS_BUDGET // (policy.vocabulary_size * longest))
-    values = []
-    for start in range(0, len(prompts), rows_at_a_time):
-        rows = slice(start, start + rows_at_a_time)
-        tokens = collate_completions(
-            prompts[rows], [response.token_ids for response in responses[rows]], pad_token_id=pad_token_id
-        )
-        tokens = type(tokens)(*(field.to(policy.model.device) for field in tokens))
-        logits = policy.completion_logits(tokens)  # (N, V)
-        with reference.scoring() as model:
-            ref_logits = model.completion_logits(tokens)  # (N, V)
-        logps, ref_logps = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
-        targets = tokens.completion_ids[tokens.completion_mask][:, None]  # (N, 1)
-        token_logratios = (logps.gather(1, targets) - ref_logps.gather(1, targets))[:, 0]
-        per_token = torch.zeros_like(tokens.completion_mask, dtype=torch.float32)
-        logratios = per_token.masked_scatter(tokens.completion_mask, token_logratios).sum(dim=1)
-        estimates = kl_values(logratios, token_kl(logps, ref_logps), tokens.completion_mask)
-        values.append(torch.stack(estimates, dim=1).cpu())
-    return torch.cat(values)
-
-
 def summarize(values: ProbeValues, ref_rewards: Tensor | None) -> dict[str, float]:
-    """Log keys of P responses, without the stage prefix.
+    """Log keys of n responses to each of P prompts, without the stage prefix.
 
     Args:
         values: of all ranks.
-        ref_rewards: ``(P,)`` rewards of the reference's responses to the same prompts; ties count one half.
+        ref_rewards: ``(P, m)`` rewards of the reference's responses to the same prompts. A response's win is the share
+            of them that it beats; ties count one half.
     """
     keys = {
         "response_length": values.num_tokens.mean().item(),
         "finished_fraction": values.finished.mean().item(),
     }
+    estimates = {}
     if values.kl is not None:
-        for name, column in zip(("rao_blackwell", "k1", "k3"), values.kl.T, strict=True):
-            estimate = Estimate.of(column)
-            keys[f"kl/{name}"] = estimate.mean.item()
-            keys[f"kl/{name}_stderr"] = estimate.stderr.item()
+        for name, column in zip(ESTIMATORS, values.kl.unbind(dim=2), strict=True):
+            estimates[f"kl/{name}"] = column
     if values.rewards is not None:
-        gold = Estimate.of(values.rewards)
-        keys["gold_reward"] = gold.mean.item()
-        keys["gold_reward_stderr"] = gold.stderr.item()
+        estimates["gold_reward"] = values.rewards
         if ref_rewards is not None:
-            wins = (values.rewards > ref_rewards).float() + (values.rewards == ref_rewards).float() / 2
-            win_rate = Estimate.of(wins)
-            keys["win_rate"] = win_rate.mean.item()
-            keys["win_rate_stderr"] = win_rate.stderr.item()
+            estimates["win_rate"] = win_scores(values.rewards, ref_rewards)
+    for key, per_response in estimates.items():
+        estimate = Estimate.of(per_response.mean(dim=1))
+        keys[key] = estimate.mean.item()
+        keys[f"{key}_stderr"] = estimate.stderr.item()
     return keys

@@ -29,15 +29,18 @@ class SamplingProbe(Callback):
     Args:
         num_prompts: distinct prompts of the validation (or test) set, over all ranks; 0 switches the probe off.
         max_new_tokens: longer responses are cut. Part of what the KL means: keep it the same in runs you compare.
-        batch_size: prompts sampled at a time on one rank.
+        num_responses: to each prompt. Standard errors are over prompts, of each prompt's mean.
+        batch_size: responses sampled at a time on one rank.
         num_shown: responses that are logged as text.
-        seed: the responses are a function of it, the weights, ``batch_size`` and the number of ranks.
+        seed: the responses are a function of it, the weights, ``num_responses``, ``batch_size`` and the
+            number of ranks.
     """
 
     def __init__(
         self,
         num_prompts: int = 64,
         max_new_tokens: int = 128,
+        num_responses: int = 1,
         batch_size: int = 128,
         num_shown: int = 8,
         seed: int = 0,
@@ -45,6 +48,7 @@ class SamplingProbe(Callback):
         for name, value, least in (
             ("num_prompts", num_prompts, 0),
             ("max_new_tokens", max_new_tokens, 1),
+            ("num_responses", num_responses, 1),
             ("batch_size", batch_size, 1),
             ("num_shown", num_shown, 0),
         ):
@@ -52,6 +56,7 @@ class SamplingProbe(Callback):
                 raise InputError(f"probe.{name} must be at least {least}, not {value}.")
         self.num_prompts = num_prompts
         self.max_new_tokens = max_new_tokens
+        self.num_responses = num_responses
         self.batch_size = batch_size
         self.num_shown = num_shown
         self.seed = seed
@@ -126,6 +131,7 @@ class SamplingProbe(Callback):
             pad_token_id=module.pad_token_id,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
+            num_responses=self.num_responses,
             seed=seed * 1009 + trainer.global_rank,
             reward=self.reward,
         )

@@ -125,8 +125,8 @@ def test_the_sampled_estimators_estimate_the_exact_values(
         1 - policy.unfinished[0],
         policy.expectation(TREE.lengths + 1, longer=5)[0],
     ]
-    columns = [*sampled.kl.T, sampled.rewards, sampled.finished, sampled.num_tokens]
+    columns = [*sampled.kl.unbind(dim=2), sampled.rewards, sampled.finished, sampled.num_tokens]
     for values, value in zip(columns, exact, strict=True):
         assert values.mean().item() == pytest.approx(value.item(), abs=4 * values.std().item() / math.sqrt(3000))
-    errors = sampled.kl.std(dim=0)
+    errors = sampled.kl.std(dim=(0, 1))
     assert errors[0] < errors[1], "Rao-Blackwell is the least noisy one"

@@ -1,0 +1,62 @@
+"""Responses to many prompts: batches of like length, whatever order the caller has them in."""
+
+from collections.abc import Sequence
+
+from lit_isdpo.data.collation import collate_prompts
+from lit_isdpo.policy.generation import sample_responses
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.types import PromptBatch, Response
+
+
+def sample_many(
+    policy: LogProbModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_responses: int,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    batch_size: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> list[list[Response]]:
+    """Draws ``num_responses`` to each of P prompts, in the numerics that the policy is scored in.
+
+    Args:
+        policy: the model that is sampled.
+        prompts: token ids of P prompts.
+        num_responses: to each prompt, drawn independently.
+        max_new_tokens: longer responses are cut.
+        eos_token_ids: each ends a response.
+        pad_token_id: padding.
+        batch_size: responses sampled at a time.
+        seed: the responses are a function of it, the weights and ``batch_size``.
+        temperature: divides the logits.
+        top_p: nucleus.
+
+    Returns:
+        P lists.
+    """
+    device = policy.model.device
+    responses: list[list[Response]] = [[] for _ in prompts]
+    # Prompts of like length share a batch, so that little is padding.
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    order = [row for row in by_length for _ in range(num_responses)]
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        rows = order[start : start + batch_size]
+        batch = collate_prompts([prompts[row] for row in rows], pad_token_id=pad_token_id)
+        drawn = sample_responses(
+            policy.model,
+            PromptBatch(*(field.to(device) for field in batch)),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed * 100_003 + number,
+            compute_dtype=policy.compute_dtype,
+        )
+        for row, response in zip(rows, drawn, strict=True):
+            responses[row].append(response)
+    return responses

@@ -66,14 +66,20 @@ def resolve(source: str, root: Path, *, default: Literal["pairs", "reference"] =
 
 def gold_reward_for(folder: Path) -> Gold | None:
     """The gold reward that belongs to a data folder, or ``None`` if it is not one of the lab's."""
+    name = environment_of(folder)
+    return None if name is None else ENVIRONMENTS[name].gold_reward
+
+
+def environment_of(folder: Path) -> str | None:
+    """The name of the environment that a folder is of, ``posts`` say, or ``None`` if it is not one of the lab's."""
     found = _read_marker(folder)
-    return None if found is None else found[0].gold_reward
+    return None if found is None else found[0]
 
 
 def exact_evaluation_for(folder: Path) -> ExactEvaluation | None:
     """The exact values of a policy on a data folder, or ``None`` if its responses are too many, or it is no lab's."""
     found = _read_marker(folder)
-    return None if found is None else found[0].exact_evaluation(found[1])
+    return None if found is None else ENVIRONMENTS[found[0]].exact_evaluation(found[1])
 
 
 def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
@@ -127,15 +133,15 @@ def _writers(name: str) -> dict[str, Callable[[Path, int], None]]:
     }
 
 
-def _read_marker(folder: Path) -> tuple[Environment, str] | None:
-    """The environment and the part that a folder holds."""
+def _read_marker(folder: Path) -> tuple[str, str] | None:
+    """The names of the environment and of the part that a folder holds."""
     try:
         marker = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
         return None
     if not isinstance(marker, dict) or marker.get("design") not in ENVIRONMENTS:
         return None
-    return ENVIRONMENTS[marker["design"]], str(marker.get("part"))
+    return marker["design"], str(marker.get("part"))
 
 
 def _write_marker(folder: Path, name: str, part: str, seed: int, **more: Any) -> None:

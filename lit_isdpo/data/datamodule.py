@@ -27,7 +27,7 @@ from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, RowType, TokenizedSource,
 from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder
 from lit_isdpo.data.sources import OpenSource, Sources, as_sources
 from lit_isdpo.data.splits import Split, Splits
-from lit_isdpo.data.tokenization import ChatTemplate, TruncationMode, load_tokenizer, pad_token_id
+from lit_isdpo.data.tokenization import ChatTemplate, Prompt, TruncationMode, load_tokenizer, pad_token_id
 from lit_isdpo.types import InputError
 
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -41,12 +41,14 @@ class ProbePrompt(NamedTuple):
         text: the prompt without special tokens.
         response: the chosen response (or the demonstration) as it was tokenized, without special tokens.
         row_id: the row that it comes from.
+        source: the prompt as the data has it, before any chat template, and whole where ``prompt_ids`` were cut.
     """
 
     prompt_ids: list[int]
     text: str
     response: str
     row_id: int
+    source: Prompt
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -320,7 +322,7 @@ class TextDataModule(LightningDataModule, ABC):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
         return [
-            ProbePrompt(item[0], text(item[0]), text(item[1]), row_id)
+            ProbePrompt(item[0], text(item[0]), text(item[1]), row_id, self.splits.prompt(split, row_id))
             for row_id, item in rows.__getitems__(sorted(first.values())[:num])
         ]
 

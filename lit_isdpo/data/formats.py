@@ -31,7 +31,7 @@ from lit_isdpo.data.readers import (
     read_transcript,
     read_ultrafeedback,
 )
-from lit_isdpo.types import InputError, PreferenceExample, SFTExample
+from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample
 
 Kind = Literal["pairs", "demonstrations"]
 BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
@@ -280,6 +280,21 @@ def to_pairs(
         raise RowError(Reason.MALFORMED)
     texts = (chosen.prompt, chosen.completion, rejected.completion)
     return [PreferenceExample(*texts, chosen_logps, rejected_logps, weight, margin)]
+
+
+def read_prompt(row: Row, format: str, kind: Kind) -> str | list[Message]:
+    """The prompt of a row, which all that is made of it shares.
+
+    Raises:
+        RowError: the row cannot be used.
+
+    >>> read_prompt({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "strings", "pairs")
+    '2 + 2 ='
+    """
+    known = FORMATS[format]
+    if isinstance(known, Format):
+        return known.read(row, required_columns(format, kind, row)[-1]).prompt
+    return known.read(row).prompt
 
 
 def _behavior_logps(row: Row, column: str) -> float | None:

@@ -101,14 +101,14 @@ class TokenizedSource(NamedTuple):
     Attributes:
         table: a ``datasets.Dataset`` with a line for every row or pair, as shown at the head of this file.
         format: the format that the rows were read in.
-        read: the number of rows, whatever became of them.
+        rows: the rows that were read, a ``datasets.Dataset``.
         kept: ``(N,)`` int64, the positions of the lines that are not dropped.
         dropped: number of dropped lines by reason, the commonest first.
     """
 
     table: Any
     format: str
-    read: int
+    rows: Any
     kept: Tensor
     dropped: dict[str, int]
 
@@ -166,7 +166,7 @@ def tokenize_rows(
             f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
             "nothing to learn"
         )
-    return TokenizedSource(table, format, len(rows), kept, dropped)
+    return TokenizedSource(table, format, rows, kept, dropped)
 
 
 def _map(

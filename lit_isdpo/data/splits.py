@@ -4,15 +4,19 @@ A split is read where it was named, else where the training sources have one of 
 neither are held out of the training rows.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import torch
 
+from lit_isdpo.data.formats import read_prompt
 from lit_isdpo.data.rows import Rows, RowType, TokenizedSource, hold_out
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
+from lit_isdpo.data.tokenization import Prompt
 from lit_isdpo.types import InputError
 
 Split = Literal["train", "val", "test"]
@@ -66,6 +70,7 @@ class Splits:
         self.rows: dict[Split, Rows] = {}
         self.counts: dict[Split, list[SourceCounts]] = {}
         self._read = read
+        self._raw: dict[Split, list[Any]] = {}
         self._opened: dict[Split, list[OpenSource]] = {}
 
     def parts(self, split: Split) -> list[tuple[OpenSource, str]]:
@@ -106,14 +111,15 @@ class Splits:
             self._hold_out()
             return
         tables, positions, counts, offset = [], [], [], 0
+        self._raw[split] = []
         for source, name in parts:
             path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
             tokenized = self._read(source, name, f"data.{split}: {path}")
             tables.append(tokenized.table)
             positions.append(tokenized.kept + offset)
-            counts.append(
-                SourceCounts(path, tokenized.format, tokenized.read, len(tokenized.kept), 0, tokenized.dropped)
-            )
+            kept, read = len(tokenized.kept), len(tokenized.rows)
+            counts.append(SourceCounts(path, tokenized.format, read, kept, 0, tokenized.dropped))
+            self._raw[split].append(tokenized.rows)
             offset += len(tokenized.table)
         table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
         self.rows[split] = Rows(table, torch.cat(positions), self.row_type)
@@ -148,12 +154,20 @@ class Splits:
 
     def row_name(self, split: Split, row_id: int) -> str:
         """A row in words, for messages: ``row 17 of pairs.jsonl``, counted from 0 as it was read."""
-        line = row_id
-        for source in self.counts[split if self.parts(split) else "train"]:
-            if line < source.lines:
-                break
-            line -= source.lines
-        return f"row {self.rows[split].table[row_id]['row']} of {source.source}"
+        source, row, _ = self._find(split, row_id)
+        return f"row {row} of {source.source}"
+
+    def prompt(self, split: Split, row_id: int) -> Prompt:
+        """A row's prompt as its source has it: before any chat template, and whole where its tokens were cut."""
+        source, row, raw = self._find(split, row_id)
+        return read_prompt(raw[row], source.format, self.row_type.kind)
+
+    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, Any]:
+        """The source of a row, the row's place in it, and the source's rows."""
+        read_as: Split = split if split in self._raw else "train"  # held out
+        ends = list(accumulate(source.lines for source in self.counts[read_as]))
+        number = bisect_right(ends, row_id)
+        return self.counts[read_as][number], self.rows[split].table[row_id]["row"], self._raw[read_as][number]
 
     def folders(self, split: Split) -> list[Path]:
         """The local folders and files that a split is read from; a hub data set has none."""

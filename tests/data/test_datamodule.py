@@ -199,7 +199,7 @@ def test_prompts_are_the_first_different_ones(make, tmp_path, write_rows):
     rows = [{"prompt": f"p{i // 2}", "chosen": f" {i}", "rejected": "?"} for i in range(8)]
     data = make(val=write_rows(tmp_path / "a.jsonl", rows))
     data.setup("validate")
-    assert [prompt[1:] for prompt in data.prompts("val", 3)] == [("p0", " 0", 0), ("p1", " 2", 2), ("p2", " 4", 4)]
+    assert [prompt[1:4] for prompt in data.prompts("val", 3)] == [("p0", " 0", 0), ("p1", " 2", 2), ("p2", " 4", 4)]
     assert data.prompts("val", 1)[0].prompt_ids[0] == data.tokenizer.bos_token_id
     assert len(data.prompts("val", 99)) == 4
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lit_isdpo.data.datamodule import SFTDataModule
 from lit_isdpo.types import InputError
 from tests.data.conftest import RANKED, pairs
 
@@ -126,3 +127,24 @@ def test_source_folders(make, folder):
     data = make(test=str(folder / "t*.jsonl"))
     assert data.source_folders("train") == data.source_folders("val") == [folder]
     assert data.source_folders("test") == [folder]
+
+
+def test_a_prompt_is_read_again_as_its_source_has_it(make, tmp_path, folder, write_rows):
+    """Whole where its tokens were cut, messages as messages, from every source of a mixture and of rows held out."""
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a" * 40, "chosen": "b", "rejected": "c"}] * 2)
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    chats = write_rows(
+        tmp_path / "chats.jsonl",
+        [{"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "5"}]}],
+    )
+    sources = [write_rows(tmp_path / "ranked.jsonl", RANKED), long, chats, str(folder / "train.jsonl")]
+    data = make(train=sources, val_size=4, max_length=60, max_prompt_length=30, pairing="best_worst")
+    data.setup("fit")
+    found = {prompt.text: prompt.source for split in ("train", "val") for prompt in data.prompts(split, 99)}
+    assert found["a" * 29] == "a" * 40
+    assert found["\n\nHuman: 2 + 2?\n\nAssistant:"] == turns[:1]
+    assert all(found[name] == name for name in ("a", "d", "000", "021"))
+    assert len(found) == 3 + 1 + 1 + 22
+    demonstrations = make(SFTDataModule, val=chats)
+    demonstrations.setup("validate")
+    assert demonstrations.prompts("val", 1)[0].source == turns[:1]

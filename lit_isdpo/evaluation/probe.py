@@ -5,25 +5,18 @@ unbiased. Prompts are its sample: standard errors are those of the mean over pro
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
+from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.evaluation.statistics import win_scores
 from lit_isdpo.objective.metrics import Estimate
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-
-
-class Reward(Protocol):
-    """Scores responses; the lab's gold reward is one."""
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> Sequence[float]:
-        """One number a response, higher is better; ``finished`` is false where the token limit cut a response."""
-        ...
 
 
 class SampledText(NamedTuple):

@@ -9,10 +9,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_isdpo.evaluation.probe import ProbeValues, Reward, SampledText, run_probe, summarize
+from lit_isdpo.evaluation.probe import ProbeValues, SampledText, run_probe, summarize
+from lit_isdpo.evaluation.rewards import LabReward, Reward
 from lit_isdpo.lab.enumeration import ResponseDistribution
 from lit_isdpo.lab.exact import ExactEvaluation
-from lit_isdpo.lab.folder import exact_evaluation_for, gold_reward_for
+from lit_isdpo.lab.folder import exact_evaluation_for
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.training.module import PolicyModule
@@ -139,7 +140,7 @@ class SamplingProbe(Callback):
 
     def _find_reward(self, trainer: Trainer, stage: str, prompt: str) -> Reward | None:
         folders = trainer.datamodule.source_folders(stage)  # type: ignore[attr-defined]
-        rewards = [gold_reward_for(folder) for folder in folders]
+        rewards = [LabReward.for_folder(folder) for folder in folders]
         if rewards and rewards[0] is not None and all(reward is not None for reward in rewards):
             # Truncation or a chat template may have changed a prompt into one that it cannot read.
             with suppress(InputError):

@@ -76,6 +76,8 @@ class TextDataModule(LightningDataModule, ABC):
         num_workers: processes that collate batches in the background.
         eval_batch_size: rows of a forward on one rank in evaluations. Default: ``micro_batch_size``.
         num_proc: processes that tokenize.
+        predict_split: train, val or test: whose prompts ``predict`` responds to. Default: the test rows, or the
+            validation rows where there are none. What is held out for validation is not among the training rows.
 
     Attributes:
         splits: the rows of each split that was set up, and what became of those that were read.
@@ -107,6 +109,7 @@ class TextDataModule(LightningDataModule, ABC):
         num_workers: int = 0,
         eval_batch_size: int | None = None,
         num_proc: int | None = None,
+        predict_split: Split | None = None,
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -125,6 +128,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.seed = 0 if seed is None else seed
         self.num_workers = num_workers
         self.num_proc = num_proc
+        self.predict_split = predict_split
         self.read_options: dict[str, Any] = {}  # of row_type.read
         self._check_arguments()
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
@@ -156,6 +160,8 @@ class TextDataModule(LightningDataModule, ABC):
                 f"data.max_prompt_length is {self.max_prompt_length}; it must be at least 1 and less than "
                 f"data.max_length, which is {self.max_length}"
             )
+        if self.predict_split is not None and self.predict_split not in get_args(Split):
+            raise InputError(f"data.predict_split is {self.predict_split!r}; known: {', '.join(get_args(Split))}")
         if not (self.val_size >= 1 if isinstance(self.val_size, int) else 0 < self.val_size < 1):
             raise InputError(
                 f"data.val_size is {self.val_size}; it must be a fraction between 0 and 1 or a number of rows"
@@ -242,7 +248,13 @@ class TextDataModule(LightningDataModule, ABC):
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:
         if stage != "predict":
             return _STAGES[stage]
-        return ("test",) if self.splits.parts("test") else ("val",)
+        held_out = self.split_to_predict == "train" and not self.splits.parts("val")
+        return ("train", "val") if held_out else (self.split_to_predict,)
+
+    @property
+    def split_to_predict(self) -> Split:
+        """Whose prompts ``predict`` responds to."""
+        return self.predict_split or ("test" if self.splits.parts("test") else "val")
 
     @property
     def _world_size(self) -> int:
@@ -289,8 +301,8 @@ class TextDataModule(LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The test rows, or the validation rows where there are none."""
-        return self._evaluation_loader(*self._stage_splits("predict"))
+        """The rows of ``split_to_predict``, each once over the ranks."""
+        return self._evaluation_loader(self.split_to_predict)
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Any]:
         rows = self.splits.rows[split]

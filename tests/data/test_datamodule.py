@@ -71,6 +71,22 @@ def test_batches_of_every_stage(make):
     assert reader.seen["test"] == reader.seen["predict"] == [[0, 1], [2]]
 
 
+@pytest.mark.parametrize(("split", "num"), [(None, 3), ("train", 22), ("val", 5), ("test", 3)])
+def test_predict_takes_the_rows_that_are_asked_for(make, split, num):
+    reader = Reader()
+    make_trainer().predict(reader, make(predict_split=split))
+    assert sorted(row for rows in reader.seen["predict"] for row in rows if row >= 0) == list(range(num))
+
+
+def test_predict_on_the_training_rows_leaves_out_what_is_held_out(make, folder):
+    train, val = Reader(), Reader()
+    for reader, split in ((train, "train"), (val, "val")):
+        make_trainer().predict(reader, make(train=str(folder / "train.jsonl"), val_size=6, predict_split=split))
+    rows = [{row for rows in reader.seen["predict"] for row in rows if row >= 0} for reader in (train, val)]
+    assert (len(rows[0]), len(rows[1])) == (16, 6)
+    assert not rows[0] & rows[1]
+
+
 def test_no_advice_about_workers(make, monkeypatch):
     """Lightning warns where a machine has more cores than this one may have; warnings are errors here."""
     connector = "lightning.pytorch.trainer.connectors.data_connector"
@@ -258,6 +274,7 @@ def test_demonstrations_of_several_responses_are_the_best(make, tmp_path, write_
         ({"format": "alpaca"}, "data.format: no format 'alpaca'"),
         ({"pairing": "some"}, "data.pairing: no pairing 'some'; known: best_worst, best_random, all"),
         ({"format": "strings", "pairing": "all"}, "^data.pairing is 'all', but a row of format 'strings'"),
+        ({"predict_split": "dev"}, "data.predict_split is 'dev'; known: train, val, test"),
         ({"val": {"path": "a", "weight": 2}}, "data.val: weights are for data.train"),
     ],
 )

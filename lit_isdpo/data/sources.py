@@ -75,6 +75,7 @@ class DataSource:
         weight: how many times one epoch of training passes over it.
         revision: branch, tag or commit of a hub data set.
         name: configuration of a hub data set.
+        first: how many rows of a split are read, from its beginning; by default all.
     """
 
     path: str
@@ -82,6 +83,7 @@ class DataSource:
     weight: float = 1.0
     revision: str | None = None
     name: str | None = None
+    first: int | None = None
 
 
 Sources = str | dict[str, Any] | list[str | dict[str, Any]]
@@ -113,6 +115,8 @@ def as_sources(value: Sources | Mapping[str, Any] | list[Any] | None, option: st
             raise InputError(f"{option}: an empty path")
         if not 0 < source.weight < float("inf"):
             raise InputError(f"{option}: the weight of {source.path!r} is {source.weight}; it must be above 0")
+        if source.first is not None and source.first < 1:
+            raise InputError(f"{option}: first is {source.first} for {source.path!r}; it must be at least 1 row")
         source.weight = float(source.weight)
         sources.append(source)
     if not sources:
@@ -175,7 +179,7 @@ class OpenSource:
         rows = self.hub[split] if self.hub else _read(self.files[split], self.option, numbers)
         if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
-        return rows
+        return rows if self.source.first is None else rows.select(range(min(self.source.first, len(rows))))
 
 
 def open_source(source: DataSource, option: str) -> OpenSource:

@@ -117,6 +117,11 @@ class ResponseDistribution:
         """``(P,)`` probability that no end token is among the first ``max_words + 1`` tokens."""
         return self.longer.sum(dim=1)
 
+    @property
+    def outcomes(self) -> Tensor:
+        """``(P, N + K^L)`` probability of each finished response, and of going on behind each deepest node."""
+        return torch.cat([self.logps.exp(), self.longer], dim=1)
+
     def expectation(self, values: Tensor, longer: float | Tensor) -> Tensor:
         """``(P,)`` mean of a number that each response has.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lit_isdpo.lab.design_data import pair_logps, shipped_reference
@@ -39,6 +40,23 @@ def effective_sample_size(policy_logps: Tensor, mu_logps: Tensor) -> Tensor:
     return first**2 / second
 
 
+def win_rate(policy: Tensor, reference: Tensor, values: Tensor) -> Tensor:
+    """``(P,)`` probability that the policy's response has the larger value, ties counting one half.
+
+    ``sum_y policy(y) (reference(value < v_y) + reference(value <= v_y)) / 2``: sorting serves instead of N x N pairs.
+
+    Args:
+        policy: ``(P, N)`` probabilities.
+        reference: ``(P, N)`` probabilities of the other, independent response.
+        values: ``(P, N)``.
+    """
+    ordered, order = values.sort(dim=1)
+    cumulative = torch.nn.functional.pad(reference.gather(1, order).cumsum(dim=1), (1, 0))  # (P, N + 1)
+    below = cumulative.gather(1, torch.searchsorted(ordered, values))
+    not_above = cumulative.gather(1, torch.searchsorted(ordered, values, right=True))
+    return (policy * (below + not_above)).sum(dim=1) / 2
+
+
 def _within(mu_logps: Tensor, values: Tensor) -> Tensor:
     """The values where mu is not 0, and 0 elsewhere, where they may be infinite."""
     return values.masked_fill(mu_logps.isneginf(), 0)
@@ -69,9 +87,9 @@ class ExactEvaluation:
     def __call__(self, policy: ResponseDistribution, reference: ResponseDistribution | None) -> dict[str, float]:
         """Log keys, without a prefix: means over the prompts.
 
-        ``kl`` is in nats, of responses stopped at one token more than the longest has words; ``response_length`` in
-        tokens; ``feature`` is the mean number of "very", or of words, among the words that the reward looks at. Where
-        there are pairs, ``support_mass`` is the probability of a response that they could hold, ``expected_weight`` and
+        ``kl`` is in nats, of responses stopped at one token more than the longest has words; ``win_rate`` is by gold
+        reward against the reference; ``response_length`` in tokens; ``feature`` is the mean number of "very", or of
+        words, among the words that the reward looks at. Where there are pairs, ``support_mass`` is the probability of a response that they could hold, ``expected_weight`` and
         ``expected_weight_true_mu`` are those of :func:`expected_weight` against the reference and against mu, and
         ``ess`` the effective sample size against mu.
         """
@@ -85,6 +103,8 @@ class ExactEvaluation:
         }
         if reference is not None:
             values["kl"] = policy.kl(reference)
+            gold = torch.cat([design.gold, design.longer_gold], dim=1)
+            values["win_rate"] = win_rate(policy.outcomes, reference.outcomes, gold)
         if self.part is not None:
             mu_logps = pair_logps(design, self.part, shipped_reference(design))
             values["support_mass"] = policy.expectation(design.parts[self.part].support, 0.0)

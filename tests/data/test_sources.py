@@ -41,6 +41,11 @@ def test_formats_give_the_same_rows(tmp_path, write_rows, name):
     assert read(file) == table[:]
 
 
+@pytest.mark.parametrize(("first", "prompts"), [(2, ["0", "1"]), (9, ["0", "1", "2", "3"])])
+def test_the_first_rows_alone(tmp_path, write_rows, first, prompts):
+    assert read(write_rows(tmp_path / "pairs.jsonl", ROWS), first=first)["prompt"] == prompts
+
+
 def test_arrow_folders_are_read(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved")["prompt"] == ["0", "1", "2", "3"]
@@ -189,6 +194,7 @@ def test_hub_options_of_a_local_path_are_refused(tmp_path, write_rows):
     [
         ({"path": "a", "weight": 0}, "the weight of 'a' is 0; it must be above 0"),
         ({"path": "a", "weight": float("nan")}, "must be above 0"),
+        ({"path": "a", "first": 0}, "first is 0 for 'a'; it must be at least 1 row"),
         ({"file": "a"}, "is neither a path nor {path, split, weight}"),
         ([], "an empty list"),
         ("", "an empty path"),

@@ -9,7 +9,7 @@ import torch
 from lit_isdpo.lab.design_data import behavior_logps, pair_logps
 from lit_isdpo.lab.designs import Design
 from lit_isdpo.lab.enumeration import enumerate_responses
-from lit_isdpo.lab.exact import ExactEvaluation, effective_sample_size, expected_weight
+from lit_isdpo.lab.exact import ExactEvaluation, effective_sample_size, expected_weight, win_rate
 from tests.lab.conftest import toy_model
 
 
@@ -33,6 +33,14 @@ def test_effective_sample_size_by_hand() -> None:
     """E[w] = .3^2 and E[w^2] = (.2^2 / .5 + .1^2 / .5)^2 = .1^2, so .0081 / .01; 1 where all weights are equal."""
     assert effective_sample_size(PI, MU).item() == pytest.approx(0.81)
     assert effective_sample_size(REF, MU).item() == pytest.approx(1)
+
+
+def test_win_rate_by_hand() -> None:
+    """Values 2, 1, 2: the policy's first and third beat .3 and tie .7, its second ties .3 and loses."""
+    policy, reference = torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([[0.6, 0.3, 0.1]])
+    wins = win_rate(policy, reference, torch.tensor([[2.0, 1.0, 2.0]]))
+    assert wins.item() == pytest.approx(0.8 * (0.3 + 0.7 / 2) + 0.2 * 0.3 / 2)
+    assert win_rate(policy, policy, torch.tensor([[2.0, 1.0, 2.0]])).item() == pytest.approx(0.5)
 
 
 def test_moments_are_those_of_drawn_pairs(toy: Design) -> None:
@@ -61,6 +69,12 @@ def test_values_of_the_reference_and_of_another_policy(toy: Design) -> None:
     assert at_reference["expected_weight"] == pytest.approx(1)
     assert values["ess"] < at_reference["ess"] < 1  # two prompts with different probabilities of the support
     assert values["kl"] > 0.2
+    assert at_reference["win_rate"] == pytest.approx(0.5)
+    gold = torch.cat([toy.gold, toy.longer_gold], dim=1)
+    outcomes = policy.outcomes[:, :, None] * reference.outcomes[:, None, :]
+    difference = gold[:, :, None] - gold[:, None, :]
+    by_pairs = (outcomes * ((difference > 0).double() + (difference == 0).double() / 2)).sum(dim=(1, 2))
+    assert values["win_rate"] == pytest.approx(by_pairs.mean().item())
     short = (toy.tree.lengths == 1) | (toy.tree.lengths == 2)
     assert values["support_mass"] == pytest.approx(policy.logps.exp()[:, short].sum().item() / 2)
     # The toy's gold is the number of words and half a point for each "b"; words longer than the tree count -4.

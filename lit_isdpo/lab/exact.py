@@ -89,9 +89,9 @@ class ExactEvaluation:
 
         ``kl`` is in nats, of responses stopped at one token more than the longest has words; ``win_rate`` is by gold
         reward against the reference; ``response_length`` in tokens; ``feature`` is the mean number of "very", or of
-        words, among the words that the reward looks at. Where there are pairs, ``support_mass`` is the probability of a response that they could hold, ``expected_weight`` and
-        ``expected_weight_true_mu`` are those of :func:`expected_weight` against the reference and against mu, and
-        ``ess`` the effective sample size against mu.
+        words, among the words that the reward looks at. Where there are pairs, ``support_mass`` is the probability of a
+        response that they could hold, ``expected_weight`` and ``expected_weight_true_mu`` are those of
+        :func:`expected_weight` against the reference and against mu, and ``ess`` the effective sample size against mu.
         """
         design = self.design
         feature = design.feature.clamp(min=0)

@@ -1,0 +1,288 @@
+"""Gold labelling: from a policy's responses and a reward to preference pairs that can be trained on.
+
+A row of what comes out is one that the format ``strings`` reads or, where the prompt is a conversation, ``messages``:
+
+    {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "chosen_behavior_logps": -0.3,
+     "rejected_behavior_logps": -1.6, "chosen_score": 9.0, "rejected_score": 1.0}
+
+Its log-probs are those of the tokens that were sampled, so a response is left out whose text training would read as
+other tokens, or cut.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.data.pairing import Pairing, choose_pairs
+from lit_isdpo.data.readers import RowError
+from lit_isdpo.data.tokenization import ChatTemplate, Prompt, tokenize_example
+from lit_isdpo.evaluation.kl import LOGITS_BUDGET
+from lit_isdpo.evaluation.rewards import Reward
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.types import InputError, Message, Response, SFTExample, TokenBatch
+
+_WHOLE = 2**31  # tokens: nothing is cut
+
+
+class UnusableError(Exception):
+    """A response cannot be used; the message says why, in words that are counted and printed."""
+
+
+class SampledRow(NamedTuple):
+    """A row of the data, and what a policy said to its prompt.
+
+    Attributes:
+        row_id: the row.
+        prompt: as the data has it, before any chat template.
+        prompt_ids: as the policy got it.
+        responses: the policy's.
+    """
+
+    row_id: int
+    prompt: Prompt
+    prompt_ids: list[int]
+    responses: Sequence[Response]
+
+
+class Candidate(NamedTuple):
+    """A response that can be trained on, and its score."""
+
+    text: str
+    token_ids: list[int]
+    score: float
+
+
+class Preference(NamedTuple):
+    """Two responses to one prompt, and which of them is preferred."""
+
+    row: SampledRow
+    chosen: Candidate
+    rejected: Candidate
+
+
+class LabelledPair(TypedDict):
+    """A row of a file of pairs; log-probs in nats, summed, EOS included, of the distribution that was sampled."""
+
+    prompt: Prompt
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    chosen_behavior_logps: float
+    rejected_behavior_logps: float
+    chosen_score: float
+    rejected_score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labeller:
+    """Makes preferences of sampled responses.
+
+    Attributes:
+        reward: scores each response that can be used, once.
+        tokenizer: the policy's.
+        pairing: which responses to a prompt become pairs, see :func:`~lit_isdpo.data.pairing.choose_pairs`.
+        noise_temperature: labels follow Bradley-Terry: the response with the higher score is chosen with probability
+            ``sigmoid(difference of the scores / noise_temperature)``; 0 chooses it always.
+        seed: of the labels' noise, which is a function of it, the row's id and the scores.
+        max_length: of a prompt with its response, in tokens, beyond which training cuts.
+        chat_template: how training renders prompts.
+    """
+
+    reward: Reward
+    tokenizer: PreTrainedTokenizerBase
+    pairing: Pairing
+    noise_temperature: float
+    seed: int
+    max_length: int
+    chat_template: ChatTemplate
+
+    def __call__(self, rows: Sequence[SampledRow]) -> tuple[list[Preference], Counter[str]]:
+        """Labels the responses to some prompts.
+
+        Returns:
+            The preferences in the order of the rows; and counts, of responses that were left out and of prompts that
+            gave no pair, by reason.
+
+        Raises:
+            InputError: the reward gives a score that is no finite number.
+        """
+        left_out: Counter[str] = Counter()
+        usable: list[dict[str, Response]] = []  # text -> response
+        for row in rows:
+            texts: dict[str, Response] = {}
+            for response in row.responses:
+                try:
+                    text = self.read_back(row, response)
+                    if text in texts:
+                        raise UnusableError("responses equal to another")
+                    texts[text] = response
+                except UnusableError as reason:
+                    left_out[str(reason)] += 1
+            usable.append(texts)
+        scores = iter(self._score(rows, usable))
+        preferences = []
+        for row, texts in zip(rows, usable, strict=True):
+            candidates = [Candidate(text, response.token_ids, next(scores)) for text, response in texts.items()]
+            pairs = choose_pairs(row.prompt, list(texts), [candidate.score for candidate in candidates], self.pairing)
+            if not pairs:
+                few = len(candidates) < 2
+                left_out["prompts with fewer than two responses left" if few else "prompts with equal scores"] += 1
+            rng = Random(f"labels/{self.seed}/{row.row_id}")
+            for better, worse in pairs:
+                pair = candidates[better], candidates[worse]
+                preferences.append(Preference(row, *(pair if self._keeps(*pair, rng) else pair[::-1])))
+        return preferences, left_out
+
+    def read_back(self, row: SampledRow, response: Response) -> str:
+        """The text that training reads as exactly the tokens that were sampled.
+
+        Raises:
+            UnusableError: there is none.
+        """
+        if not response.finished:
+            raise UnusableError("responses unfinished")
+        decoded = str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        # Conversations without a chat template, and some templates, put a blank before the response by themselves.
+        for text in dict.fromkeys((decoded, decoded.removeprefix(" "))):
+            try:
+                example = tokenize_example(
+                    SFTExample(row.prompt, text),
+                    self.tokenizer,
+                    max_length=_WHOLE,
+                    max_prompt_length=_WHOLE - 1,
+                    chat_template=self.chat_template,
+                )
+            except RowError as error:
+                raise UnusableError(f"responses left out as {error.reason.value}") from error
+            except InputError:  # a template that shows some responses otherwise than others
+                continue
+            if example.prompt_ids != row.prompt_ids:
+                raise UnusableError("responses to a prompt that was cut")
+            if example.completion_ids == response.token_ids:
+                if len(row.prompt_ids) + len(response.token_ids) > self.max_length:
+                    raise UnusableError("responses longer than data.max_length allows")
+                return text
+        raise UnusableError("responses whose text has other tokens")
+
+    def _score(self, rows: Sequence[SampledRow], usable: Sequence[dict[str, Response]]) -> list[float]:
+        prompts = [row.prompt for row, texts in zip(rows, usable, strict=True) for _ in texts]
+        responses = [text for texts in usable for text in texts]
+        if not responses:
+            return []
+        scores = [float(score) for score in self.reward(prompts, responses, [True] * len(responses))]
+        assert len(scores) == len(responses)
+        bad = [response for response, score in zip(responses, scores, strict=True) if not math.isfinite(score)]
+        if bad:
+            raise InputError(f"labels.reward: {self.reward.identity} gives no finite score to the response {bad[0]!r}.")
+        return scores
+
+    def _keeps(self, better: Candidate, worse: Candidate, rng: Random) -> bool:
+        """Whether the noise leaves the better response the chosen one."""
+        if self.noise_temperature == 0:
+            return True
+        return rng.random() < 1 / (1 + math.exp((worse.score - better.score) / self.noise_temperature))
+
+
+def to_rows(preferences: Sequence[Preference], logps: Sequence[float]) -> list[LabelledPair]:
+    """Writes N preferences as rows of a file.
+
+    Args:
+        preferences: N of them.
+        logps: ``2N``, of all chosen responses and then of all rejected ones.
+    """
+
+    def shown(row: SampledRow, text: str) -> str | list[Message]:
+        return text if isinstance(row.prompt, str) else [Message(role="assistant", content=text)]
+
+    chosen_logps, rejected_logps = logps[: len(preferences)], logps[len(preferences) :]
+    return [
+        LabelledPair(
+            prompt=row.prompt,
+            chosen=shown(row, chosen.text),
+            rejected=shown(row, rejected.text),
+            chosen_behavior_logps=chosen_logp,
+            rejected_behavior_logps=rejected_logp,
+            chosen_score=chosen.score,
+            rejected_score=rejected.score,
+        )
+        for (row, chosen, rejected), chosen_logp, rejected_logp in zip(
+            preferences, chosen_logps, rejected_logps, strict=True
+        )
+    ]
+
+
+@torch.no_grad()
+def sampled_logps(
+    policy: LogProbModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+    top_p: float,
+    pad_token_id: int,
+    batch_size: int,
+) -> list[float]:
+    """Log-probs of S responses under the distribution that they were sampled from: nats, summed, EOS included.
+
+    Computed as training computes them; generation's own arithmetic, with its cache and its padding, differs.
+
+    Args:
+        policy: the model that was sampled.
+        prompts: token ids of S prompts.
+        responses: token ids of S responses.
+        temperature: that was sampled at.
+        top_p: nucleus that was sampled from.
+        pad_token_id: padding.
+        batch_size: responses at a time.
+    """
+    plain = temperature == 1 and top_p == 1
+    logps: list[float] = []
+    start = 0
+    while start < len(responses):
+        longest = max(map(len, responses[start : start + batch_size]))
+        fit = batch_size if plain else max(1, LOGITS_BUDGET // (policy.vocabulary_size * longest))
+        rows = slice(start, start + min(batch_size, fit))
+        tokens = collate_completions(prompts[rows], responses[rows], pad_token_id=pad_token_id)
+        tokens = TokenBatch(*(field.to(policy.model.device) for field in tokens))
+        if plain:
+            logps += policy(tokens).logps.tolist()
+        else:
+            targets = tokens.completion_ids[tokens.completion_mask]
+            values = nucleus_logps(policy.completion_logits(tokens), targets, temperature=temperature, top_p=top_p)
+            per_token = torch.zeros_like(tokens.completion_mask, dtype=torch.float32)
+            logps += per_token.masked_scatter(tokens.completion_mask, values).sum(dim=1).tolist()
+        start = rows.stop
+    return logps
+
+
+def nucleus_logps(logits: Tensor, targets: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """Log-probs of N sampled tokens after temperature and nucleus, in nats.
+
+    The nucleus (arXiv 1904.09751) is the fewest most likely tokens with a mass of at least ``top_p``. A token that was
+    sampled belongs to it, also where rounding would have it just outside.
+
+    Args:
+        logits: ``(N, V)``.
+        targets: ``(N,)`` the sampled tokens.
+        temperature: divides the logits.
+        top_p: above 0 and at most 1.
+
+    >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    >>> nucleus_logps(logits, torch.tensor([1]), temperature=1.0, top_p=0.6).exp()
+    tensor([0.3750])
+    """
+    logps = (logits / temperature).log_softmax(dim=1)
+    if top_p < 1:
+        ordered, order = logps.sort(dim=1, descending=True)
+        mass_before = ordered.exp().cumsum(dim=1) - ordered.exp()
+        inside = torch.zeros_like(logps, dtype=torch.bool).scatter(1, order, mass_before < top_p)
+        inside.scatter_(1, targets[:, None], True)
+        logps = logps.masked_fill(~inside, -math.inf).log_softmax(dim=1)
+    return logps.gather(1, targets[:, None])[:, 0]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +12,30 @@ from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
 from lit_isdpo.types import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelSource(Protocol):
+    """What names a Hugging Face model, whatever is made of it."""
+
+    @property
+    def path(self) -> str:
+        """Folder or hub id."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of a hub id."""
+        ...
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether Python code that comes with the model may run."""
+        ...
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the matrix products."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +86,36 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def load_config(policy: PolicyConfig, *, option: str = "model.policy.path") -> PretrainedConfig:
-    """Reads the architecture alone.
+def read_config(source: ModelSource, *, option: str) -> PretrainedConfig:
+    """Reads the configuration alone, as it is.
+
+    Raises:
+        InputError: no such model, or an adapter in its place.
+    """
+    if (Path(source.path) / CONFIG_NAME).is_file():
+        raise InputError(
+            f"{option}: {source.path!r} holds a PEFT adapter and not a whole model; merge it first, by `lit-isdpo "
+            "export` without --as_adapter or by PEFT's merge_and_unload, and name the folder of the merged model."
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(why_not_loaded(source, option, error)) from error
+    return config
+
+
+def load_config(source: ModelSource, *, option: str = "model.policy.path") -> PretrainedConfig:
+    """Reads the architecture of a causal language model alone, and sets its dropout to 0.
 
     Raises:
         InputError: no such model, or not a causal language model.
     """
-    if (Path(policy.path) / CONFIG_NAME).is_file():
+    config = read_config(source, option=option)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
         raise InputError(
-            f"{option}: {policy.path!r} holds a PEFT adapter and not a whole model; merge it first, by `lit-isdpo "
-            "export` without --as_adapter or by PEFT's merge_and_unload, and name the folder of the merged model."
-        )
-    try:
-        config = AutoConfig.from_pretrained(
-            policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(_why_not_loaded(policy, option, error)) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not policy.trust_remote_code:
-        raise InputError(
-            f"{option}: {policy.path!r} is a {config.model_type!r} model, which is not a causal language "
+            f"{option}: {source.path!r} is a {config.model_type!r} model, which is not a causal language "
             "model; name one that AutoModelForCausalLM can load."
         )
     return without_dropout(config)
@@ -113,24 +147,30 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
                     f"({len(missing)} of the model's tensors are missing): it is not a causal language model."
                 )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(_why_not_loaded(policy, option, error)) from error
+        raise InputError(why_not_loaded(policy, option, error)) from error
     assert isinstance(model, PreTrainedModel)
     model.eval()
     if policy.gradient_checkpointing:
-        # Newer releases of transformers 5 deprecate the older name.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     return model
 
 
-def _why_not_loaded(policy: PolicyConfig, option: str, error: Exception) -> str:
-    path = Path(policy.path)
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Keeps each layer's input alone, in training mode."""
+    # Newer releases of transformers 5 deprecate the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
+    """One sentence for what transformers raised."""
+    path = Path(source.path)
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if path.is_dir():
-        return f"{option}: the folder {policy.path!r} holds no loadable Hugging Face model: {reason}"
-    if path.is_absolute() or policy.path.startswith((".", "~")) or policy.path.count("/") > 1:
-        return f"{option}: no such folder: {policy.path!r}."
+        return f"{option}: the folder {source.path!r} holds no loadable Hugging Face model: {reason}"
+    if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
+        return f"{option}: no such folder: {source.path!r}."
     return (
-        f"{option}: {policy.path!r} is no folder here and could not be loaded from the Hugging Face hub (is the name "
+        f"{option}: {source.path!r} is no folder here and could not be loaded from the Hugging Face hub (is the name "
         f"right, are you online, do you have access?): {reason}"
     )

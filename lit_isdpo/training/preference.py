@@ -17,7 +17,8 @@ from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.reference import Reference, ReferenceConfig, load_reference, reference_as_policy
-from lit_isdpo.training.module import PolicyModule, Sampling, Schedule, adamw
+from lit_isdpo.training.language import Schedule, adamw
+from lit_isdpo.training.module import PolicyModule, Sampling
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
 MEAN_WEIGHT_WARNING = 0.1

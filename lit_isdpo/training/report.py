@@ -19,7 +19,8 @@ from rich.text import Text
 from torch.utils.tensorboard.summary import hparams
 
 from lit_isdpo.training.checkpoints import run_dir
-from lit_isdpo.training.module import PolicyModule, Prediction
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.module import Prediction
 from lit_isdpo.training.probe import SamplingProbe
 
 ROWS = (
@@ -56,7 +57,7 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder and, in a fresh fit, measures where it starts."""
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         self._started = monotonic()
         folder = run_dir(trainer)
         if trainer.is_global_zero:
@@ -67,7 +68,7 @@ class RunReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters a fit into the table of runs as soon as its metrics have names."""
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         if trainer.state.fn == TrainerFn.FITTING and not self._entered:
             self._entered = True
             _log_hyperparameters(trainer, pl_module)
@@ -147,15 +148,15 @@ class ProgressBar(RichProgressBar):
         return metrics
 
 
-def write_model_folder(module: PolicyModule, folder: Path) -> None:
+def write_model_folder(module: LanguageModule, folder: Path) -> None:
     """Saves everything of a Hugging Face folder but the weights."""
-    model = module.policy.model
+    model = module.network.model
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
-    if module.policy.adapter is not None:
-        module.policy.adapter.config.save_pretrained(str(folder))
+    if module.network.adapter is not None:
+        module.network.adapter.config.save_pretrained(str(folder))
 
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
@@ -174,11 +175,12 @@ def _validate(trainer: Trainer) -> None:
     trainer._logger_connector._first_loop_iter = first_loop_iter
 
 
-def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
+def _log_hyperparameters(trainer: Trainer, module: LanguageModule) -> None:
     """Fills the table of runs: what distinguishes them, against what the last validation of each measured."""
     optimizer = trainer.optimizers[0]
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     method, numbers = module.method
+    adapter = module.network.adapter
     values = {
         "method": method,
         "lr": optimizer.defaults["lr"],
@@ -188,8 +190,8 @@ def _log_hyperparameters(trainer: Trainer, module: PolicyModule) -> None:
         **{f"setup.{key}": number for key, number in numbers.items() if key not in SHOWN},
         "setup.batch_size": getattr(datamodule, "batch_size", None),
         "setup.optimizer": type(optimizer).__name__,
-        "setup.policy": module.policy_config.path,
-        "setup.peft": (module.policy_config.peft or {}).get("peft_type"),
+        "setup.policy": module.source.path,
+        "setup.peft": None if adapter is None else getattr(adapter.config.peft_type, "value", None),
     }
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
     metrics = [key for key in trainer.callback_metrics if key.startswith("val/")]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lit_isdpo.policy.loading import DTYPES
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.policy.reward_model import ScoreModel
+from lit_isdpo.training.language import LanguageModule
 
 GIB = 2**30
 COUNTS = ("sequences", "tokens", "positions", "completion tokens", "attended pairs of tokens")
@@ -30,8 +31,8 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the device."""
-        assert isinstance(pl_module, PolicyModule)
-        self._peak_flops = matmul_rate(pl_module.device, DTYPES[pl_module.policy_config.compute_dtype])
+        assert isinstance(pl_module, LanguageModule)
+        self._peak_flops = matmul_rate(pl_module.device, DTYPES[pl_module.source.compute_dtype])
         self._seconds = 0.0
         self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
 
@@ -43,7 +44,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the micro-batch, and logs where Lightning logs."""
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         lengths = batch.tokens.attention_mask.sum(dim=1).double()  # (R,)
         own = [batch.row_ids.numel(), lengths.sum(), batch.tokens.attention_mask.numel()]
         own += [batch.tokens.completion_mask.sum(), lengths.square().sum() / 2]
@@ -53,8 +54,8 @@ class Throughput(Callback):
         if at_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self._counts / self._seconds
             # A backward pass costs two forwards, and one where the weights are frozen under an adapter.
-            num_forwards = 3 + (pl_module.reference is not None) - (pl_module.policy.adapter is not None)
-            flops = num_forwards * forward_flops(pl_module.policy, rates)
+            num_forwards = 3 + (pl_module.reference is not None) - (pl_module.network.adapter is not None)
+            flops = num_forwards * forward_flops(pl_module.network, rates)
             values = {
                 "perf/pairs_per_second": trainer.world_size * rates[0],
                 "perf/tokens_per_second": trainer.world_size * rates[1],
@@ -67,17 +68,19 @@ class Throughput(Callback):
             self._seconds = 0.0
 
 
-def forward_flops(model: LogProbModel, counts: Tensor) -> Tensor:
+def forward_flops(model: LogProbModel | ScoreModel, counts: Tensor) -> Tensor:
     """Floating-point operations of one forward over ``COUNTS``: 2 a weight and token, 4 H a layer and attended pair."""
     config = model.model.config.get_text_config()
-    head = cast(Tensor, model.model.get_output_embeddings().weight)
-    embeddings = {id(head): head.numel()}
     table = cast(Tensor, model.model.get_input_embeddings().weight)
-    embeddings[id(table)] = table.numel()
+    embeddings = {id(table): table.numel()}
+    head_weights = 0  # a reward model's, one column, are counted with the decoder's
+    if isinstance(model, LogProbModel):
+        head = cast(Tensor, model.model.get_output_embeddings().weight)
+        embeddings[id(head)] = head_weights = head.numel()
     decoder_weights = sum(p.numel() for p in model.parameters()) - sum(embeddings.values())
     _, tokens, _, completion_tokens, attended = counts
     attention = 4 * config.num_hidden_layers * config.hidden_size * attended
-    flops: Tensor = 2 * decoder_weights * tokens + 2 * head.numel() * completion_tokens + attention
+    flops: Tensor = 2 * decoder_weights * tokens + 2 * head_weights * completion_tokens + attention
     return flops
 
 

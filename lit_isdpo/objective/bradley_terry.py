@@ -1,0 +1,66 @@
+"""The loss of a reward model on B pairs, and what is logged about it."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torchmetrics import Metric
+
+
+def bradley_terry_losses(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margins: Tensor, *, centering: float = 0.0
+) -> Tensor:
+    """``-log sigmoid(r_w - r_l - margin) + centering (r_w + r_l)^2`` of each pair, in nats, with gradient.
+
+    The first term is the negative log-likelihood of the Bradley-Terry model (arXiv 2203.02155, eq. 1), where the data
+    has margins that of arXiv 2307.09288, eq. 2. It knows differences alone; the second (arXiv 2312.09244, eq. 7) keeps
+    the rewards of different prompts around 0.
+
+    Args:
+        chosen_rewards: ``(B,)``.
+        rejected_rewards: ``(B,)``.
+        margins: ``(B,)`` what the difference must exceed.
+        centering: at least 0.
+
+    Returns:
+        ``(B,)``.
+
+    >>> one, zero = torch.ones(1), torch.zeros(1)
+    >>> round(bradley_terry_losses(one, zero, zero).item(), 4), round(bradley_terry_losses(one, zero, one).item(), 4)
+    (0.3133, 0.6931)
+    """
+    losses = -logsigmoid(chosen_rewards - rejected_rewards - margins)
+    return losses + centering * (chosen_rewards + rejected_rewards).square()
+
+
+class RewardMetrics(Metric):
+    """Means over pairs, ties counted one half in the accuracy."""
+
+    KEYS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "rewards/mean")
+
+    full_state_update = False
+    sums: Tensor
+    num_pairs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_pairs", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, counted: Tensor) -> None:
+        """Adds B pairs.
+
+        Args:
+            losses: ``(B,)`` with the data's own weights.
+            chosen_rewards: ``(B,)``.
+            rejected_rewards: ``(B,)``.
+            counted: ``(B,)`` bool, false at pairs that only fill up a batch.
+        """
+        chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
+        ahead = (chosen > rejected).float() + (chosen == rejected).float() / 2
+        columns = [losses.detach(), chosen, rejected, ahead, chosen - rejected, (chosen + rejected) / 2]
+        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
+        self.num_pairs += counted.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The log keys without their stage prefix."""
+        return dict(zip(self.KEYS, (self.sums / self.num_pairs).float(), strict=True))

@@ -1,0 +1,213 @@
+"""Reward models: a language model's decoder with one number on top, read at a response's last token.
+
+They are Hugging Face's sequence-classification models with one label, and their own forward is what is called, so that
+a folder scores the same here and elsewhere. That forward finds the last token by ``config.pad_token_id``: it takes the
+last one that is another, whatever the mask says. Rows are therefore padded with exactly that id, and an id that ends
+responses makes a poor one: the score is then read before it.
+"""
+
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lit_isdpo.policy.generation import autocast
+from lit_isdpo.policy.loading import (
+    DTYPES,
+    ModelSource,
+    PolicyConfig,
+    enable_gradient_checkpointing,
+    load_causal_lm,
+    read_config,
+    why_not_loaded,
+    without_dropout,
+)
+from lit_isdpo.types import InputError, TokenBatch
+
+HEAD = "score"  # what transformers calls the head of every decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which model a reward model is made of, and in which numerics it is trained; its weights are fp32.
+
+    Args:
+        path: folder or hub id of a causal language model, whose decoder gets a new head, or of a
+            sequence-classification model with one label, which goes on with its own; ``lab:posts`` for the embedded
+            language model.
+        revision: branch, tag or commit of a hub id.
+        compute_dtype: of the matrix products in the decoder (autocast). The head and the loss are fp32 always.
+        attn_implementation: transformers' name of the attention kernel.
+        gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    path: str = "lab:posts"
+    revision: str | None = None
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class ScoreModel(nn.Module):
+    """Wraps a sequence-classification model with one label; ``forward`` goes from token ids to scores.
+
+    Args:
+        model: its configuration has a padding id.
+        compute_dtype: autocast dtype of the decoder.
+    """
+
+    adapter = None  # reward models are trained whole
+
+    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        assert pad_token_id(model.config) is not None
+        self.model = model
+        self.compute_dtype = compute_dtype
+        # Decoders keep a cache that nobody reads; encoders do not know the word.
+        self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        if isinstance(head := getattr(model, HEAD, None), nn.Linear):
+            head.register_forward_hook(_in_fp32)
+
+    def forward(self, tokens: TokenBatch) -> Tensor:
+        """Scores ``(R,)`` in fp32, one a row of the plain layout."""
+        mask = tokens.attention_mask
+        input_ids = tokens.input_ids.masked_fill(~mask, pad_token_id(self.model.config))
+        with autocast(input_ids.device, self.compute_dtype):
+            logits: Tensor = self.model(input_ids=input_ids, attention_mask=mask, **self._options).logits
+        return logits.float().squeeze(dim=1)
+
+
+def pad_token_id(config: PretrainedConfig) -> Any:
+    """The id by which a sequence-classification model tells padding, or ``None``."""
+    return config.get_text_config().pad_token_id
+
+
+def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.path") -> PreTrainedModel:
+    """Loads what ``backbone`` names, on the CPU, without dropout; a language model gets a new head.
+
+    The head's weights are drawn from N(0, 1 / (hidden size + 1)) (arXiv 2009.01325, appendix B.1).
+
+    Raises:
+        InputError: no such model, or one that no reward model can be made of.
+    """
+    model: PreTrainedModel
+    if is_score_model(read_config(backbone, option=option)):
+        model = load_sequence_classifier(backbone, attn_implementation=backbone.attn_implementation, option=option)
+        without_dropout(model.config)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if backbone.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        return model
+    language_model = load_causal_lm(
+        PolicyConfig(
+            path=backbone.path,
+            revision=backbone.revision,
+            attn_implementation=backbone.attn_implementation,
+            gradient_checkpointing=backbone.gradient_checkpointing,
+            trust_remote_code=backbone.trust_remote_code,
+        ),
+        option=option,
+    )
+    config = language_model.config
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):  # its weights are replaced, all of them
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"{option}: transformers has no sequence-classification model of type {config.model_type!r}."
+        ) from error
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise InputError(f"{option}: {type(model).__name__} has no linear head named {HEAD!r}, which is not supported.")
+    hidden_size = config.get_text_config().hidden_size
+    setattr(model, model.base_model_prefix, language_model.base_model)
+    head = nn.Linear(hidden_size, 1, bias=False)
+    nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
+    setattr(model, HEAD, head)
+    if left := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise InputError(f"{option}: {type(model).__name__} has more than a decoder and a head ({left[0]}).")
+    model.eval()
+    return model
+
+
+def is_score_model(config: PretrainedConfig) -> bool:
+    """Whether a folder says that it holds a sequence-classification model."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def read_score_config(source: ModelSource, *, option: str) -> PretrainedConfig:
+    """Reads the configuration of a model that scores.
+
+    Raises:
+        InputError: no such model, a language model without a head for scores, or one with several labels.
+    """
+    config = read_config(source, option=option)
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in (config.architectures or []):
+        raise InputError(
+            f"{option}: {source.path!r} is a causal language model without a head for scores; train a reward model "
+            "from it with configs/reward.yaml, or name one."
+        )
+    if type(config) not in AutoModelForSequenceClassification._model_mapping and not source.trust_remote_code:
+        raise InputError(
+            f"{option}: {source.path!r} is a {config.model_type!r} model, which AutoModelForSequenceClassification "
+            "cannot load."
+        )
+    if config.num_labels != 1:
+        raise InputError(f"{option}: {source.path!r} gives {config.num_labels} numbers; a reward model gives one.")
+    return config
+
+
+def load_sequence_classifier(
+    source: ModelSource, *, attn_implementation: str = "sdpa", dtype: str = "float32", option: str
+) -> PreTrainedModel:
+    """Loads a model that scores, on the CPU, head and all.
+
+    Raises:
+        InputError: as ``read_score_config``, and where weights are missing or do not fit.
+    """
+    config = read_score_config(source, option=option)
+    try:
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            source.path,
+            config=config,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(why_not_loaded(source, option, error)) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{option}: {source.path!r} has no weights for {missing[0]}: it is not a reward model.")
+    assert isinstance(model, PreTrainedModel)
+    model.eval()
+    return model
+
+
+def choose_pad_token_id(candidates: Sequence[int | None], terminators: Collection[int]) -> int | None:
+    """The first candidate that ends no response, or ``None``.
+
+    >>> choose_pad_token_id([None, 2, 0], terminators={2})
+    0
+    """
+    return next((token for token in candidates if token is not None and token not in terminators), None)
+
+
+def _in_fp32(head: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The head's output once more in fp32: bfloat16's 8 bits would blur the difference of two rewards."""
+    with torch.autocast(output.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return linear(arguments[0].float(), head.weight.float(), bias)

@@ -1,0 +1,140 @@
+"""A reward model, trained on the same pairs: what to optimize a policy against, or to judge it by."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_isdpo.data.tokenization import terminator_ids
+from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
+from lit_isdpo.policy.loading import DTYPES, load_config, read_config
+from lit_isdpo.policy.reward_model import (
+    BackboneConfig,
+    ScoreModel,
+    choose_pad_token_id,
+    is_score_model,
+    load_score_model,
+    pad_token_id,
+    read_score_config,
+)
+from lit_isdpo.training.language import LanguageModule, Schedule, adamw
+from lit_isdpo.types import InputError, PreferenceBatch
+
+REWARD_WEIGHTS_PREFIX = "reward_model.model."  # of the model's tensors in a checkpoint
+
+
+class RewardModule(LanguageModule):
+    """A reward model in training, by Bradley-Terry: mean over pairs of ``-log sigmoid(r_w - r_l - margin)``.
+
+    Where the data has weights of its own, each multiplies all of its pair's loss. Nothing can be sampled from a reward
+    model, so the probe leaves it alone and ``predict`` refuses it.
+
+    Args:
+        backbone: the model that it begins with.
+        centering: factor of ``(r_w + r_l)^2``, which keeps rewards around 0 (arXiv 2312.09244 has 0.01); at least 0.
+        optimizer: makes the optimizer from the model's parameters.
+        schedule: of the learning rate.
+    """
+
+    reward_model: ScoreModel
+
+    def __init__(
+        self,
+        backbone: BackboneConfig = BackboneConfig(),
+        centering: float = 0.0,
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule = Schedule(),
+    ) -> None:
+        if not 0 <= centering < float("inf"):
+            raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
+        option = "model.backbone.path"
+        config = read_config(backbone, option=option)
+        self.has_own_head = is_score_model(config)
+        config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
+        super().__init__(backbone, config.get_text_config(), optimizer, schedule)
+        self.backbone = backbone
+        self.centering = centering
+        self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
+        self.train_metrics = RewardMetrics()
+        self.val_metrics = RewardMetrics()
+        self.test_metrics = RewardMetrics()
+
+    def _pad_token_id(self, configured: int | None) -> int:
+        """The id that fills rows: with a head of its own the model's, else one that no response ends with."""
+        if self.has_own_head and configured is not None:
+            return configured
+        tokenizer, terminators = self.tokenizer, terminator_ids(self.tokenizer)
+        others = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+        chosen = choose_pad_token_id([configured, *others], terminators)
+        if chosen is None:
+            rank_zero_info(
+                f"The tokenizer of {self.source.path!r} has no padding token but EOS, so rewards are read at the token "
+                "before EOS, and a response that ended is told from one that was cut by its text alone."
+            )
+        return terminators[0] if chosen is None else chosen
+
+    @property
+    def network(self) -> ScoreModel:
+        """The reward model."""
+        return self.reward_model
+
+    @property
+    def tensors_option(self) -> str:
+        """What decides which tensors a checkpoint must have."""
+        return "model.backbone.path"
+
+    @property
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """Bradley-Terry."""
+        return "Bradley-Terry", {"centering": self.centering}
+
+    def configure_model(self) -> None:
+        """Loads the model; Lightning calls this once for each of fit, validate and test."""
+        if not hasattr(self, "reward_model"):
+            model = load_score_model(self.backbone)
+            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+            self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
+            self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
+        return self._update(self.train_metrics, batch).mean()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Adds a batch to the sums of the validation."""
+        self._update(self.val_metrics, batch)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Adds a batch to the sums of the test."""
+        self._update(self.test_metrics, batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the accumulation window once, as a whole."""
+        values = self._log("train", self.train_metrics)
+        self.log("loss", values["loss"], prog_bar=True, logger=False)
+        self.log("accuracy", values["rewards/accuracies"], prog_bar=True, logger=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation set's values."""
+        self._log("val", self.val_metrics)
+        self.log_step()
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test set's values."""
+        self._log("test", self.test_metrics)
+
+    def _update(self, metrics: RewardMetrics, batch: PreferenceBatch) -> Tensor:
+        """Weighted losses of the batch, ``(B,)``, which are added to the sums."""
+        chosen, rejected = self.reward_model(batch.tokens).chunk(2)
+        losses = bradley_terry_losses(chosen, rejected, batch.margins, centering=self.centering)
+        losses = batch.pair_weights * losses
+        metrics.update(losses, chosen, rejected, batch.row_ids >= 0)
+        return losses
+
+    def _log(self, stage: str, metrics: RewardMetrics) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = metrics.compute()
+        metrics.reset()
+        self.log_dict({f"{stage}/{key}": value for key, value in values.items()})
+        return values

@@ -177,9 +177,9 @@ class Judge:
                 answers.add(key, requests[key], endpoint.ask(requests[key]))
 
         console = Console(stderr=True)
-        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="judge")
         with (
             self._endpoint as endpoint,
+            ThreadPoolExecutor(self._concurrency, thread_name_prefix="judge") as pool,
             Progress(console=console, transient=True, disable=not (console.is_terminal and _is_rank_zero())) as bar,
         ):
             try:
@@ -198,8 +198,7 @@ class Judge:
                     else:
                         in_touch, in_a_row = True, 0
             finally:
-                endpoint.stop()
-                pool.shutdown(cancel_futures=True)
+                endpoint.stop()  # else the pool would ask all the rest before it ends
         if unanswered:
             logger.warning(
                 "judge: %d of %d questions stay without an answer: %s", len(unanswered), len(requests), unanswered[-1]

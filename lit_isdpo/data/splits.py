@@ -162,9 +162,20 @@ class Splits:
         source, row, raw = self._find(split, row_id)
         return read_prompt(raw[row], source.format, self.row_type.kind)
 
+    def first_rows(self, split: Split) -> list[int]:
+        """The id of the first row of each source that the split has rows of."""
+        ends = list(accumulate(source.lines for source in self.counts[self._read_as(split)]))
+        positions = self.rows[split].positions.tolist()
+        firsts = {bisect_right(ends, row_id): row_id for row_id in reversed(positions)}
+        return sorted(firsts.values())
+
+    def _read_as(self, split: Split) -> Split:
+        """The split that its rows were read with, which is that of training where they were held out."""
+        return split if split in self._raw else "train"
+
     def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, Any]:
         """The source of a row, the row's place in it, and the source's rows."""
-        read_as: Split = split if split in self._raw else "train"  # held out
+        read_as = self._read_as(split)
         ends = list(accumulate(source.lines for source in self.counts[read_as]))
         number = bisect_right(ends, row_id)
         return self.counts[read_as][number], self.rows[split].table[row_id]["row"], self._raw[read_as][number]

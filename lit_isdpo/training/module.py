@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import OptimizerCallable
 
-from lit_isdpo.data.collation import batch_prompts, collate_prompts
+from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
-from lit_isdpo.policy.generation import sample_responses
+from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.training.language import LanguageModule, Schedule, adamw
-from lit_isdpo.types import InputError, PreferenceBatch, PromptBatch, SFTBatch
+from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
 WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
 BASE_KEY = "base_fingerprint"  # of a checkpoint that holds an adapter alone
@@ -23,33 +23,50 @@ class Sampling:
     """How ``predict`` samples responses; the probe's KL has its own, fixed at temperature 1 and top-p 1.
 
     Args:
+        num_responses: to each row's prompt, drawn independently; rows with the same prompt get their own.
         max_new_tokens: longer responses are cut.
         temperature: divides the logits, above 0.
         top_p: nucleus, above 0 and at most 1.
         seed: the responses are a function of it, the weights and the batch size.
     """
 
+    num_responses: int = 1
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_responses < 1:
+            raise InputError(f"sampling.num_responses must be at least 1, not {self.num_responses}.")
         if self.max_new_tokens < 1:
             raise InputError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if not self.temperature > 0:
             raise InputError(f"sampling.temperature must be above 0, not {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"sampling.top_p must be above 0 and at most 1, not {self.top_p}.")
+        if not 0 <= self.seed < 10**9:
+            raise InputError(f"sampling.seed must be at least 0 and less than 10^9, not {self.seed}.")
 
 
 class Prediction(NamedTuple):
-    """A sampled response, as ``predict`` writes it."""
+    """A sampled response.
+
+    Attributes:
+        row_id: the row whose prompt it answers.
+        prompt: as text, without special tokens.
+        response: likewise.
+        finished: false where the token limit cut it.
+        prompt_ids: the prompt's tokens.
+        token_ids: its own, EOS included where it is finished.
+    """
 
     row_id: int
     prompt: str
     response: str
     finished: bool
+    prompt_ids: list[int]
+    token_ids: list[int]
 
 
 class PolicyModule(LanguageModule, ABC):
@@ -139,24 +156,31 @@ class PolicyModule(LanguageModule, ABC):
         return pad_token_id(self.tokenizer)
 
     def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
-        """Samples one response to each prompt of the batch; the batch's own responses are not looked at."""
-        prompts = batch_prompts(batch)
-        padded = collate_prompts([prompt for _, prompt in prompts], pad_token_id=self.pad_token_id)
-        responses = sample_responses(
-            self.policy.model,
-            PromptBatch(*(field.to(self.device) for field in padded)),
+        """Samples responses to each prompt of the batch; the batch's own responses are not looked at."""
+        prompts = [(row_id, prompt) for row_id, prompt in batch_prompts(batch) if row_id >= 0]
+        responses = sample_many(
+            self.policy,
+            [prompt for _, prompt in prompts],
+            num_responses=self.sampling.num_responses,
             max_new_tokens=self.sampling.max_new_tokens,
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
+            batch_size=max(1, len(prompts)),  # so that memory does not grow with the number of responses
+            seed=self.sampling.seed * 100_003 + batch_idx * self.trainer.world_size + self.global_rank,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
-            seed=self.sampling.seed * 100_003 + batch_idx * self.trainer.world_size + self.global_rank,
-            compute_dtype=self.policy.compute_dtype,
         )
         return [
-            Prediction(row_id, self._decode(prompt), self._decode(response.token_ids), response.finished)
-            for (row_id, prompt), response in zip(prompts, responses, strict=True)
-            if row_id >= 0
+            Prediction(
+                row_id,
+                self._decode(prompt),
+                self._decode(response.token_ids),
+                response.finished,
+                prompt,
+                response.token_ids,
+            )
+            for (row_id, prompt), drawn in zip(prompts, responses, strict=True)
+            for response in drawn
         ]
 
     def _decode(self, token_ids: list[int]) -> str:

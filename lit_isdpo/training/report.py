@@ -41,6 +41,7 @@ ROWS = (
 )
 """Label, log key and format of the table's rows; a key that a run does not log has no row."""
 SHOWN = ("beta", "epsilon")  # beside method, learning rate and seed
+WRITTEN = ("row_id", "prompt", "response", "finished")  # of a prediction, whose first fields they are
 
 
 class RunReport(Callback):
@@ -131,7 +132,7 @@ class PredictionWriter(BasePredictionWriter):
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = run_dir(trainer) / f"predictions{rank}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [prediction._asdict() for batch in predictions for prediction in batch]
+        rows = [dict(zip(WRITTEN, prediction, strict=False)) for batch in predictions for prediction in batch]
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         rank_zero_info(f"Wrote {len(rows)} responses to {file}")
 
@@ -152,7 +153,7 @@ def write_model_folder(module: LanguageModule, folder: Path) -> None:
     """Saves everything of a Hugging Face folder but the weights."""
     model = module.network.model
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # a reward model has none
         model.generation_config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
     if module.network.adapter is not None:

@@ -145,6 +145,8 @@ def test_a_prompt_is_read_again_as_its_source_has_it(make, tmp_path, folder, wri
     assert found["\n\nHuman: 2 + 2?\n\nAssistant:"] == turns[:1]
     assert all(found[name] == name for name in ("a", "d", "000", "021"))
     assert len(found) == 3 + 1 + 1 + 22
+    firsts = [data.splits.prompt("train", row_id) for row_id in data.splits.first_rows("train")]
+    assert [type(prompt) for prompt in firsts] == [str, str, list, str], "one a source"
     demonstrations = make(SFTDataModule, val=chats)
     demonstrations.setup("validate")
     assert demonstrations.prompts("val", 1)[0].source == turns[:1]

@@ -1,0 +1,151 @@
+"""Turns what ``predict`` samples into preference pairs, labelled by a reward."""
+
+import json
+from collections import Counter
+from itertools import groupby
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_isdpo.data.pairing import Pairing
+from lit_isdpo.evaluation.labelling import LabelledPair, Labeller, SampledRow, sampled_logps, to_rows
+from lit_isdpo.evaluation.rewards import Reward
+from lit_isdpo.training.checkpoints import run_dir
+from lit_isdpo.training.module import PolicyModule, Prediction
+from lit_isdpo.types import InputError, Response
+
+FILE = "pairs.jsonl"
+
+
+class PreferenceLabels(Callback):
+    """Writes ``pairs.jsonl`` into the run's folder: pairs that ``--data.train`` takes, of all ranks in one file.
+
+    Each row of ``data.predict_split`` gets ``model.sampling.num_responses`` responses, which ``reward`` scores. The
+    pairs hold the log-probs of the distribution that was sampled, temperature and nucleus included; train on them with
+    ``--model.mu data``. What is left out is counted and printed.
+
+    Args:
+        reward: scores the responses; without one nothing is labelled.
+        pairing: which responses to a prompt become pairs: best_worst, best_random (the best with a worse one that a
+            hash of the texts picks), or all pairs; responses with the same score make none.
+        noise_temperature: the response with the higher score is the chosen one with probability
+            ``sigmoid(difference / noise_temperature)``, as in Bradley-Terry; 0 makes it that always.
+        seed: of that noise.
+
+    Raises:
+        InputError: an argument is out of range, or has no effect without a reward.
+    """
+
+    def __init__(
+        self,
+        reward: Reward | None = None,
+        pairing: Pairing = "best_worst",
+        noise_temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if pairing not in get_args(Pairing):
+            raise InputError(f"labels.pairing: no pairing {pairing!r}; known: {', '.join(get_args(Pairing))}.")
+        if not 0 <= noise_temperature < float("inf"):
+            raise InputError(f"labels.noise_temperature must be a number of at least 0, not {noise_temperature}.")
+        if reward is None and (pairing, noise_temperature, seed) != ("best_worst", 0.0, 0):
+            raise InputError("labels: without labels.reward nothing is labelled; name one, or leave the others out.")
+        if seed and noise_temperature == 0:
+            raise InputError("labels.seed is that of the noise, and labels.noise_temperature 0 makes none.")
+        self.reward = reward
+        self.pairing = pairing
+        self.noise_temperature = noise_temperature
+        self.seed = seed
+        self._labeller: Labeller | None = None
+        self._pairs: list[tuple[int, LabelledPair]] = []
+        self._counts: Counter[str] = Counter()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes ready.
+
+        Raises:
+            InputError: the prompts of some sources are text and those of others conversations.
+        """
+        if self.reward is None:
+            return
+        assert isinstance(pl_module, PolicyModule)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        split = datamodule.split_to_predict
+        kinds = {type(datamodule.splits.prompt(split, row_id)) for row_id in datamodule.splits.first_rows(split)}
+        if len(kinds) > 1:
+            raise InputError(
+                f"data.{split} mixes sources whose prompts are text with others whose prompts are conversations, which "
+                "one file of pairs cannot hold; label them one after the other."
+            )
+        self._pairs, self._counts = [], Counter()
+        self._labeller = Labeller(
+            reward=self.reward,
+            tokenizer=pl_module.tokenizer,
+            pairing=self.pairing,
+            noise_temperature=self.noise_temperature,
+            seed=self.seed,
+            max_length=datamodule.max_length,
+            chat_template=datamodule.chat_template,
+        )
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: list[Prediction],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Labels the responses to the prompts of a batch."""
+        if self._labeller is None:
+            return
+        assert isinstance(pl_module, PolicyModule)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        rows = []
+        for row_id, predictions in groupby(outputs, key=lambda prediction: prediction.row_id):
+            of_row = list(predictions)
+            responses = [Response(prediction.token_ids, prediction.finished) for prediction in of_row]
+            prompt = datamodule.splits.prompt(datamodule.split_to_predict, row_id)
+            rows.append(SampledRow(row_id, prompt, of_row[0].prompt_ids, responses))
+        preferences, left_out = self._labeller(rows)
+        both = [pair.chosen for pair in preferences] + [pair.rejected for pair in preferences]
+        logps = sampled_logps(
+            pl_module.policy,
+            [pair.row.prompt_ids for pair in preferences] * 2,
+            [response.token_ids for response in both],
+            temperature=pl_module.sampling.temperature,
+            top_p=pl_module.sampling.top_p,
+            pad_token_id=pl_module.pad_token_id,
+            batch_size=datamodule.eval_batch_size or datamodule.rows_per_forward,
+        )
+        row_ids = [pair.row.row_id for pair in preferences]
+        self._pairs += zip(row_ids, to_rows(preferences, logps), strict=True)
+        self._counts += left_out
+        self._counts.update(rows=len(rows), responses=len(outputs))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the pairs of all ranks in the order of the rows, and says what was left out.
+
+        Raises:
+            InputError: no pair came out.
+        """
+        if self._labeller is None:
+            return
+        parts = [(self._pairs, self._counts)] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(parts, (self._pairs, self._counts))
+        # Sorting keeps the order of a row's own pairs.
+        pairs = [pair for _, pair in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]
+        counts = sum((count for _, count in parts), Counter())
+        num_rows, num_responses = counts.pop("rows", 0), counts.pop("responses", 0)
+        why = "".join(f", {number:,} {reason}" for reason, number in counts.most_common())
+        made = f"{num_responses:,} responses to {num_rows:,} rows{why}"
+        if not pairs:
+            raise InputError(f"labels: no pair came out of {made}.")
+        file = run_dir(trainer) / FILE
+        if trainer.is_global_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        rank_zero_info(f"Wrote {len(pairs):,} pairs to {file}, labelled by {self._labeller.reward.identity}: {made}")

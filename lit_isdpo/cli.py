@@ -22,6 +22,7 @@ from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextD
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.export import export
+from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
@@ -58,6 +59,7 @@ class IsdpoCLI(LightningCLI):
             {"model": {"class_path": _path(PreferenceModule)}, "data": {"class_path": _path(PreferenceDataModule)}}
         )
         parser.add_lightning_class_args(SamplingProbe, "probe")
+        parser.add_lightning_class_args(PreferenceLabels, "labels")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
 
@@ -116,6 +118,9 @@ def check(verb: str, config: Namespace) -> None:
         raise InputError("trainer.default_root_dir: name a folder for the runs.")
     if verb == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
         raise InputError("trainer: set max_epochs or max_steps, so that the fit ends.")
+    single = config.model.init_args.get("sampling.num_responses", 1) < 2
+    if verb == "predict" and config.labels.reward is not None and single:
+        raise InputError("labels.reward: a pair needs two responses; set model.sampling.num_responses to 2 or more.")
     ckpt_path = config.get("ckpt_path")
     if ckpt_path and not Path(ckpt_path).exists():
         raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")

@@ -21,6 +21,7 @@ from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.module import PolicyModule
@@ -59,9 +60,17 @@ class IsdpoCLI(LightningCLI):
             {"model": {"class_path": _path(PreferenceModule)}, "data": {"class_path": _path(PreferenceDataModule)}}
         )
         parser.add_lightning_class_args(SamplingProbe, "probe")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(PreferenceLabels, "labels")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Leaves the printing of what ``test`` measures to Evaluation, unless the user asks Lightning for its table."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.set_defaults(verbose=False)
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override the config: here the config is the one truth."""
@@ -77,6 +86,8 @@ class IsdpoCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.data.init_args.get("seed") is None:
             config.data.init_args.seed = int(config.seed_everything)
+        if config.evaluation.folder is None:  # not in the run's own folder: other runs go on with what is there
+            config.evaluation.folder = str(Path(config.trainer.default_root_dir) / "evaluations")
         root = Path(config.trainer.default_root_dir) / "lab"
         _resolve_lab(config.model.init_args, root, default="reference")
         _resolve_lab(config.data.init_args, root, default="pairs")

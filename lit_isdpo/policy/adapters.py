@@ -185,6 +185,12 @@ class Adapter:
             ) from error
         return merged
 
+    def unload(self) -> PreTrainedModel:
+        """Takes the adapter out and returns the plain base; there is no adapter any more."""
+        tuner: Any = self._peft_model.base_model
+        base: PreTrainedModel = tuner.unload()
+        return base
+
     def save(self, folder: Path) -> None:
         """Writes PEFT's two files, which ``PeftModel.from_pretrained`` reads."""
         self._peft_model.save_pretrained(str(folder), save_embedding_layers=False)  # else it would ask the hub

@@ -1,34 +1,33 @@
 """Samples the policy at every validation: KL to the reference, gold reward, win rate, and text to read."""
 
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.evaluation.probe import ProbeValues, SampledText, run_probe, summarize
-from lit_isdpo.evaluation.rewards import LabReward, Reward
+from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.lab.enumeration import ResponseDistribution
 from lit_isdpo.lab.exact import ExactEvaluation
-from lit_isdpo.lab.folder import exact_evaluation_for
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
+from lit_isdpo.training.ground_truth import find_exact, find_gold_reward
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.types import InputError
 
 
 class SamplingProbe(Callback):
-    """Logs ``{val,test}/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
+    """Logs ``val/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
 
     The same seed serves every validation: differences between two steps are then less noisy than either value. On tasks
     of the lab whose responses can be enumerated, ``exact/*`` is logged too: sums over all of them, for every prompt of
     the task.
 
     Args:
-        num_prompts: distinct prompts of the validation (or test) set, over all ranks; 0 switches the probe off.
+        num_prompts: distinct prompts of the validation set, over all ranks; 0 switches the probe off.
         max_new_tokens: longer responses are cut. Part of what the KL means: keep it the same in runs you compare.
         num_responses: to each prompt. Standard errors are over prompts, of each prompt's mean.
         batch_size: responses sampled at a time on one rank.
@@ -67,22 +66,17 @@ class SamplingProbe(Callback):
         self._ref_rewards: Tensor | None = None
         self._exact: ExactEvaluation | None = None
         self._ref_responses: ResponseDistribution | None = None
-        self._prepared_for: str | None = None
+        self._prepared = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
-        if not trainer.sanity_checking:
-            self._probe(trainer, pl_module, "val")
+        if isinstance(pl_module, PolicyModule) and not trainer.sanity_checking:  # a reward model writes nothing
+            self._probe(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probes on prompts of the test set."""
-        self._probe(trainer, pl_module, "test")
-
-    def _probe(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        assert isinstance(module, PolicyModule)
-        if not self.num_prompts:
+    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self.num_prompts or not isinstance(module, PolicyModule):  # a reward model writes nothing
             return
-        of_all_ranks = trainer.datamodule.prompts(stage, self.num_prompts)  # type: ignore[attr-defined]
+        of_all_ranks = trainer.datamodule.prompts("val", self.num_prompts)  # type: ignore[attr-defined]
         if len(of_all_ranks) < trainer.world_size:
             raise InputError(
                 f"probe.num_prompts: {len(of_all_ranks)} distinct prompts are too few for {trainer.world_size} ranks; "
@@ -90,11 +84,14 @@ class SamplingProbe(Callback):
             )
         prompts = of_all_ranks[trainer.global_rank :: trainer.world_size]
         reference = module.reference
-        if self._prepared_for != stage:
-            self._prepared_for = stage
-            self.reward = self._find_reward(trainer, stage, prompts[0].text)
-            self._exact = self._find_exact(
-                trainer, stage, module.policy, [prompt.prompt_ids for prompt in of_all_ranks]
+        if not self._prepared:
+            self._prepared = True
+            self.reward = find_gold_reward(trainer.datamodule, "val", prompts[0].text)  # type: ignore[attr-defined]
+            self._exact = find_exact(
+                trainer.datamodule,  # type: ignore[attr-defined]
+                "val",
+                module.policy,
+                [prompt.prompt_ids for prompt in of_all_ranks],
             )
             self._ref_rewards = self._ref_responses = None
             if reference is not None:
@@ -105,11 +102,11 @@ class SamplingProbe(Callback):
                 self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
         values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed)
         self.samples = values.texts
-        module.log_dict({f"{stage}/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
+        module.log_dict({f"val/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
         if self._exact is not None:  # on every rank alike
             exact = self._exact(self._exact.enumerate(module.policy), self._ref_responses)
-            module.log_dict({f"{stage}/exact/{key}": value for key, value in exact.items()})
-        self._log_texts(trainer, stage)
+            module.log_dict({f"val/exact/{key}": value for key, value in exact.items()})
+        log_texts(trainer, "val", self.samples[: self.num_shown])
 
     def _draw(
         self,
@@ -138,43 +135,17 @@ class SamplingProbe(Callback):
         )
         return values if trainer.world_size == 1 else _gather(values, trainer.world_size)
 
-    def _find_reward(self, trainer: Trainer, stage: str, prompt: str) -> Reward | None:
-        folders = trainer.datamodule.source_folders(stage)  # type: ignore[attr-defined]
-        rewards = [LabReward.for_folder(folder) for folder in folders]
-        if rewards and rewards[0] is not None and all(reward is not None for reward in rewards):
-            # Truncation or a chat template may have changed a prompt into one that it cannot read.
-            with suppress(InputError):
-                rewards[0]([prompt], [""], [True])
-                return rewards[0]
-        rank_zero_info(
-            f"The {stage} prompts are not the lab's as they were written, so no gold reward is known for them: "
-            "gold_reward and win_rate are not logged; KL and samples are."
-        )
-        return None
 
-    def _find_exact(
-        self, trainer: Trainer, stage: str, policy: LogProbModel, prompts: list[list[int]]
-    ) -> ExactEvaluation | None:
-        found = [exact_evaluation_for(folder) for folder in trainer.datamodule.source_folders(stage)]  # type: ignore[attr-defined]
-        if len(found) != 1 or found[0] is None:
-            return None
-        if not found[0].applies_to(policy, prompts):
-            rank_zero_info(
-                f"The {stage} prompts, or the model's vocabulary, are not those of the lab's task: no exact values are "
-                "logged."
-            )
-            return None
-        return found[0]
-
-    def _log_texts(self, trainer: Trainer, stage: str) -> None:
-        rows = [
-            f"| {_cell(text.prompt)} | {_cell(text.response)} | {'' if text.reward is None else f'{text.reward:.2f}'} |"
-            for text in self.samples[: self.num_shown]
-        ]
-        table = "\n".join(["| prompt | response | reward |", "|---|---|---|", *rows])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"{stage}/samples", table, trainer.global_step)
+def log_texts(trainer: Trainer, stage: str, texts: Sequence[SampledText]) -> None:
+    """Writes responses to TensorBoard's text tab."""
+    rows = [
+        f"| {_cell(text.prompt)} | {_cell(text.response)} | {'' if text.reward is None else f'{text.reward:.2f}'} |"
+        for text in texts
+    ]
+    table = "\n".join(["| prompt | response | reward |", "|---|---|---|", *rows])
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(f"{stage}/samples", table, trainer.global_step)
 
 
 def _cell(text: str) -> str:

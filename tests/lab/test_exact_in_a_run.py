@@ -20,7 +20,7 @@ KEYS = (
 def options(toy: Design, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     environment = Enumerable(lambda: toy)
     monkeypatch.setattr(environment, "num_pairs", {"train": 64, "validation": 16, "test": 16}, raising=False)
-    monkeypatch.setattr(lab, "ENVIRONMENTS", {**lab.ENVIRONMENTS, "toy": environment})
+    monkeypatch.setitem(lab.ENVIRONMENTS, "toy", environment)
     return [
         "--data.train=lab:toy",
         "--data.batch_size=16",

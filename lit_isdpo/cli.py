@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs, and one of our own, export.
+"""The command line: LightningCLI's verbs, and two of our own, export and study.
 
 ``main`` serves ``python -m lit_isdpo``, the console script ``lit-isdpo`` and Python.
 """
@@ -20,23 +20,26 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.lab.folder import PREFIX, resolve
+from lit_isdpo.study.study import study
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
 from lit_isdpo.training.labels import PreferenceLabels
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
+from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.types import InputError
 
-MODULES = (PreferenceModule, SFTModule, PreferenceDataModule, SFTDataModule)  # imported, so known by their bare names
-OWN_VERBS = {"export": export}
+MODULES = (PreferenceModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
+OWN_VERBS = {"export": export, "study": study}
 DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
-configs/quickstart.yaml. Besides the subcommands below there is lit-isdpo export, which writes a checkpoint as a Hugging
-Face folder (lit-isdpo export --help)."""
+configs/quickstart.yaml. Besides the subcommands below there are lit-isdpo export, which writes a checkpoint as a
+Hugging Face folder, and lit-isdpo study, which compares methods over seeds (each with --help)."""
 
 
 class Parser(LightningArgumentParser):
@@ -92,6 +95,13 @@ class IsdpoCLI(LightningCLI):
         _resolve_lab(config.model.init_args, root, default="reference")
         _resolve_lab(config.data.init_args, root, default="pairs")
         super().instantiate_classes()
+
+    def before_predict(self) -> None:
+        """Refuses a model that does not write."""
+        if not isinstance(self.model, PolicyModule):
+            raise InputError(
+                "predict: responses are sampled from a policy, and model is a reward model; give it to an evaluation."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives each run a folder of its own, with TensorBoard and CSV logs unless the config names other loggers."""
@@ -153,7 +163,7 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_cli(OWN_VERBS[arguments[0]], args=arguments[1:], prog=f"lit-isdpo {arguments[0]}", as_positional=False)
             return
         IsdpoCLI(
-            PolicyModule,
+            LanguageModule,
             TextDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,

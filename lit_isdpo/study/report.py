@@ -1,0 +1,207 @@
+"""The study's folder: two tables, the pictures, and a report that says in words what the numbers say."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lit_isdpo import __version__
+from lit_isdpo.study import figures
+from lit_isdpo.study.plan import Run
+from lit_isdpo.study.results import KL_BUDGETS, against_baseline, fit_gao, groups, interval, read_runs
+
+COLUMNS = {
+    "gold_peak": "peak gold",
+    "gold_final": "final gold",
+    "gold_lost": "lost",
+    "gold_low": "low, 2nd half",
+    "peak_progress": "peak at",
+    "kl": "final KL",
+    "win_rate": "final win rate",
+    "weight": "final weight",
+    "ess": "final ESS",
+}
+READING = """Gold reward is the task's true reward; *peak* is the best of a run's checkpoints, *final* its last; *lost*
+is peak minus final, the over-optimization; *peak at* is the share of the training at which the peak was; KL(policy,
+reference) is in nats a response; weight and ESS (as a share of the pairs) are those of held-out pairs. Values are
+means ± 95 % Student-t half widths over the seeds."""
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    notes: str,
+    runs: Sequence[Run],
+    num_planned: int,
+    root: Path,
+    baseline: str | None,
+    highlight: Sequence[str],
+) -> None:
+    """Writes ``results.csv``, ``history.csv``, the pictures and ``report.md``.
+
+    Args:
+        folder: is made if it is not there.
+        title: of the report.
+        notes: Markdown under the title.
+        runs: those that are done.
+        num_planned: how many the study has.
+        root: the folder of runs.
+        baseline: what the other methods are compared with.
+        highlight: methods that have a colour.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    history, summary = read_runs(runs, root)
+    history.to_csv(folder / "history.csv", index=False)
+    summary.to_csv(folder / "results.csv", index=False)
+    settings = list(dict.fromkeys(key for run in runs for key in run.settings))
+    color = figures.colors([method for method in highlight if method in set(summary["method"])])
+    seeds = summary["seed"].nunique()
+    lines = [f"# {title}", "", *([notes.strip(), ""] if notes.strip() else [])]
+    lines.append(
+        f"{len(runs)} of {num_planned} runs, {seeds} seed{'s' if seeds > 1 else ''}, lit_isdpo {__version__}. {READING}"
+    )
+    for design in summary["design"].unique():
+        here, of_runs = history[history["design"] == design], summary[summary["design"] == design]
+        varied = [key for key in settings if of_runs[key].nunique() > 1]
+        lines += ["", f"## {design}", "", *_words(of_runs, here, varied, baseline), ""]
+        for name, figure in _pictures(here, of_runs, varied, color):
+            file = f"{''.join(c if c.isalnum() else '_' for c in design)}_{name}.png"
+            figure.savefig(folder / file, dpi=110)
+            plt.close(figure)
+            lines += [f"![{design}: {name.replace('_', ' ')}]({file})", ""]
+        lines += _table(of_runs, varied)
+        if baseline is not None:
+            lines += _differences(of_runs, here, varied, baseline)
+        lines += _budgets(of_runs, varied)
+        lines += _fits(here, varied)
+    (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _pictures(
+    history: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[str], color: dict[str, str]
+) -> list[tuple[str, Figure]]:
+    pictures = [("frontier", figures.draw_frontier(history, settings, color))]
+    if len(settings) < 2:
+        pictures.append(("training", figures.draw_training(history, settings, color)))
+        pictures.append(("over_optimization", figures.draw_over_optimization(summary, settings, color)))
+    else:
+        pictures.append(("final_gold", figures.draw_heat_map(summary, settings, "gold_final", "final gold reward")))
+        pictures.append(("final_kl", figures.draw_heat_map(summary, settings, "kl", "final KL, nats")))
+    if {"sampled_kl", "sampled_gold"} <= set(history) and not history["kl"].equals(history["sampled_kl"]):
+        pictures.append(("sampled_over_exact", figures.draw_sampled_over_exact(history, color)))
+    return pictures
+
+
+def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str], baseline: str | None) -> list[str]:
+    """What stands in the tables, as sentences: who ends best, who loses most, who differs from the baseline."""
+    means = summary.groupby(["method", *settings], sort=False, dropna=False)[
+        ["gold_peak", "gold_final", "gold_lost"]
+    ].mean()
+    best, peak, lost = means["gold_final"].idxmax(), means["gold_peak"].idxmax(), means["gold_lost"].idxmax()
+    sentences = [
+        f"- The reference has a gold reward of {summary['gold_start'].mean():.2f}. The best end is that of "
+        f"{_name(best)} ({means['gold_final'][best]:.2f}), the best peak that of {_name(peak)} "
+        f"({means['gold_peak'][peak]:.2f}); {_name(lost)} loses most between peak and end "
+        f"({means['gold_lost'][lost]:.2f})."
+    ]
+    if baseline is None:
+        return sentences
+    differences = against_baseline(summary, history, settings, baseline)
+    for direction, word in ((1, "above"), (-1, "below")):
+        found = []
+        for key, rows in differences.groupby(["method", *settings], sort=False, dropna=False):
+            mean, half = interval(rows["final"])
+            if direction * mean - half > 0:
+                found.append(f"{_name(key)} ({mean:+.2f} ± {half:.2f})")
+        if found:
+            sentences.append(
+                f"- Ends {word} {baseline} by more than the interval of the paired differences: {', '.join(found)}."
+            )
+    undecided = [
+        _name(key)
+        for key, rows in differences.groupby(["method", *settings], sort=False, dropna=False)
+        if not abs(interval(rows["final"])[0]) > interval(rows["final"])[1]
+    ]
+    if undecided:
+        sentences.append(f"- Not to be told from {baseline} by its end on these seeds: {', '.join(undecided)}.")
+    return sentences
+
+
+def _table(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
+    lines = _head(["method", *settings, "seeds", *COLUMNS.values()])
+    for key, rows in groups(summary, settings):
+        _, *identity = key
+        lines.append(_row([*identity, len(rows), *(_pm(rows[column].tolist()) for column in COLUMNS)]))
+    return [*lines, ""]
+
+
+def _differences(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str], baseline: str) -> list[str]:
+    differences = against_baseline(summary, history, settings, baseline)
+    if differences.empty:
+        return []
+    lines = [
+        f"Differences to {baseline}, paired over seeds. *At equal KL*: the method's end against {baseline} stopped",
+        "where it first had that KL (only for the seeds on which it came so far; their number in brackets).",
+        "",
+        *_head(["method", *settings, "final gold", "peak gold", "final KL", "at equal KL"]),
+    ]
+    for key, rows in groups(differences, settings):
+        _, *identity = key
+        known = rows["equal_kl"].dropna().tolist()
+        equal = f"{_pm(known, signed=True)} ({len(known)})" if known else "-"
+        lines.append(_row([*identity, *(_pm(rows[c].tolist(), signed=True) for c in ("final", "peak", "kl")), equal]))
+    return [*lines, ""]
+
+
+def _budgets(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
+    lines = [
+        "Best gold reward of the checkpoints within a budget of KL, and its mean over the training.",
+        "",
+        *_head(["method", *settings, *(f"KL <= {budget:g}" for budget in KL_BUDGETS), "mean over training"]),
+    ]
+    for key, rows in groups(summary, settings):
+        _, *identity = key
+        columns = [*(f"gold_at_kl_{budget:g}" for budget in KL_BUDGETS), "gold_area"]
+        lines.append(_row([*identity, *(_pm(rows[column].tolist()) for column in columns)]))
+    return [*lines, ""]
+
+
+def _fits(history: pd.DataFrame, settings: Sequence[str]) -> list[str]:
+    lines = [
+        "Fits of R = d (alpha - beta log d), d = sqrt KL (arXiv 2210.10760), to all checkpoints of a method together;",
+        f"drawn above where they explain at least {figures.GOOD_FIT:.0%} of the variance.",
+        "",
+        *_head(["method", "alpha", "beta", "variance explained"]),
+    ]
+    for method, rows in history.groupby("method", sort=False):
+        start = rows.loc[rows["progress"] == 0, "gold"].mean()
+        fit = fit_gao(rows["kl"].tolist(), (rows["gold"] - start).tolist())
+        lines.append(_row([method, *("-" if math.isnan(value) else f"{value:.2f}" for value in fit)]))
+    return [*lines, ""]
+
+
+def _head(cells: Sequence[object]) -> list[str]:
+    return [_row(cells), "|" + "---|" * len(cells)]
+
+
+def _row(cells: Sequence[object]) -> str:
+    shown = ["-" if isinstance(cell, float) and math.isnan(cell) else str(cell) for cell in cells]
+    return f"| {' | '.join(shown)} |"
+
+
+def _pm(values: Sequence[float], signed: bool = False) -> str:
+    mean, half = interval(values)
+    if math.isnan(mean):
+        return "-"
+    number = f"{mean:+.2f}" if signed else f"{mean:.2f}"
+    return number if math.isnan(half) else f"{number} ± {half:.2f}"
+
+
+def _name(key: object) -> str:
+    method, *values = key if isinstance(key, tuple) else (key,)
+    known = [str(value) for value in values if not (isinstance(value, float) and math.isnan(value))]
+    return f"{method} ({', '.join(known)})" if known else str(method)

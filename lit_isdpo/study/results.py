@@ -1,0 +1,208 @@
+"""What runs logged, as tables: one row a validation, one row a run, one row a group of seeds."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lit_isdpo.study.plan import Run
+from lit_isdpo.types import InputError
+
+KL_BUDGETS = (0.5, 1.0, 2.0, 4.0)
+SOURCES = {
+    "gold": ("val/exact/gold_reward", "val/gold_reward"),
+    "kl": ("val/exact/kl", "val/kl/rao_blackwell"),
+    "win_rate": ("val/exact/win_rate", "val/win_rate"),
+    "weight": ("val/weights/mean",),
+    "ess": ("val/weights/ess",),
+    "support_mass": ("val/exact/support_mass",),
+    "loss": ("val/loss",),
+    "accuracy": ("val/rewards/accuracies",),
+    "length": ("val/exact/response_length", "val/response_length"),
+}
+"""Column of a study, and the log keys that it is taken from: exact values before sampled ones."""
+
+
+def read_log(folder: Path) -> pd.DataFrame:
+    """A run's log, one row an optimizer step, a column a log key; NaN where a key was not logged at a step.
+
+    Args:
+        folder: one ``version_N``, or the folder of several that are one run, cut off and resumed: what a later one
+            logged at a step counts.
+
+    Raises:
+        InputError: there is no ``metrics.csv``.
+    """
+    files = [folder / "metrics.csv"] if (folder / "metrics.csv").is_file() else folder.glob("version_*/metrics.csv")
+    in_order = sorted((file for file in files if file.stat().st_size), key=lambda file: file.stat().st_mtime)
+    if not in_order:
+        raise InputError(f"{str(folder)!r} holds no metrics.csv of a run.")
+    log = pd.concat([pd.read_csv(file) for file in in_order])
+    return log.groupby("step").last().drop(columns="epoch", errors="ignore")
+
+
+def validations(log: pd.DataFrame) -> pd.DataFrame:
+    """The validations of a log under the columns of ``SOURCES``, with ``step`` and ``progress``, 0 at the start to 1.
+
+    ``sampled_gold`` and ``sampled_kl``, with their standard errors, stand beside exact values.
+    """
+    rows = log[log["val/loss"].notna()] if "val/loss" in log else log.iloc[:0]
+    table = pd.DataFrame({"step": rows.index, "progress": rows.index / max(1, rows.index.max() if len(rows) else 1)})
+    for column, keys in SOURCES.items():
+        key = next((key for key in keys if key in rows), None)
+        table[column] = math.nan if key is None else rows[key].to_numpy()
+    for column, key in (("gold", "val/gold_reward"), ("kl", "val/kl/rao_blackwell")):
+        for suffix in ("", "_stderr"):
+            if f"{key}{suffix}" in rows:
+                table[f"sampled_{column}{suffix}"] = rows[f"{key}{suffix}"].to_numpy()
+    return table
+
+
+def summarize(history: pd.DataFrame) -> dict[str, float]:
+    """What a run came to: gold reward, where it peaked, and at which price in KL.
+
+    Args:
+        history: of one run, as :func:`validations` gives it.
+
+    Returns:
+        ``gold_{start,peak,final}``; ``gold_lost``, peak minus final: the over-optimization; ``gold_low``, the least
+        after half of the training; ``gold_area``, the mean over the training; ``gold_at_kl_B``, the best of the
+        checkpoints within B nats; ``peak_progress``, the share of the training at which gold peaked; ``kl_peak``; and
+        the final ``kl``, ``win_rate``, ``weight``, ``ess``, ``accuracy``, ``loss``, ``length`` and ``support_mass``.
+    """
+    gold, last, peak = history["gold"], history.iloc[-1], history["gold"].idxmax()
+    values = {
+        "gold_start": gold.iloc[0],
+        "gold_peak": gold[peak],
+        "gold_final": last["gold"],
+        "gold_lost": gold[peak] - last["gold"],
+        "gold_low": gold[history["progress"] >= 0.5].min(),
+        "gold_area": np.trapezoid(gold, history["progress"]),
+        "peak_progress": history["progress"][peak],
+        "kl_peak": history["kl"][peak],
+    }
+    for column in ("kl", "win_rate", "weight", "ess", "accuracy", "loss", "length", "support_mass"):
+        values[column] = last[column]
+    for budget in KL_BUDGETS:
+        values[f"gold_at_kl_{budget:g}"] = gold[history["kl"] <= budget].max()
+    return {key: float(value) for key, value in values.items()}
+
+
+def read_runs(runs: Sequence[Run], root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The validations of all runs, and a summary of each run.
+
+    Both tables begin with ``design``, ``method``, the settings of the grid (empty where a method is without one) and
+    ``seed``.
+    """
+    histories, summaries = [], []
+    for run in runs:
+        identity = {"design": run.design, "method": run.method, **run.settings, "seed": run.seed}
+        history = validations(read_log(root / run.folder))
+        histories.append(history.assign(**identity))
+        summaries.append({**identity, **summarize(history)})
+    columns = list(dict.fromkeys(key for run in runs for key in ("design", "method", *run.settings, "seed")))
+    columns = [*(key for key in columns if key != "seed"), "seed"]
+    history, summary = pd.concat(histories, ignore_index=True), pd.DataFrame(summaries)
+    return (
+        history[[*columns, *(key for key in history if key not in columns)]],
+        summary[[*columns, *(key for key in summary if key not in columns)]],
+    )
+
+
+def groups(table: pd.DataFrame, settings: Sequence[str]) -> "pd.api.typing.DataFrameGroupBy":
+    """Rows by design, method and settings, in the order of the study, over seeds."""
+    return table.groupby(["design", "method", *settings], sort=False, dropna=False)
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean over seeds and the half width of its Student-t interval, NaN for one seed.
+
+    With three to five seeds a bootstrap knows nothing about what it has not seen and is too narrow; the t interval
+    covers where a method's values are about normal over seeds.
+
+    >>> mean, half = interval([1.0, 2.0, 3.0])
+    >>> round(mean, 3), round(half, 3)
+    (2.0, 2.484)
+    """
+    known = np.asarray([value for value in values if not math.isnan(value)], dtype=float)
+    if not len(known):
+        return math.nan, math.nan
+    if len(known) == 1:
+        return float(known[0]), math.nan
+    half = stats.t.ppf((1 + level) / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known))
+    return float(known.mean()), float(half)
+
+
+def against_baseline(
+    summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str], baseline: str
+) -> pd.DataFrame:
+    """Differences to the baseline on the same design, settings and seed, a row a run of another method.
+
+    ``final`` and ``peak`` are differences in gold reward. ``equal_kl`` is the final gold reward minus the baseline's
+    where it first had that KL (its checkpoints are joined by lines): against a baseline that is stopped early. A
+    setting that the baseline does not have matches all of its values.
+    """
+    rows = []
+    of_baseline = summary[summary["method"] == baseline]
+    for _, run in summary[summary["method"] != baseline].iterrows():
+        same = (of_baseline["design"] == run["design"]) & (of_baseline["seed"] == run["seed"])
+        for key in settings:
+            same &= (of_baseline[key] == run[key]) | of_baseline[key].isna()
+        if not same.any():
+            continue
+        other = of_baseline[same].iloc[0]
+        curve = history[_is(history, other, ["design", "method", *settings, "seed"])].sort_values("step")
+        rows.append(
+            {
+                **{key: run[key] for key in ("design", "method", *settings, "seed")},
+                "final": run["gold_final"] - other["gold_final"],
+                "peak": run["gold_peak"] - other["gold_peak"],
+                "kl": run["kl"] - other["kl"],
+                "equal_kl": run["gold_final"] - _gold_at(curve, run["kl"]),
+            }
+        )
+    return pd.DataFrame(rows, columns=["design", "method", *settings, "seed", "final", "peak", "kl", "equal_kl"])
+
+
+def _is(table: pd.DataFrame, row: "pd.Series[float]", keys: Sequence[str]) -> "pd.Series[bool]":
+    same = pd.Series(True, index=table.index)
+    for key in keys:
+        same &= table[key].isna() if pd.isna(row[key]) else table[key] == row[key]
+    return same
+
+
+def _gold_at(curve: pd.DataFrame, kl: float) -> float:
+    """Gold reward where a curve first reaches a KL; NaN if it never does."""
+    kls, golds = curve["kl"].to_numpy(), curve["gold"].to_numpy()
+    for before in range(len(kls) - 1):
+        low, high = kls[before], kls[before + 1]
+        if low <= kl <= high:
+            share = 0.0 if high == low else (kl - low) / (high - low)
+            return float(golds[before] + share * (golds[before + 1] - golds[before]))
+    return math.nan
+
+
+def fit_gao(kl: Sequence[float], gained: Sequence[float]) -> tuple[float, float, float]:
+    """Fits ``R = d (alpha - beta log d)``, ``d = sqrt(KL)`` (arXiv 2210.10760 for RL, 2406.02900 for DPO and its kin).
+
+    Args:
+        kl: of N checkpoints, in nats; those at 0 say nothing.
+        gained: their gold reward above the reference's.
+
+    Returns:
+        alpha, beta and the share of variance explained; NaN below three checkpoints.
+    """
+    d = np.sqrt(np.asarray(kl, dtype=float))
+    reward = np.asarray(gained, dtype=float)
+    used = (d > 1e-3) & np.isfinite(reward)
+    d, reward = d[used], reward[used]
+    if len(d) < 3:
+        return math.nan, math.nan, math.nan
+    features = np.stack([d, -d * np.log(d)], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(features, reward, rcond=None)
+    residual = reward - features @ [alpha, beta]
+    spread = ((reward - reward.mean()) ** 2).sum()
+    return float(alpha), float(beta), float(1 - (residual**2).sum() / spread) if spread > 0 else math.nan

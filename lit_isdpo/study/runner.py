@@ -1,0 +1,128 @@
+"""Runs side by side, each in a process of its own, so that one that fails takes no other with it."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import monotonic
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lit_isdpo.study.plan import Run
+
+CLI = "lit_isdpo.cli"  # by its name, as a user calls it: this room is below the command line
+DONE = "done.json"
+LOG = "output.log"
+SHARED_LAB = "lab"
+
+
+def is_done(run: Run, root: Path) -> bool:
+    """Whether a run has ended well, in this study or another."""
+    return (root / run.folder / DONE).is_file()
+
+
+def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -> list[Run]:
+    """Makes the runs that are not done yet, and returns those that failed.
+
+    What a run prints is in its folder, ``output.log``. One that was cut off goes on from its last checkpoint. Where
+    there are GPUs, the workers take them in turn.
+
+    Args:
+        runs: of the study.
+        root: the folder of runs.
+        num_workers: processes at a time.
+        cli: module whose ``main`` is called.
+
+    Raises:
+        KeyboardInterrupt: the user stopped the study; the runs have saved where they were.
+    """
+    waiting = [run for run in runs if not is_done(run, root)]
+    # A fork of a server that has imported everything: a clean process, without the seconds that the imports take.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([cli])
+    threads = max(1, (os.cpu_count() or 1) // num_workers)
+    working: dict[int, tuple[BaseProcess, Run, float]] = {}  # by worker
+    failed: list[Run] = []
+    console = Console(highlight=False, soft_wrap=True)
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+        try:
+            while waiting or working:
+                for worker in (worker for worker in range(num_workers) if worker not in working):
+                    if waiting:
+                        run = waiting.pop(0)
+                        new = context.Process(target=_work, args=(run, root, threads, worker, cli), name=run.name)
+                        new.start()
+                        working[worker] = (new, run, monotonic())
+                wait([process.sentinel for process, _, _ in working.values()])
+                for worker, (process, run, started) in list(working.items()):
+                    if process.exitcode is not None:
+                        del working[worker]
+                        seconds = monotonic() - started
+                        if process.exitcode == 0:
+                            _mark(run, root, seconds)
+                            progress.console.print(f"{run.name}: {seconds:.0f} s")
+                        else:
+                            failed.append(run)
+                            progress.console.print(f"{run.name}: failed, see {root / run.folder / LOG}")
+                        progress.advance(bar)
+        except KeyboardInterrupt:
+            for process, _, _ in working.values():  # Ctrl-C has reached them too, kill -INT of this process has not
+                if process.pid is not None and process.is_alive():
+                    os.kill(process.pid, signal.SIGINT)
+            for process, _, _ in working.values():
+                process.join(60)
+            raise
+    return failed
+
+
+def _mark(run: Run, root: Path, seconds: float) -> None:
+    done = {"run": run.name, "arguments": list(run.arguments), "seconds": round(seconds, 1)}
+    temporary = root / run.folder / (DONE + ".saving")
+    temporary.write_text(json.dumps(done, indent=2) + "\n")
+    temporary.replace(root / run.folder / DONE)
+
+
+def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:
+    """What a process does: one fit, its output into a file."""
+    _end_with_parent()
+    folder = root / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / SHARED_LAB).mkdir(exist_ok=True)
+    if not (folder / SHARED_LAB).exists():  # the lab's files are the same for all runs, and take seconds to write
+        (folder / SHARED_LAB).symlink_to(os.path.relpath(root / SHARED_LAB, folder), target_is_directory=True)
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    if torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
+    arguments = [*run.arguments, f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
+    checkpoints = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if checkpoints:
+        arguments.append(f"--ckpt_path={checkpoints[-1]}")
+    importlib.import_module(cli).main(["fit", *arguments])
+
+
+def _end_with_parent() -> None:
+    """A run whose study was killed must not go on beside the study's next start."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

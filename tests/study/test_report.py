@@ -1,0 +1,85 @@
+"""A report of made-up runs: its words and tables say what the numbers say, and every picture is there."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lit_isdpo.study.plan import Run
+from lit_isdpo.study.report import write_report
+
+GOLD = {"DPO": [0.5, 1.5, 1.0], "IS-DPO": [0.5, 1.4, 1.3], "same": [0.5, 1.5, 1.0]}
+
+
+def make_runs(root: Path, *, settings: dict[str, list[float]], exact: bool) -> list[Run]:
+    """Three seeds of each method; the end of a seed is off by a hundredth, the same for all methods but "same"."""
+    runs = []
+    cells = [dict(zip(settings, values, strict=True)) for values in zip(*settings.values(), strict=True)] or [{}]
+    for seed in range(3):
+        for method, gold in GOLD.items():
+            for cell in cells:
+                run = Run("toy", method, cell, seed, (), f"{len(runs)}")
+                shift = 0.01 * seed * (-1 if method == "same" else 1)
+                log = pd.DataFrame(
+                    {
+                        "step": [0, 5, 10],
+                        "epoch": 0,
+                        "val/loss": [0.7, 0.6, 0.5],
+                        "val/gold_reward": [gold[0], gold[1], gold[2] + shift],
+                        "val/gold_reward_stderr": 0.1,
+                        "val/kl/rao_blackwell": [0, 1 + shift, 4 + shift],
+                        "val/kl/rao_blackwell_stderr": 0.1,
+                        "val/win_rate": [0.5, 0.7, 0.6],
+                        "val/weights/mean": [1, 0.5, 0.2],
+                        "val/weights/ess": [1, 0.4, 0.1],
+                    }
+                )
+                if exact:
+                    log["val/exact/gold_reward"], log["val/exact/kl"] = log["val/gold_reward"], [0, 1.1, 4.1]
+                folder = root / run.folder / "version_0"
+                folder.mkdir(parents=True)
+                log.to_csv(folder / "metrics.csv", index=False)
+                runs.append(run)
+    return runs
+
+
+def report(folder: Path, runs: list[Run], root: Path, **changes) -> str:
+    given = {
+        "title": "A study",
+        "notes": "A *note*.",
+        "num_planned": 99,
+        "baseline": "DPO",
+        "highlight": ["DPO", "IS-DPO"],
+    }
+    write_report(folder, runs=runs, root=root, **{**given, **changes})
+    return (folder / "report.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the drawing library
+def test_words_tables_and_pictures(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs", settings={"beta": [0.01, 0.1]}, exact=True)
+    text = report(tmp_path / "out", runs, tmp_path / "runs")
+    assert text.startswith("# A study\n\nA *note*.\n\n18 of 99 runs, 3 seeds")
+    assert "The best end is that of IS-DPO (0.01) (1.31)" in text
+    assert "Ends above DPO by more than the interval of the paired differences: IS-DPO (0.01) (+0.30 ± 0.00)" in text
+    assert "Not to be told from DPO by its end on these seeds: same (0.01), same (0.1)" in text
+    assert "| DPO | 0.01 | 3 | 1.50 ± 0.00 | 1.01 ± 0.02 | 0.49 ± 0.02 |" in text
+    for name in ("frontier", "training", "over_optimization", "sampled_over_exact"):
+        assert f"(toy_{name}.png)" in text
+        assert (tmp_path / "out" / f"toy_{name}.png").read_bytes().startswith(b"\x89PNG")
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert len(results) == 18
+    assert list(results)[:4] == ["design", "method", "beta", "seed"]
+    assert len(pd.read_csv(tmp_path / "out" / "history.csv")) == 54
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_several_settings_become_heat_maps(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs", settings={"lr": [0.1, 0.1, 0.2], "eps": [1, 2, 2]}, exact=False)
+    text = report(tmp_path / "out", runs, tmp_path / "runs", baseline=None)
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {
+        "toy_frontier.png",
+        "toy_final_gold.png",
+        "toy_final_kl.png",
+    }
+    assert "Differences" not in text

@@ -18,10 +18,15 @@ from lit_isdpo.policy.logprob_model import LogProbModel
 
 
 @cache
+def shipped_model(design: Design) -> LogProbModel:
+    """The reference that comes with the package."""
+    return LogProbModel(load_causal_lm(PolicyConfig(path=str(design.reference))))
+
+
+@cache
 def shipped_reference(design: Design) -> ResponseDistribution:
     """The responses of the reference that comes with the package."""
-    model = LogProbModel(load_causal_lm(PolicyConfig(path=str(design.reference))))
-    return enumerate_responses(model, design.prompts, design.tree)
+    return enumerate_responses(shipped_model(design), design.prompts, design.tree)
 
 
 def pair_logps(design: Design, part: str, reference: ResponseDistribution) -> Tensor:

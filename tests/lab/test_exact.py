@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_isdpo.lab.design_data import behavior_logps, pair_logps
+from lit_isdpo.lab.design_data import behavior_logps, pair_logps, shipped_reference
 from lit_isdpo.lab.designs import Design
 from lit_isdpo.lab.enumeration import enumerate_responses
 from lit_isdpo.lab.exact import ExactEvaluation, effective_sample_size, expected_weight, win_rate
@@ -91,6 +91,17 @@ def test_values_of_the_reference_and_of_another_policy(toy: Design) -> None:
     assert by_beginning == pytest.approx((by_hand + beginnings.sum().item()) / 2)
     demonstrations = ExactEvaluation(toy, None)(policy, None)
     assert demonstrations.keys() == {"gold_reward", "feature", "response_length", "finished_fraction"}
+
+
+def test_the_shipped_reference_is_summed_once(toy: Design) -> None:
+    exact = ExactEvaluation(toy, "pairs")
+    same, other = toy_model(toy, seed=0), toy_model(toy, seed=3)
+    assert exact.enumerate(same) is shipped_reference(toy)
+    assert torch.equal(enumerate_responses(same, toy.prompts, toy.tree).next_logps, shipped_reference(toy).next_logps)
+    assert exact.enumerate(other) is not shipped_reference(toy)
+    with torch.no_grad():
+        next(same.model.parameters()).view(-1)[0] += 1e-3  # one number of one tensor
+    assert exact.enumerate(same) is not shipped_reference(toy)
 
 
 def test_it_applies_to_the_designs_own_prompts_and_vocabulary(toy: Design) -> None:

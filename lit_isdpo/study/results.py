@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_isdpo.study.plan import Run
 from lit_isdpo.types import InputError
@@ -33,15 +34,35 @@ def read_log(folder: Path) -> pd.DataFrame:
         folder: one ``version_N``, or the folder of several that are one run, cut off and resumed: what a later one
             logged at a step counts.
 
+    Where there is no ``metrics.csv``, the TensorBoard events are read.
+
     Raises:
-        InputError: there is no ``metrics.csv``.
+        InputError: there is neither.
     """
-    files = [folder / "metrics.csv"] if (folder / "metrics.csv").is_file() else folder.glob("version_*/metrics.csv")
-    in_order = sorted((file for file in files if file.stat().st_size), key=lambda file: file.stat().st_mtime)
-    if not in_order:
-        raise InputError(f"{str(folder)!r} holds no metrics.csv of a run.")
-    log = pd.concat([pd.read_csv(file) for file in in_order])
+    in_order = sorted(folder.glob("version_*"), key=lambda part: (len(part.name), part.name))  # 2 before 10
+    versions = [folder] if _has_log(folder) else [part for part in in_order if _has_log(part)]
+    if not versions:
+        raise InputError(f"{str(folder)!r} holds no log of a run: no metrics.csv, no TensorBoard events.")
+    log = pd.concat([_read_version(version) for version in versions])
     return log.groupby("step").last().drop(columns="epoch", errors="ignore")
+
+
+def _has_log(folder: Path) -> bool:
+    csv = folder / "metrics.csv"
+    return (csv.is_file() and csv.stat().st_size > 0) or any(folder.glob("events.out.tfevents.*"))
+
+
+def _read_version(folder: Path) -> pd.DataFrame:
+    csv = folder / "metrics.csv"
+    if csv.is_file() and csv.stat().st_size:
+        return pd.read_csv(csv)
+    # All scalars: by default a sample of each is kept.
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    columns = {
+        tag: pd.Series({event.step: event.value for event in events.Scalars(tag)}) for tag in events.Tags()["scalars"]
+    }
+    return pd.DataFrame(columns).rename_axis("step").reset_index()
 
 
 def validations(log: pd.DataFrame) -> pd.DataFrame:

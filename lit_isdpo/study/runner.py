@@ -1,5 +1,6 @@
 """Runs side by side, each in a process of its own, so that one that fails takes no other with it."""
 
+import fcntl
 import importlib
 import json
 import multiprocessing
@@ -109,6 +110,11 @@ def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:
     torch.set_num_threads(threads)
     if torch.cuda.device_count():
         os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
+    lock = (folder / "lock").open("w")  # held until the process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit("error: another study is making this run; wait for it, or stop it.") from None
     arguments = [*run.arguments, f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
     checkpoints = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
     if checkpoints:

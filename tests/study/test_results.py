@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from lit_isdpo.study.results import against_baseline, fit_gao, interval, read_log, summarize, validations
 from lit_isdpo.types import InputError
@@ -33,6 +34,17 @@ def test_a_log_has_one_row_a_step_and_a_resumed_run_is_one(tmp_path: Path) -> No
     assert read_log(tmp_path / "version_0").index.tolist() == [1, 2, 3]
     with pytest.raises(InputError, match=r"no metrics\.csv"):
         read_log(tmp_path / "version_0" / "none")
+
+
+def test_tensorboard_events_are_read_where_there_is_no_csv(tmp_path: Path) -> None:
+    with SummaryWriter(tmp_path / "version_0") as writer:
+        for step in range(2000):  # more than TensorBoard keeps by default
+            writer.add_scalar("train/loss", step / 2000, step)
+        writer.add_scalar("val/loss", 0.25, 1999)
+    log = read_log(tmp_path)
+    assert len(log) == 2000
+    assert log["train/loss"].tolist() == pytest.approx([step / 2000 for step in range(2000)])
+    assert log["val/loss"].dropna().to_dict() == {1999: 0.25}
 
 
 def test_exact_values_stand_before_sampled_ones() -> None:

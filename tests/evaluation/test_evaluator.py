@@ -1,0 +1,177 @@
+"""An evaluation as a whole: what it reports, what it keeps, and what it does not do twice."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_isdpo.data.datamodule import ProbePrompt
+from lit_isdpo.data.tokenization import Prompt
+from lit_isdpo.evaluation import evaluator as module
+from lit_isdpo.evaluation import measures
+from lit_isdpo.evaluation.evaluator import Evaluator, Outcome, SamplingSettings, Vocabulary
+from lit_isdpo.evaluation.judge import Judge, Verdict
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import ResidentReference
+
+PROMPTS = [
+    ProbePrompt([1, 5 + number], f"prompt {number}", "a chosen one", number, f"source {number}") for number in range(12)
+]
+SETTINGS = SamplingSettings(num_responses=2, max_new_tokens=6, temperature=0.8, top_p=0.9, batch_size=10)
+KL_SETTINGS = SamplingSettings(max_new_tokens=5, batch_size=10)
+
+
+class LengthReward:
+    """Longer is better; fails on a prompt that is not the source."""
+
+    def __init__(self, identity: str = "length") -> None:
+        self.identity = identity
+        self.num_scored = 0
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
+        assert all(str(prompt).startswith("source ") for prompt in prompts)
+        self.num_scored += len(responses)
+        return [float(len(response)) for response in responses]
+
+
+class LengthJudge(Judge):
+    """Says what LengthReward says; of its first question, nothing."""
+
+    def __init__(self) -> None:
+        self.identity = "judge of lengths"
+        self.calls = 0
+
+    def compare(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[Verdict]:
+        self.calls += 1
+        scores = [float(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in zip(first, second, strict=True)]
+        if self.calls == 1:
+            scores[0] = float("nan")
+        return [Verdict(score, score, score) for score in scores]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bootstrap has tests of its own."""
+    for name in ("bootstrap_interval", "length_controlled_win_rate"):
+        monkeypatch.setattr(measures, name, partial(getattr(measures, name), num_resamples=50))
+
+
+@pytest.fixture
+def models(tiny_llama: PreTrainedModel) -> tuple[LogProbModel, ResidentReference]:
+    """A policy, and a reference that is another model."""
+    torch.manual_seed(1)
+    other = type(tiny_llama)(tiny_llama.config)
+    return LogProbModel(tiny_llama), ResidentReference(LogProbModel(other))
+
+
+def evaluate(folder: Path, models: tuple[LogProbModel, ResidentReference | None], **options: Any) -> Outcome:
+    vocabulary = Vocabulary(lambda ids: " ".join(map(str, ids)), [2], 0)
+    options = {"settings": SETTINGS, "kl_prompts": 7, "kl_settings": KL_SETTINGS, **options}
+    return Evaluator(PROMPTS, vocabulary, folder=folder, **options)(*models)
+
+
+def test_keys_files_and_samples(models: tuple[LogProbModel, ResidentReference], tmp_path: Path) -> None:
+    outcome = evaluate(tmp_path, models, reward=LengthReward())
+    values = outcome.values
+    for key in ("reward", "win_rate", "win_rate_lc", "win_rate_vs_chosen", "kl/rao_blackwell", "kl/k1", "kl/k3"):
+        assert values[f"{key}_low"] <= values[key] <= values[f"{key}_high"]
+        assert values[f"{key}_stderr"] >= 0
+    assert values["kl/rao_blackwell"] > 0
+    assert 0 <= values["kl/cut_fraction"] <= 1
+    assert values["chosen/reward"] == len("a chosen one")
+    assert "reference/response_length" in values
+    table = pd.read_parquet(outcome.files["policy"])
+    assert table.row_id.tolist() == [row for row in range(12) for _ in range(2)]
+    assert (table["reward/length"] == table.response.str.len()).all()
+    assert values["reward"] == pytest.approx(table["reward/length"].mean())
+    ref_table = pd.read_parquet(outcome.files["reference"])
+    wins = [
+        float(own > other) + (own == other) / 2
+        for row in range(12)
+        for own in table["reward/length"][table.row_id == row]
+        for other in ref_table["reward/length"][ref_table.row_id == row]
+    ]
+    assert values["win_rate"] == pytest.approx(sum(wins) / len(wins))
+    assert outcome.samples["policy"][3].prompt == "prompt 3"
+    assert outcome.samples["policy"][3].response == table.response[6]
+
+
+def test_the_kl_has_samples_of_its_own_at_temperature_1(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    draw = module.sample_many
+
+    def watched(model: LogProbModel, prompts: Any, **options: Any) -> Any:
+        asked.append((options["temperature"], options["top_p"], options["num_responses"], options["max_new_tokens"]))
+        return draw(model, prompts, **options)
+
+    monkeypatch.setattr(module, "sample_many", watched)
+    evaluate(tmp_path, models)
+    assert set(asked) == {(0.8, 0.9, 2, 6), (1.0, 1.0, 1, 5)}
+    with pytest.raises(AssertionError):
+        evaluate(tmp_path, models, kl_settings=SETTINGS)
+
+
+def test_a_second_evaluation_samples_and_scores_nothing(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(tmp_path, models, reward=LengthReward())
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(module, "sample_many", never)
+    monkeypatch.setattr(module, "sampled_kl", never)
+    reward = LengthReward()
+    assert evaluate(tmp_path, models, reward=reward) == first
+    assert reward.num_scored == 0
+    other = LengthReward("another")
+    again = evaluate(tmp_path, models, reward=other)
+    assert other.num_scored == 12 * (2 + 2 + 1), "the responses are the same, the scores new"
+    assert {"reward/length", "reward/another"} <= set(pd.read_parquet(again.files["policy"]))
+
+
+def test_policies_share_the_references_responses(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path
+) -> None:
+    policy, _ = models
+    first = evaluate(tmp_path, models)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(1.1)
+    second = evaluate(tmp_path, models)
+    assert second.files["policy"] != first.files["policy"]
+    assert second.files["reference"] == first.files["reference"]
+    assert second.files["chosen"] == first.files["chosen"]
+
+
+def test_without_a_reference_what_needs_one_is_left_out(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path
+) -> None:
+    outcome = evaluate(tmp_path, (models[0], None), reward=LengthReward())
+    assert set(outcome.files) == {"policy", "chosen"}
+    assert "win_rate_vs_chosen" in outcome.values
+    assert not any(key.startswith(("kl/", "reference/")) or key == "win_rate" for key in outcome.values)
+
+
+def test_a_judge_is_asked_again_for_what_it_did_not_answer_and_then_never(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path
+) -> None:
+    judge = LengthJudge()
+    first = evaluate(tmp_path, models, judge=judge)
+    assert judge.calls == 2, "against the reference, and the chosen ones"
+    assert first.values["judge/invalid_fraction"] == pytest.approx(1 / 48)
+    second = evaluate(tmp_path, models, judge=judge)
+    assert judge.calls == 3
+    assert second.values["judge/invalid_fraction"] == 0
+    third = evaluate(tmp_path, models, judge=judge, reward=LengthReward())
+    assert judge.calls == 3
+    assert third.values["judge/win_rate_vs_chosen"] == third.values["win_rate_vs_chosen"]
+    assert third.values["judge/win_rate_vs_chosen_lc"] == third.values["win_rate_vs_chosen_lc"]
+    own, theirs = (pd.read_parquet(third.files[owner]).response.str.len() for owner in ("policy", "reference"))
+    assert third.values["judge/win_rate"] == pytest.approx(((own > theirs) + (own == theirs) / 2).mean())

@@ -142,6 +142,10 @@ def check(verb: str, config: Namespace) -> None:
     single = config.model.init_args.get("sampling.num_responses", 1) < 2
     if verb == "predict" and config.labels.reward is not None and single:
         raise InputError("labels.reward: a pair needs two responses; set model.sampling.num_responses to 2 or more.")
+    if verb == "test" and config.evaluation.kl_prompts and config.model.init_args.get("reference") is None:
+        raise InputError(
+            "evaluation.kl_prompts: without model.reference there is nothing to measure KL to; leave it out."
+        )
     ckpt_path = config.get("ckpt_path")
     if ckpt_path and not Path(ckpt_path).exists():
         raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")

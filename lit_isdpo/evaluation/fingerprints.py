@@ -10,8 +10,16 @@ from torch import Tensor
 
 from lit_isdpo.policy.logprob_model import LogProbModel
 
-# Of a configuration file: where the model came from, and how it is loaded.
-_NO_ARCHITECTURE = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+# Of a configuration file: where the model came from, and how it is loaded and initialised.
+_NO_ARCHITECTURE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "initializer_range",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 _NO_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 
 

@@ -141,8 +141,10 @@ class Evaluation(Callback):
         """Checks what only the trainer tells, before anything is loaded.
 
         Raises:
-            InputError: vLLM is not there, or would be shared by several processes.
+            InputError: vLLM is not there, or would be shared by several processes; or the model writes no responses.
         """
+        if stage == "test" and not isinstance(pl_module, PolicyModule) and (self.reward or self.judge):
+            raise InputError("evaluation: a reward model writes no responses; leave evaluation.reward and judge out.")
         if stage == "test" and self.settings.engine == "vllm":
             check_vllm("evaluation.engine")
             if trainer.world_size > 1:

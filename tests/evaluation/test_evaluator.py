@@ -1,6 +1,7 @@
 """An evaluation as a whole: what it reports, what it keeps, and what it does not do twice."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from lit_isdpo.evaluation import evaluator as module
 from lit_isdpo.evaluation import measures
 from lit_isdpo.evaluation.evaluator import Evaluator, Outcome, SamplingSettings, Vocabulary
 from lit_isdpo.evaluation.judge import Judge, Verdict
+from lit_isdpo.policy.adapters import Adapter, parse_adapter
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.reference import ResidentReference
+from lit_isdpo.policy.reference import AdapterOffReference, ResidentReference
 
 PROMPTS = [
     ProbePrompt([1, 5 + number], f"prompt {number}", "a chosen one", number, f"source {number}") for number in range(12)
@@ -148,6 +150,21 @@ def test_policies_share_the_references_responses(
     assert second.files["policy"] != first.files["policy"]
     assert second.files["reference"] == first.files["reference"]
     assert second.files["chosen"] == first.files["chosen"]
+
+
+def test_a_base_under_an_adapter_shares_the_responses_of_the_base(
+    models: tuple[LogProbModel, ResidentReference], tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    base = evaluate(tmp_path, (models[0], ResidentReference(LogProbModel(deepcopy(tiny_llama)))))
+    config = parse_adapter({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
+    policy = LogProbModel(tiny_llama, adapter=Adapter(tiny_llama, config))
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, tiny_llama.parameters()):
+            parameter.fill_(0.3)
+    adapted = evaluate(tmp_path, (policy, AdapterOffReference(policy)))
+    assert adapted.files["reference"] == base.files["reference"]
+    assert adapted.files["policy"] != base.files["policy"]
+    assert adapted.values["kl/rao_blackwell"] > 0
 
 
 def test_without_a_reference_what_needs_one_is_left_out(

@@ -42,7 +42,15 @@ def draw_frontier(history: pd.DataFrame, settings: Sequence[str], color: Mapping
                 rows = history[history["method"] == method]
                 if rows.empty or rows[column].isna().all():
                     continue
-                best = _best_checkpoint(rows, settings)
+                best, seeds = _best_checkpoint(rows, settings)
+                axis.errorbar(
+                    np.sqrt(best["kl"]),
+                    best[column],
+                    yerr=np.nan_to_num(interval(seeds[column].tolist())[1]),
+                    color=shade,
+                    lw=1,
+                    capsize=2,
+                )
                 axis.scatter(
                     np.sqrt(best["kl"]),
                     best[column],
@@ -92,14 +100,12 @@ def draw_training(history: pd.DataFrame, settings: Sequence[str], color: Mapping
                         alpha=0.15,
                         lw=0,
                     )
-                axis.set_title(label)
+                # The range of the data: the interval of three seeds may be wider than the picture.
+                axis.set(title=label, ylim=_padded(cell.loc[cell["method"].isin(color), column]))
             named = zip(settings, values if isinstance(values, tuple) else (values,), strict=True)
             row[0].set_ylabel(", ".join(f"{key} {value}" for key, value in named))
         for axis in axes[-1]:
             axis.set_xlabel("share of the training")
-        for row in axes:
-            row[2].set_ylim(bottom=0)
-            row[3].set_ylim(0, 1.05)
         axes[0, 0].legend(fontsize=7)
     return figure
 
@@ -178,9 +184,12 @@ def draw_heat_map(summary: pd.DataFrame, settings: Sequence[str], column: str, l
     return figure
 
 
-def _best_checkpoint(rows: pd.DataFrame, settings: Sequence[str]) -> "pd.Series[Any]":
-    means = rows.groupby([*settings, "step"], dropna=False)[["kl", "gold", "win_rate"]].mean()
-    return means.loc[means["gold"].idxmax()]
+def _best_checkpoint(rows: pd.DataFrame, settings: Sequence[str]) -> tuple["pd.Series[Any]", pd.DataFrame]:
+    """Means of the best group of settings and step, and its rows, one a seed."""
+    columns = ["kl", "gold", "win_rate"]
+    cells = [cell[columns] for _, cell in rows.groupby([*settings, "step"], dropna=False)]
+    best = max(cells, key=lambda cell: float(cell["gold"].mean()))
+    return best.mean(), best
 
 
 def _draw_fit(axis: Axes, rows: pd.DataFrame, shade: str) -> None:
@@ -189,6 +198,11 @@ def _draw_fit(axis: Axes, rows: pd.DataFrame, shade: str) -> None:
     if explained >= GOOD_FIT:
         d = np.linspace(1e-3, np.sqrt(rows["kl"].max()), 200)
         axis.plot(d, start + d * (alpha - beta * np.log(d)), color=shade, lw=1, ls="--")
+
+
+def _padded(values: "pd.Series[float]") -> tuple[float | None, float | None]:
+    low, high = values.min(), values.max()
+    return (None, None) if np.isnan(low) or low == high else (low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 def _range(summary: pd.DataFrame, settings: Sequence[str], column: str) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """What a study consists of: designs x methods x a grid of settings x seeds, each combination one run of ``fit``."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -136,9 +137,10 @@ def _read(file: str) -> Any:
 
 
 def _text(value: Any, seed: int) -> str:
-    """A flag's value as it is typed: texts as they stand, lists and mappings as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace(SEED, str(seed))
+    """A flag's value as it is typed: texts as they stand, all else as YAML, which has infinity."""
+    if not isinstance(value, str):
+        value = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+    return str(value).replace(SEED, str(seed))
 
 
 def _short_names(flags: Sequence[str]) -> dict[str, str]:

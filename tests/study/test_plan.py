@@ -1,5 +1,6 @@
 """Which runs a study consists of, and what makes two of them the same."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,15 @@ def test_every_combination_seed_by_seed() -> None:
 
 
 @pytest.mark.usefixtures("files")
-def test_later_options_win_and_lists_are_json() -> None:
-    design = Variant(config="design.yaml", options={"a": 2, "b": {"path": "x@{seed}", "first": 5}})
+def test_later_options_win_and_values_are_yaml() -> None:
+    design = Variant(config="design.yaml", options={"a": 2, "b": {"path": "x@{seed}", "first": 5}, "c": math.inf})
     method = Variant(config="dpo.yaml", options={"a": 3, "flag": True})
     (run,) = plan(designs={"toy": design}, methods={"DPO": method}, grid={}, seeds=[4], options={"a": 1, "z": None})
     assert run.arguments[2:] == (
         "--a=3",
         "--z=null",
-        '--b={"path": "x@4", "first": 5}',
+        "--b={first: 5, path: 'x@4'}",
+        "--c=.inf",
         "--flag=true",
         "--seed_everything=4",
     )

@@ -136,6 +136,41 @@ def tokenize_example(
     return TokenizedExample(prompt_ids, completion_ids)
 
 
+def tokenize_response(
+    prompt: Prompt,
+    response: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    finished: bool,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: TruncationMode = "keep_end",
+    chat_template: ChatTemplate = "auto",
+) -> TokenizedExample:
+    """Encodes a response that was sampled, as :func:`tokenize_example` would; it may also be empty.
+
+    Args:
+        prompt: as the data has it.
+        response: text, special tokens left out.
+        tokenizer: with an EOS token.
+        finished: false where the token limit cut the response, which then gets no EOS.
+        max_length: as in :func:`tokenize_pair`, like all that follow.
+        max_prompt_length: likewise.
+        truncation_mode: likewise.
+        chat_template: likewise.
+
+    Raises:
+        RowError: the prompt has no tokens, or the chat template refuses it.
+        InputError: as in :func:`tokenize_pair`.
+    """
+    if not isinstance(prompt, str) and _templated(prompt, tokenizer, chat_template) is None:
+        response = response.removeprefix(" ")  # a policy writes the transcript's space itself
+    prompt_ids, (ids,) = _encode_parts(prompt, [response], tokenizer, chat_template)
+    ids = ids if finished else ids[:-1]
+    prompt_ids, (ids,), _ = _cut(prompt_ids, [ids], tokenizer, max_length, max_prompt_length, truncation_mode)
+    return TokenizedExample(prompt_ids, ids)
+
+
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> str:
     """The text of a prompt as the model gets it, up to where the response begins; BOS is not in it, but for templates.
 
@@ -170,9 +205,18 @@ def _tokenize(
     chat_template: ChatTemplate,
 ) -> tuple[list[int], list[list[int]], bool]:
     """Encodes a prompt with its responses, and cuts them; also says whether anything was cut."""
-    assert 1 <= max_prompt_length < max_length
     if not all(response.strip() for response in responses):
         raise RowError(Reason.EMPTY_RESPONSE)
+    prompt_ids, completions = _encode_parts(prompt, responses, tokenizer, chat_template)
+    if any(len(ids) == 1 for ids in completions):  # the terminator alone
+        raise RowError(Reason.EMPTY_RESPONSE)
+    return _cut(prompt_ids, completions, tokenizer, max_length, max_prompt_length, truncation_mode)
+
+
+def _encode_parts(
+    prompt: Prompt, responses: list[str], tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate
+) -> tuple[list[int], list[list[int]]]:
+    """Encodes a prompt, and each response up to the token that ends it."""
     messages = _templated(prompt, tokenizer, chat_template)
     if messages is not None:
         prompt_ids, completions = _encode_chat(messages, responses, tokenizer)
@@ -183,8 +227,19 @@ def _tokenize(
         completions = [_with_eos(_encode(space + response, tokenizer), tokenizer) for response in responses]
     if not prompt_ids:
         raise RowError(Reason.EMPTY_PROMPT)
-    if any(len(ids) == 1 for ids in completions):  # the terminator alone
-        raise RowError(Reason.EMPTY_RESPONSE)
+    return prompt_ids, completions
+
+
+def _cut(
+    prompt_ids: list[int],
+    completions: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: TruncationMode,
+) -> tuple[list[int], list[list[int]], bool]:
+    """Cuts a prompt and its completions; also says whether anything was cut."""
+    assert 1 <= max_prompt_length < max_length
     kept = prompt_ids
     if len(prompt_ids) > max_prompt_length:
         if truncation_mode == "keep_start":

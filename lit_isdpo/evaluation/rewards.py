@@ -1,12 +1,34 @@
 """Reward sources behind one interface: whatever gives a number to a prompt and a response to it."""
 
+import json
 from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from lit_isdpo.data.tokenization import Prompt
+import torch
+
+from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.data.readers import RowError
+from lit_isdpo.data.tokenization import (
+    ChatTemplate,
+    Prompt,
+    TruncationMode,
+    load_tokenizer,
+    terminator_ids,
+    tokenize_response,
+)
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
-from lit_isdpo.types import InputError
+from lit_isdpo.policy.adapters import fingerprint
+from lit_isdpo.policy.reward_model import (
+    ScoreModel,
+    choose_pad_token_id,
+    load_sequence_classifier,
+    pad_token_id,
+    read_score_config,
+)
+from lit_isdpo.types import InputError, TokenBatch, TokenizedExample
 
 
 class Reward(Protocol):
@@ -69,3 +91,152 @@ class LabReward(Reward):
         if len(texts) < len(prompts):
             raise InputError(f"The prompts of {PREFIX}{self._name} are text; its reward cannot read a conversation.")
         return self._environment.gold_reward(texts, responses, finished)
+
+
+class RewardModel(Reward):
+    """A Hugging Face sequence-classification model with one label, given what its own tokenizer makes of the text.
+
+    Prompt and response are encoded as in training: a conversation by the tokenizer's chat template, or as a plain
+    transcript where it has none, the response up to the token that ends it, and without that one where it was cut.
+
+    Args:
+        path: folder or hub id; ``lit-isdpo export`` makes such a folder of a run of ``RewardModule``.
+        revision: branch, tag or commit of a hub id.
+        batch_size: responses of a forward.
+        max_length: of a prompt and its response together, in tokens; longer responses are cut. Default: 1024, or the
+            model's positions where they are fewer.
+        max_prompt_length: of a prompt, in tokens. Default: half of ``max_length``.
+        truncation_mode: which end of a prompt that is too long is kept.
+        chat_template: auto uses the tokenizer's chat template for conversations where there is one, always for string
+            prompts too, never writes plain transcripts.
+        dtype: of the weights and of the decoder's matrix products; the head's is fp32.
+        device: ``cuda`` or ``cpu``. Default: the GPU where there is one.
+        attn_implementation: transformers' name of the attention kernel.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        InputError: no such model, a language model without a head for scores, several labels, no padding id, or an
+            argument out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        truncation_mode: TruncationMode = "keep_end",
+        chat_template: ChatTemplate = "auto",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: Literal["cuda", "cpu"] | None = None,
+        attn_implementation: str = "sdpa",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
+        self.compute_dtype = self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        config = read_score_config(self, option="reward.path")
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if max_length is None:
+            max_length = min(1024, positions or 1024)
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
+        self.truncation_mode = truncation_mode
+        self.chat_template = chat_template
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+            if value < least:
+                raise InputError(f"reward.{name} must be at least {least}, not {value}.")
+        if not 1 <= self.max_prompt_length < max_length:
+            raise InputError(
+                f"reward.max_prompt_length must be at least 1 and less than reward.max_length, which is {max_length}, "
+                f"not {self.max_prompt_length}."
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError("reward.device: there is no GPU here; use cpu.")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+        if chat_template == "always" and not self.tokenizer.chat_template:
+            raise InputError(f"reward.chat_template is 'always', but the tokenizer of {path!r} has no chat template.")
+        if positions is not None and max_length > positions:
+            raise InputError(f"reward.max_length: {max_length} tokens are more than the model's {positions}.")
+        self.pad_token_id = self._find_pad_token_id(pad_token_id(config))
+
+    def _find_pad_token_id(self, configured: int | None) -> int:
+        """The model's padding id; without one it reads the last token, so that only a token that ends nothing will do.
+
+        Raises:
+            InputError: neither the model nor its tokenizer has one that is safe.
+        """
+        if configured is not None:
+            return configured
+        found = choose_pad_token_id([self.tokenizer.pad_token_id], terminator_ids(self.tokenizer))
+        if found is None:
+            raise InputError(
+                f"reward.path: {self.path!r} has no padding id, so the token that it would read a score at is not "
+                "known in a batch; set pad_token_id in its config.json."
+            )
+        return found
+
+    @cached_property
+    def model(self) -> ScoreModel:
+        """The weights, loaded when they are first needed."""
+        model = load_sequence_classifier(
+            self, attn_implementation=self.attn_implementation, dtype=self.dtype, option="reward.path"
+        )
+        model.config.get_text_config().pad_token_id = self.pad_token_id
+        return ScoreModel(model).requires_grad_(False).to(self.device)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the weights and of all that decides what they read."""
+        reads: list[object] = [
+            self.max_length,
+            self.max_prompt_length,
+            self.truncation_mode,
+            self.chat_template,
+            self.pad_token_id,
+        ]
+        reads += [self.tokenizer.chat_template, self.dtype]
+        return blake2b(f"{fingerprint(self.model.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """Path and fingerprint."""
+        return f"{self.path} {self._fingerprint}"
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
+    ) -> Sequence[float]:
+        """Scores responses, those of like length together, so that little of a batch is padding."""
+        rows = [self._encode(*row) for row in zip(prompts, responses, finished, strict=True)]
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row].prompt_ids) + len(rows[row].completion_ids))
+        scores = torch.empty(len(rows))
+        for start in range(0, len(order), self.batch_size):
+            some = order[start : start + self.batch_size]
+            tokens = collate_completions(
+                [rows[row].prompt_ids for row in some],
+                [rows[row].completion_ids for row in some],
+                pad_token_id=self.pad_token_id,
+            )
+            with torch.no_grad():
+                scores[some] = self.model(TokenBatch(*(field.to(self.device) for field in tokens))).cpu()
+        if not scores.isfinite().all():
+            raise InputError(f"reward.path: {self.path!r} gives scores that are NaN or infinite; try dtype float32.")
+        return [float(score) for score in scores]
+
+    def _encode(self, prompt: Prompt, response: str, finished: bool) -> TokenizedExample:
+        try:
+            return tokenize_response(
+                prompt,
+                response,
+                self.tokenizer,
+                finished=finished,
+                max_length=self.max_length,
+                max_prompt_length=self.max_prompt_length,
+                truncation_mode=self.truncation_mode,
+                chat_template=self.chat_template,
+            )
+        except RowError as error:
+            raise InputError(f"reward.path: {self.path!r} cannot score a response: {error.reason.value}.") from error

@@ -3,43 +3,87 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from lit_isdpo import __version__
 from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, parse_adapter
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
 from lit_isdpo.training.module import BASE_KEY, WEIGHTS_PREFIX
+from lit_isdpo.training.reward import REWARD_WEIGHTS_PREFIX
 from lit_isdpo.types import InputError
 
 CARD = """---
-{library}
-pipeline_tag: text-generation
+library_name: {kind.library}
+pipeline_tag: {kind.task}
 tags:
 - lit-isdpo
-- preference-optimization
+- {kind.tag}
 ---
 
 # {name}
 
-{what} trained with lit_isdpo {version}, exported from optimizer step {step}.
-Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`{numerics}.
+{kind.what} trained with lit_isdpo {version}, exported from optimizer step {step}.
+Load it with `{kind.loader}.from_pretrained` and `AutoTokenizer.from_pretrained`{numerics}.
 
 ## Measured on the validation set, at step {metrics_step}
 
 {metrics}
 
-Rewards are those that the loss implies (of DPO: beta times the log-ratio, policy over reference); KL is sampled, in
-nats a response; gold reward and win rate are there only where the true reward is known.
+{kind.metrics}
 
 ## Configuration of the run
 
 ```yaml
 {config}```
 """
+
+
+class Kind(NamedTuple):
+    """What a model card says about a model of its kind."""
+
+    library: str
+    task: str
+    tag: str
+    what: str
+    loader: str
+    metrics: str
+
+
+OF_POLICIES = (
+    "Rewards are those that the loss implies (of DPO: beta times the log-ratio, policy over reference); KL is sampled, "
+    "in\nnats a response; gold reward and win rate are there only where the true reward is known."
+)
+POLICY = Kind(
+    "transformers",
+    "text-generation",
+    "preference-optimization",
+    "A language model",
+    "AutoModelForCausalLM",
+    OF_POLICIES,
+)
+ADAPTER = POLICY._replace(
+    library="peft", what="An adapter of a language model,", loader="peft.AutoPeftModelForCausalLM"
+)
+REWARD_MODEL = Kind(
+    "transformers",
+    "text-classification",
+    "reward-model",
+    "A reward model",
+    "AutoModelForSequenceClassification",
+    "Accuracy is the share of pairs whose chosen response has the higher score. Only the difference of two scores of\n"
+    "one prompt means something.",
+)
 
 
 def export(
@@ -50,9 +94,10 @@ def export(
     as_adapter: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes the policy of a checkpoint as a Hugging Face folder: safetensors, tokenizer, chat template, model card.
+    """Writes the model of a checkpoint as a Hugging Face folder: safetensors, tokenizer, chat template, model card.
 
-    An adapter is merged into its base in fp32, where no small change is rounded away.
+    A reward model becomes a sequence-classification model with one label. An adapter is merged into its base in fp32,
+    where no small change is rounded away.
 
     Args:
         ckpt_path: the checkpoint, ``RUN/checkpoints/last.ckpt`` say.
@@ -70,6 +115,10 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
     checkpoint = _load(checkpoint_file)
+    scores = _holds(checkpoint, REWARD_WEIGHTS_PREFIX)
+    if not scores and not _holds(checkpoint, WEIGHTS_PREFIX):
+        raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
+    kind = REWARD_MODEL if scores else ADAPTER if as_adapter else POLICY
     if as_adapter:
         adapter = _adapter(checkpoint_file, checkpoint, run, base_model, trust_remote_code)
         adapter.save(output)
@@ -79,7 +128,7 @@ def export(
         model.save_pretrained(output)
         wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
     AutoTokenizer.from_pretrained(run / "model", trust_remote_code=trust_remote_code).save_pretrained(output)
-    (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"]), as_adapter))
+    (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"]), kind))
     print(f"Wrote {output} ({wrote}).")
 
 
@@ -89,7 +138,10 @@ def load_policy(
     """The policy of a checkpoint, in memory, its adapter merged; arguments and errors as those of ``export``."""
     checkpoint_file = Path(ckpt_path)
     run = find_run(checkpoint_file, run_dir)
-    model = _whole_model(checkpoint_file, _load(checkpoint_file), run, base_model)
+    checkpoint = _load(checkpoint_file)
+    if not _holds(checkpoint, WEIGHTS_PREFIX):
+        raise InputError(f"ckpt_path: {str(checkpoint_file)!r} holds no policy of this project.")
+    model = _whole_model(checkpoint_file, checkpoint, run, base_model)
     model.eval()
     return model
 
@@ -113,9 +165,12 @@ def _load(path: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever its parts raise
         raise InputError(f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it may be cut short.") from error
-    if not any(key.startswith(WEIGHTS_PREFIX) for key in checkpoint.get("state_dict", {})):
-        raise InputError(f"ckpt_path: {str(path)!r} holds no policy of this project.")
     return checkpoint
+
+
+def _holds(checkpoint: dict[str, Any], prefix: str) -> bool:
+    """Whether a checkpoint has weights of that name: of a policy or of a reward model."""
+    return any(key.startswith(prefix) for key in checkpoint.get("state_dict", {}))
 
 
 def _whole_model(
@@ -160,21 +215,22 @@ def _adapter(
             f"base_model: {policy.path!r} has other weights than the model that the adapter was trained on."
         )
     try:
-        adapter.load_state(_weights(checkpoint))
+        adapter.load_state(_weights(checkpoint, WEIGHTS_PREFIX))
     except ValueError as error:
         raise InputError(f"ckpt_path: {str(path)!r} is no checkpoint of the run {str(run)!r} ({error}).") from error
     return adapter
 
 
-def _weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    state_dict = checkpoint["state_dict"]
-    return {key.removeprefix(WEIGHTS_PREFIX): v for key, v in state_dict.items() if key.startswith(WEIGHTS_PREFIX)}
+def _weights(checkpoint: dict[str, Any], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
 
 
 def _trained_model(path: Path, checkpoint: dict[str, Any], folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    weights = _weights(checkpoint)
+    scores = _holds(checkpoint, REWARD_WEIGHTS_PREFIX)
+    weights = _weights(checkpoint, REWARD_WEIGHTS_PREFIX if scores else WEIGHTS_PREFIX)
+    factory: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = factory.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -186,7 +242,7 @@ def _trained_model(path: Path, checkpoint: dict[str, Any], folder: Path, trust_r
     return model
 
 
-def _card(run: Path, name: str, step: int, as_adapter: bool) -> str:
+def _card(run: Path, name: str, step: int, kind: Kind) -> str:
     config_file = run / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
     metrics_step, metrics = _validation(run / "metrics.csv", step)
@@ -194,10 +250,8 @@ def _card(run: Path, name: str, step: int, as_adapter: bool) -> str:
     rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
     return CARD.format(
         name=name,
-        library="library_name: peft" if as_adapter else "library_name: transformers",
-        what="An adapter of a language model," if as_adapter else "A language model",
-        loader="peft.AutoPeftModelForCausalLM" if as_adapter else "AutoModelForCausalLM",
-        numerics=f"; with `dtype={dtype}` its base is what it was in training" if as_adapter else "",
+        kind=kind,
+        numerics=f"; with `dtype={dtype}` its base is what it was in training" if kind is ADAPTER else "",
         version=__version__,
         step=step,
         metrics_step=metrics_step,

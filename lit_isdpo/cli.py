@@ -91,6 +91,8 @@ class IsdpoCLI(LightningCLI):
             config.data.init_args.seed = int(config.seed_everything)
         if config.evaluation.folder is None:  # not in the run's own folder: other runs go on with what is there
             config.evaluation.folder = str(Path(config.trainer.default_root_dir) / "evaluations")
+        if self.subcommand != "test":  # nobody asks them, and a reward model may be as large as the policy
+            config.evaluation.reward = config.evaluation.judge = None
         root = Path(config.trainer.default_root_dir) / "lab"
         _resolve_lab(config.model.init_args, root, default="reference")
         _resolve_lab(config.data.init_args, root, default="pairs")

@@ -241,7 +241,7 @@ def _show(shards: Iterable[int], doing: str) -> Iterable[int]:
 def _table(metrics: dict[str, float]) -> Table:
     """Means with half the width of their intervals, a column for each owner of responses."""
     table = Table(title="Test (± half of the 95 % interval over prompts)")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     owners = [owner for owner, prefix in OWNERS.items() if f"{prefix}response_characters" in metrics]
     for owner in owners:
         table.add_column(owner, justify="right")

@@ -77,6 +77,11 @@ def test_bad_input_gets_one_sentence(
     assert "Traceback" not in errors
 
 
+def test_other_verbs_leave_judges_and_rewards_alone(tiny: list[str], tmp_path: Path) -> None:
+    judge = ["--evaluation.judge=Judge", "--evaluation.judge.model=m", "--evaluation.judge.api_key_env=NO_SUCH_KEY"]
+    main(["validate", *tiny, *judge, f"--trainer.default_root_dir={tmp_path}"])
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(options: list[str], tmp_path: Path) -> None:
     """Responses are those of shards, whoever draws them: 7 prompts, two a shard."""

@@ -6,7 +6,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.types import InputError
 
 MODULES = (PreferenceModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
-OWN_VERBS = {"export": export, "study": study}
+OWN_VERBS: dict[str, Callable[..., None]] = {"export": export, "study": study}
 DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
 configs/quickstart.yaml. Besides the subcommands below there are lit-isdpo export, which writes a checkpoint as a
 Hugging Face folder, and lit-isdpo study, which compares methods over seeds (each with --help)."""

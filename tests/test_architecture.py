@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lit_isdpo"
-FLOORS = [["types"], ["objective"], ["data", "policy"], ["lab"], ["evaluation"], ["training"], ["study"], ["cli"], ["__main__"]]
+FLOORS = [
+    ["types"],
+    ["objective"],
+    ["data", "policy"],
+    ["lab"],
+    ["evaluation"],
+    ["training"],
+    ["study"],
+    ["cli"],
+    ["__main__"],
+]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {
     "objective": {"lightning", "transformers", "datasets", "logging"},

@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.data.tokenization import terminator_ids
 from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
 from lit_isdpo.policy.loading import DTYPES, load_config, read_config
@@ -90,6 +91,13 @@ class RewardModule(LanguageModule):
         """Bradley-Terry."""
         return "Bradley-Terry", {"centering": self.centering}
 
+    def setup(self, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell."""
+        super().setup(stage)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and not isinstance(datamodule, PreferenceDataModule):
+            raise InputError("data: a reward model is trained on pairs; use PreferenceDataModule.")
+
     def configure_model(self) -> None:
         """Loads the model; Lightning calls this once for each of fit, validate and test."""
         if not hasattr(self, "reward_model"):
@@ -122,8 +130,10 @@ class RewardModule(LanguageModule):
         self.log_step()
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test set's values."""
-        self._log("test", self.test_metrics)
+        """Logs the test set's values, and prints those that a reader looks for."""
+        values = self._log("test", self.test_metrics)
+        loss, accuracy = values["loss"].item(), values["rewards/accuracies"].item()
+        rank_zero_info(f"Test: loss {loss:.4f}, accuracy {accuracy:.3f}.")
 
     def _update(self, metrics: RewardMetrics, batch: PreferenceBatch) -> Tensor:
         """Weighted losses of the batch, ``(B,)``, which are added to the sums."""

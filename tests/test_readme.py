@@ -61,6 +61,11 @@ def test_the_commands_in_their_order(folder: Path) -> None:
         if "Qwen" in command:  # a model on the hub; the same config runs in the tests of the configs
             continue
         if " fit " in command and "--ckpt_path" not in command:
-            command += " --trainer.max_steps 2 --probe.num_prompts 8 --trainer.default_root_dir runs/others"
+            command += " --trainer.max_steps 2 --probe.num_prompts 8"
+        if " study " in command:  # one run of two steps instead of 24 whole ones
+            command += ' --seeds=[0] --grid=null --methods={"DPO":"configs/model/dpo.yaml"}'
+            command += ' --options={"trainer.max_steps":2,"trainer.limit_val_batches":1}'
         run(command, folder)
     assert (folder / "my_policy" / "model.safetensors").exists()
+    assert (folder / "my_reward_model" / "model.safetensors").exists()
+    assert (folder / "runs" / "study_quick" / "report.md").exists()

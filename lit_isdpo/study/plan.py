@@ -14,6 +14,9 @@ import yaml
 from lit_isdpo.types import InputError
 
 SEED = "{seed}"  # stands for the run's seed in an option's value
+COLUMNS = {"design", "method", "seed", "step", "progress"}
+COLUMNS |= {"gold", "kl", "win_rate", "weight", "ess", "support_mass", "loss", "accuracy", "length"}
+"""Of the study's tables: a setting's column may have none of these names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class Run:
     Attributes:
         design: its name in the study.
         method: likewise.
-        settings: values of the grid, by their short names.
+        settings: values of the grid, by their short names; what is no number or text is there as JSON.
         seed: of the order of the pairs, and of what the options make of ``{seed}``.
         arguments: of ``fit``.
         digest: of the arguments and of what their config files say: the same run has the same folder in every study.
@@ -89,7 +92,7 @@ def plan_runs(
         options: flags of all runs.
 
     Raises:
-        InputError: something is empty, missing or there twice.
+        InputError: something is empty, missing or there twice, or a value would silently give way to another.
     """
     for name, given in (("designs", designs), ("methods", methods), ("seeds", seeds)):
         if not given:
@@ -102,6 +105,7 @@ def plan_runs(
     for method, variant in methods.items():
         if unknown := set(variant.without) - set(grid):
             raise InputError(f"methods.{method}.without: {sorted(unknown)} is not in the grid.")
+    _check_options(designs, methods, grid, options)
     contents = {file: _read(file) for variant in (*designs.values(), *methods.values()) for file in variant.files}
     short = _short_names(list(grid))
     runs = {}
@@ -119,13 +123,33 @@ def plan_runs(
             run = Run(
                 design,
                 method,
-                {short[flag]: value for flag, value in settings.items()},
+                {short[flag]: _label(value) for flag, value in settings.items()},
                 seed,
                 arguments,
                 sha256(identity.encode()).hexdigest()[:8],
             )
             runs[run.folder] = run
     return list(runs.values())
+
+
+def _check_options(
+    designs: Mapping[str, Variant],
+    methods: Mapping[str, Variant],
+    grid: Mapping[str, Sequence[Any]],
+    options: Mapping[str, Any],
+) -> None:
+    """Raises InputError for an option that has no effect, as the grid's values or the run's seed take its place."""
+    # A method that is without a flag of the grid takes the value from its own options or from those for all.
+    for_all = set(grid).difference(*(variant.without for variant in methods.values()))
+    places = [("options", options, for_all)]
+    places += [(f"designs.{name}.options", variant.options, for_all) for name, variant in designs.items()]
+    places += [(f"methods.{name}.options", one.options, set(grid) - set(one.without)) for name, one in methods.items()]
+    for place, given, varied in places:
+        if both := set(given) & varied:
+            raise InputError(f"{place}: {sorted(both)} is in the grid too, whose values would count; leave one out.")
+    for place, flags in (("grid", grid), *((place, given) for place, given, _ in places)):
+        if "seed_everything" in flags:
+            raise InputError(f"{place}: seed_everything is each run's own, from seeds; leave it out.")
 
 
 def _read(file: str) -> Any:
@@ -143,7 +167,13 @@ def _text(value: Any, seed: int) -> str:
     return str(value).replace(SEED, str(seed))
 
 
+def _label(value: Any) -> Any:
+    """A value that a table can be grouped by; null is a value too, and none that is missing."""
+    return value if isinstance(value, int | float | str) else json.dumps(value)
+
+
 def _short_names(flags: Sequence[str]) -> dict[str, str]:
-    """The last part of each flag, where it is not the last part of another."""
+    """The last part of each flag, where it is not the last part of another, and no other column of the tables."""
     last = [flag.split(".")[-1] for flag in flags]
-    return {flag: name if last.count(name) == 1 else flag for flag, name in zip(flags, last, strict=True)}
+    alone = [last.count(name) == 1 and name not in COLUMNS for name in last]
+    return {flag: name if short else flag for flag, name, short in zip(flags, last, alone, strict=True)}

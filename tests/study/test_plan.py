@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_isdpo.study.plan import Variant, plan_runs
+from lit_isdpo.study.plan import COLUMNS, Variant, plan_runs
+from lit_isdpo.study.results import SOURCES
 from lit_isdpo.types import InputError
 
 
@@ -90,6 +91,28 @@ def test_short_names_that_clash_are_written_out() -> None:
 
 
 @pytest.mark.usefixtures("files")
+def test_a_setting_has_no_name_that_the_tables_have_already() -> None:
+    assert set(SOURCES) < COLUMNS
+    (run,) = plan(methods={"DPO": Variant()}, grid={"model.loss": ["dpo"], "probe.seed": [1]}, seeds=[0])
+    assert run.settings == {"model.loss": "dpo", "probe.seed": 1}
+
+
+@pytest.mark.usefixtures("files")
+def test_settings_are_values_that_tables_group_by() -> None:
+    values = [None, 1e-8, "linear", True, [0.9, 0.95], {"path": "a"}]
+    runs = plan(methods={"DPO": Variant()}, grid={"a.b": values}, seeds=[0])
+    assert [run.settings["b"] for run in runs] == ["null", 1e-8, "linear", True, "[0.9, 0.95]", '{"path": "a"}']
+    assert [run.arguments[-2] for run in runs][3:] == ["--a.b=true", "--a.b=[0.9, 0.95]", "--a.b={path: a}"]
+
+
+@pytest.mark.usefixtures("files")
+def test_a_method_without_a_setting_takes_it_from_the_options() -> None:
+    methods = {"DPO": Variant(without=["eps"], options={"eps": 3}), "IS": Variant()}
+    first, *_ = plan(methods=methods, grid={"eps": [1, 2]}, seeds=[0], options={"eps": 4})
+    assert "--eps=3" in first.arguments
+
+
+@pytest.mark.usefixtures("files")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -99,6 +122,10 @@ def test_short_names_that_clash_are_written_out() -> None:
         ({"grid": {"beta": []}}, "grid: beta has no values"),
         ({"methods": {"DPO": Variant(without=["beta"])}}, r"methods.DPO.without: \['beta'\] is not in the grid"),
         ({"methods": {"DPO": Variant(config="none.yaml")}}, "cannot read 'none.yaml'"),
+        ({"grid": {"epsilon": [1]}}, r"methods.IS.options: \['epsilon'\] is in the grid too"),
+        ({"grid": {"data.train": ["a"]}}, r"designs.toy.options: \['data.train'\] is in the grid too"),
+        ({"grid": {"lr": [1]}, "options": {"lr": 1}}, r"options: \['lr'\] is in the grid too"),
+        ({"options": {"seed_everything": 1}}, "options: seed_everything is each run's own"),
     ],
 )
 def test_what_cannot_be_planned(changes, message) -> None:

@@ -172,13 +172,13 @@ def draw_heat_map(summary: pd.DataFrame, settings: Sequence[str], column: str, l
         for axis, (values, rows) in zip(axes[0], panels, strict=True):
             table = rows.pivot_table(index="method", columns=first, values=column, aggfunc="mean", sort=False)
             image = axis.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-            axis.set_xticks(range(len(table.columns)), [f"{value:g}" for value in table.columns])
+            axis.set_xticks(range(len(table.columns)), [_shown(value) for value in table.columns])
             axis.set_yticks(range(len(table.index)), table.index)
             for (line, place), value in np.ndenumerate(table.to_numpy()):
                 ink = "black" if value > (low + high) / 2 else "white"
                 axis.text(place, line, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
             named = zip(rest, values if isinstance(values, tuple) else (values,), strict=True)
-            axis.set(xlabel=first, title="\n".join(f"{key} {value:g}" for key, value in named))
+            axis.set(xlabel=first, title="\n".join(f"{key} {_shown(value)}" for key, value in named))
             axis.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes[0].tolist(), label=label)
     return figure
@@ -217,7 +217,11 @@ def _bar(value: tuple[float, float], place: float) -> tuple[float, float, None, 
 
 def _label(key: Any) -> str:
     method, *values = key if isinstance(key, tuple) else (key,)
-    return ", ".join([str(method), *(f"{value:g}" for value in values if not pd.isna(value))])
+    return ", ".join([str(method), *(_shown(value) for value in values if not pd.isna(value))])
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, str | bool | np.bool_) else f"{value:g}"
 
 
 def _mean(values: "pd.Series[float]") -> float:

@@ -76,20 +76,24 @@ def write_report(
         lines += _table(of_runs, varied)
         if baseline is not None:
             lines += _differences(of_runs, here, varied, baseline)
-        lines += _budgets(of_runs, varied)
-        lines += _fits(here, varied)
+        if here["gold"].notna().any():
+            lines += _budgets(of_runs, varied)
+            lines += _fits(here, varied)
     (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 def _pictures(
     history: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[str], color: dict[str, str]
 ) -> list[tuple[str, Figure]]:
-    pictures = [("frontier", figures.draw_frontier(history, settings, color))]
+    gold = bool(history["gold"].notna().any())
+    pictures = [("frontier", figures.draw_frontier(history, settings, color))] if gold else []
     if len(settings) < 2:
         pictures.append(("training", figures.draw_training(history, settings, color)))
-        pictures.append(("over_optimization", figures.draw_over_optimization(summary, settings, color)))
+        if gold:
+            pictures.append(("over_optimization", figures.draw_over_optimization(summary, settings, color)))
     else:
-        pictures.append(("final_gold", figures.draw_heat_map(summary, settings, "gold_final", "final gold reward")))
+        if gold:
+            pictures.append(("final_gold", figures.draw_heat_map(summary, settings, "gold_final", "final gold reward")))
         pictures.append(("final_kl", figures.draw_heat_map(summary, settings, "kl", "final KL, nats")))
     if {"sampled_kl", "sampled_gold"} <= set(history) and not history["kl"].equals(history["sampled_kl"]):
         pictures.append(("sampled_over_exact", figures.draw_sampled_over_exact(history, color)))
@@ -98,6 +102,8 @@ def _pictures(
 
 def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str], baseline: str | None) -> list[str]:
     """What stands in the tables, as sentences: who ends best, who loses most, who differs from the baseline."""
+    if history["gold"].isna().all():
+        return ["- No gold reward is known for this data: KL and weights are compared, and no method is called better."]
     means = summary.groupby(["method", *settings], sort=False, dropna=False)[
         ["gold_peak", "gold_final", "gold_lost"]
     ].mean()

@@ -94,16 +94,18 @@ def summarize(history: pd.DataFrame) -> dict[str, float]:
         checkpoints within B nats; ``peak_progress``, the share of the training at which gold peaked; ``kl_peak``; and
         the final ``kl``, ``win_rate``, ``weight``, ``ess``, ``accuracy``, ``loss``, ``length`` and ``support_mass``.
     """
-    gold, last, peak = history["gold"], history.iloc[-1], history["gold"].idxmax()
+    gold, last = history["gold"], history.iloc[-1]
+    # Of data without a known reward there is no peak.
+    at_peak = history.loc[gold.idxmax()] if gold.notna().any() else pd.Series(math.nan, index=history.columns)
     values = {
         "gold_start": gold.iloc[0],
-        "gold_peak": gold[peak],
+        "gold_peak": at_peak["gold"],
         "gold_final": last["gold"],
-        "gold_lost": gold[peak] - last["gold"],
+        "gold_lost": at_peak["gold"] - last["gold"],
         "gold_low": gold[history["progress"] >= 0.5].min(),
         "gold_area": np.trapezoid(gold, history["progress"]),
-        "peak_progress": history["progress"][peak],
-        "kl_peak": history["kl"][peak],
+        "peak_progress": at_peak["progress"],
+        "kl_peak": at_peak["kl"],
     }
     for column in ("kl", "win_rate", "weight", "ess", "accuracy", "loss", "length", "support_mass"):
         values[column] = last[column]
@@ -117,11 +119,16 @@ def read_runs(runs: Sequence[Run], root: Path) -> tuple[pd.DataFrame, pd.DataFra
 
     Both tables begin with ``design``, ``method``, the settings of the grid (empty where a method is without one) and
     ``seed``.
+
+    Raises:
+        InputError: a run was not validated.
     """
     histories, summaries = [], []
     for run in runs:
         identity = {"design": run.design, "method": run.method, **run.settings, "seed": run.seed}
         history = validations(read_log(root / run.folder))
+        if history.empty:
+            raise InputError(f"{run.name}: there is no validation in its log, and a study compares those.")
         histories.append(history.assign(**identity))
         summaries.append({**identity, **summarize(history)})
     columns = list(dict.fromkeys(key for run in runs for key in ("design", "method", *run.settings, "seed")))

@@ -7,6 +7,7 @@ import pytest
 
 from lit_isdpo.study.plan import Run
 from lit_isdpo.study.report import write_report
+from lit_isdpo.types import InputError
 
 GOLD = {"DPO": [0.5, 1.5, 1.0], "IS-DPO": [0.5, 1.4, 1.3], "same": [0.5, 1.5, 1.0]}
 
@@ -83,3 +84,35 @@ def test_several_settings_become_heat_maps(tmp_path: Path) -> None:
         "toy_final_kl.png",
     }
     assert "Differences" not in text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("settings", "pictures"), [({}, {"training"}), ({"lr": [1, 2], "eps": [1, 2]}, {"final_kl"})])
+def test_data_without_a_gold_reward_is_compared_by_kl(tmp_path: Path, settings, pictures: set[str]) -> None:
+    runs = make_runs(tmp_path / "runs", settings=settings, exact=False)
+    for file in tmp_path.rglob("metrics.csv"):
+        log = pd.read_csv(file)
+        log.drop(columns=[key for key in log if "gold" in key or "win" in key]).to_csv(file, index=False)
+    text = report(tmp_path / "out", runs, tmp_path / "runs")
+    assert "No gold reward is known for this data" in text
+    assert "The best end" not in text
+    assert "nan" not in text
+    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == {f"toy_{name}" for name in pictures}
+    assert "| IS-DPO |" in text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "settings", [{"decay": ["linear", "null"]}, {"decay": ["linear", "null"], "on": [True, False]}]
+)
+def test_settings_may_be_texts(tmp_path: Path, settings) -> None:
+    runs = make_runs(tmp_path / "runs", settings=settings, exact=False)
+    assert "| DPO | linear |" in report(tmp_path / "out", runs, tmp_path / "runs")
+
+
+def test_a_run_without_validations_is_named(tmp_path: Path) -> None:
+    run = Run("toy", "DPO", {}, 0, (), "1")
+    (tmp_path / run.folder / "version_0").mkdir(parents=True)
+    (tmp_path / run.folder / "version_0" / "metrics.csv").write_text("step,train/loss\n1,0.5\n")
+    with pytest.raises(InputError, match="toy, DPO, seed 0: there is no validation in its log"):
+        report(tmp_path / "out", [run], tmp_path)

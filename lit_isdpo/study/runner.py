@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -109,7 +109,7 @@ def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     if torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
+        os.environ["CUDA_VISIBLE_DEVICES"] = _gpu(worker, torch.cuda.device_count(), os.environ)
     lock = (folder / "lock").open("w")  # held until the process ends, however it ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,6 +120,19 @@ def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:
     if checkpoints:
         arguments.append(f"--ckpt_path={checkpoints[-1]}")
     importlib.import_module(cli).main(["fit", *arguments])
+
+
+def _gpu(worker: int, num_gpus: int, environment: Mapping[str, str]) -> str:
+    """The worker's GPU, of those that the study itself was given.
+
+    >>> _gpu(3, 2, {"CUDA_VISIBLE_DEVICES": "4,6"})
+    '6'
+    >>> _gpu(3, 2, {})
+    '1'
+    """
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")] if given else [str(number) for number in range(num_gpus)]
+    return names[worker % num_gpus]
 
 
 def _end_with_parent() -> None:

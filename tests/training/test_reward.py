@@ -126,3 +126,24 @@ def test_what_is_refused(run: Path, options: list[str], tmp_path: Path, capsys: 
 def test_two_ranks_are_one(options: list[str], tmp_path: Path) -> None:
     """DDP over gloo, with accumulation, on 7 validation pairs, so that one rank's last batch is filled up."""
     one_rank_is_two([*options, "--data.val_size=7", "--data.micro_batch_size=2"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_labs_reward_model_learns_the_gold_reward(tmp_path: Path) -> None:
+    """``configs/reward.yaml`` as it stands, and the numbers of its head; the gold reward's from columns of the pairs."""
+    config = Path(__file__).parents[2] / "configs" / "reward.yaml"
+    main(["fit", f"--config={config}", f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"])
+    run, folder = tmp_path / "version_0", tmp_path / "scores"
+    main(["export", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"--output_dir={folder}"])
+    reward = RewardModel(str(folder), max_length=512)
+    (pairs,) = tmp_path.glob("lab/posts-0-*/pairs")
+    for split, expected in (("validation", [0.676, 0.813, 0.42]), ("test", [0.643, 0.834, 0.40])):
+        rows = [json.loads(line) for line in (pairs / f"{split}.jsonl").read_text().splitlines()]
+        prompts, finished = [row["prompt"] for row in rows], [True] * len(rows)
+        chosen, rejected = (
+            torch.tensor(reward(prompts, [row[side] for row in rows], finished)) for side in ("chosen", "rejected")
+        )
+        gold = torch.tensor([row["chosen_gold"] - row["rejected_gold"] for row in rows])
+        accuracies = [((x > 0).float() + (x == 0).float() / 2).mean().item() for x in (chosen - rejected, gold)]
+        correlation = torch.corrcoef(torch.stack([chosen - rejected, gold]))[0, 1].item()
+        assert [*accuracies, correlation] == pytest.approx(expected, abs=0.03)

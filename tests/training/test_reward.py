@@ -130,7 +130,7 @@ def test_two_ranks_are_one(options: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_labs_reward_model_learns_the_gold_reward(tmp_path: Path) -> None:
-    """``configs/reward.yaml`` as it stands, and the numbers of its head; the gold reward's from columns of the pairs."""
+    """``configs/reward.yaml`` as it stands, and its head's numbers; gold rewards are columns of the pairs."""
     config = Path(__file__).parents[2] / "configs" / "reward.yaml"
     main(["fit", f"--config={config}", f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"])
     run, folder = tmp_path / "version_0", tmp_path / "scores"

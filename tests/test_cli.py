@@ -18,6 +18,7 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.objective.losses import PreferenceLoss
 from lit_isdpo.objective.weights import PairWeighting
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.study.plan import Run, Variant, plan_runs
 from tests.conftest import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +192,8 @@ CONFIGS = ROOT / "configs"
 METHODS = sorted((CONFIGS / "model").glob("*.yaml"))
 PAPER = sorted((CONFIGS / "experiment" / "paper").glob("*.yaml"))
 EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
-OTHERS = sorted(set(CONFIGS.rglob("*.yaml")) - {*METHODS, *PAPER, *EXPERIMENTS})
+STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
+OTHERS = sorted(set(CONFIGS.rglob("*.yaml")) - {*METHODS, *PAPER, *EXPERIMENTS, *STUDIES})
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -203,6 +205,37 @@ def test_every_other_config_parses(config: Path, capsys: pytest.CaptureFixture[s
         main(["fit", *base, f"--config={config}", "--print_config"])
     assert end.value.code == 0
     assert "class_path" in capsys.readouterr().out
+
+
+def planned(config: Path) -> list[Run]:
+    """The runs of a study."""
+    given = yaml.safe_load(config.read_text())
+    designs, methods = (
+        {name: Variant(config=value) if isinstance(value, str) else Variant(**value) for name, value in part.items()}
+        for part in (given["designs"], given["methods"])
+    )
+    return plan_runs(designs, methods, given.get("grid", {}), given["seeds"], given.get("options", {}))
+
+
+@pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)
+def test_every_study_can_be_planned(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = planned(config)
+    assert len({run.folder for run in runs}) == len(runs) >= 24
+
+
+@pytest.mark.slow
+def test_every_variant_of_the_studies_parses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run of each design and one of each method, by what they set."""
+    monkeypatch.chdir(ROOT)
+    runs = [run for config in STUDIES for run in planned(config)]
+    some = {run.design: run for run in runs} | {f"{run.method} {sorted(run.settings)}": run for run in runs}
+    for run in some.values():
+        with pytest.raises(SystemExit) as end:
+            main(["fit", *run.arguments, "--print_config"])
+        assert end.value.code == 0, capsys.readouterr().err
 
 
 def takes_a_step(config: Path, arguments: list[str], folder: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from lit_isdpo.lab import designs
-from lit_isdpo.lab.environments import Enumerable, Environment, Gold, Posts
+from lit_isdpo.lab.environments import Enumerable, Environment, Posts
 from lit_isdpo.lab.exact import ExactEvaluation
 from lit_isdpo.types import InputError
 
@@ -62,12 +62,6 @@ def resolve(source: str, root: Path, *, default: Literal["pairs", "reference"] =
     return _write_once(
         root / f"{name}-{seed}-{_content_hash(ENVIRONMENTS[name])}" / part, lambda folder: writers[part](folder, seed)
     )
-
-
-def gold_reward_for(folder: Path) -> Gold | None:
-    """The gold reward that belongs to a data folder, or ``None`` if it is not one of the lab's."""
-    name = environment_of(folder)
-    return None if name is None else ENVIRONMENTS[name].gold_reward
 
 
 def environment_of(folder: Path) -> str | None:

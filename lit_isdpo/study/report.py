@@ -27,7 +27,8 @@ COLUMNS = {
 READING = """Gold reward is the task's true reward; *peak* is the best of a run's checkpoints, *final* its last; *lost*
 is peak minus final, the over-optimization; *peak at* is the share of the training at which the peak was; KL(policy,
 reference) is in nats a response; weight and ESS (as a share of the pairs) are those of held-out pairs. Values are
-means ± 95 % Student-t half widths over the seeds."""
+means ± 95 % Student-t half widths over the seeds. Where values are sampled and not exact, a peak is the best of noisy
+values and leans upwards."""
 
 
 def write_report(
@@ -127,6 +128,8 @@ def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str]
             sentences.append(
                 f"- Ends {word} {baseline} by more than the interval of the paired differences: {', '.join(found)}."
             )
+    compared = differences.groupby(["method", *settings], dropna=False).ngroups
+    sentences.append(f"- Of {compared} such comparisons {compared / 20:.1f} would be that far off by chance.")
     undecided = [
         _name(key)
         for key, rows in differences.groupby(["method", *settings], sort=False, dropna=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lit_isdpo.study.plan import Run, Variant, plan_runs
-from lit_isdpo.study.runner import execute, is_done
+from lit_isdpo.study.runner import LOG, execute, is_done
 from lit_isdpo.types import InputError
 
 
@@ -62,8 +62,9 @@ def study(
     if not report_only:
         failed = execute(runs, root, num_workers or torch.cuda.device_count() or os.cpu_count() or 1)
     done = [run for run in runs if is_done(run, root)]
+    names = "; ".join(f"{run.name} ({root / run.folder / LOG})" for run in failed[:8]) + ("; ..." if failed[8:] else "")
     if not done:
-        raise InputError(f"{title}: no run is done, so there is nothing to report.")
+        raise InputError(f"{title}: no run is done, so there is nothing to report." + (names and f" Failed: {names}."))
     from lit_isdpo.study.report import write_report  # drawing takes a second to import, other verbs need it not
 
     write_report(
@@ -78,7 +79,6 @@ def study(
     )
     print(f"Wrote {output / 'report.md'} ({len(done)} of {len(runs)} runs).")
     if failed:
-        names = "; ".join(run.name for run in failed)
         raise InputError(f"{len(failed)} runs failed (the same command tries them again): {names}.")
 
 

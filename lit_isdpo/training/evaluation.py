@@ -119,6 +119,8 @@ class Evaluation(Callback):
             raise InputError(f"evaluation.top_p must be above 0 and at most 1, not {top_p}.")
         if engine_options and engine != "vllm":
             raise InputError("evaluation.engine_options are vLLM's; use them with --evaluation.engine vllm.")
+        if num_prompts is not None and kl_prompts is not None and kl_prompts > num_prompts:
+            raise InputError(f"evaluation.kl_prompts: {kl_prompts} prompts are more than num_prompts, {num_prompts}.")
         self.num_prompts = num_prompts
         self.kl_prompts = kl_prompts
         self.max_new_tokens = max_new_tokens

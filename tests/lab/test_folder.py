@@ -97,7 +97,7 @@ def test_names_are_resolved_to_folders_written_once(tmp_path: Path, monkeypatch:
     assert {file.name for file in lab.resolve("lab:posts/sft", tmp_path).iterdir()} == {
         *("train.jsonl", "validation.jsonl", "environment.json")
     }
-    assert isinstance(lab.gold_reward_for(lab.resolve("lab:posts/sft", tmp_path)), GoldReward)
+    assert lab.environment_of(lab.resolve("lab:posts/sft", tmp_path)) == "posts"
     reference = lab.resolve("lab:posts", tmp_path, default="reference")
     assert reference == lab.resolve("lab:posts/reference", tmp_path)
     assert load_causal_lm(PolicyConfig(path=str(reference))).config.hidden_size == 96
@@ -141,15 +141,15 @@ def test_of_two_writers_the_first_to_finish_stands(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("content", [None, "", "not json", "[]", '{"design": "other"}'])
-def test_other_folders_have_no_gold_reward(content: str | None, tmp_path: Path) -> None:
+def test_other_folders_are_of_no_environment(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / lab.MARKER).write_text(content)
-    assert lab.gold_reward_for(tmp_path) is None
+    assert lab.environment_of(tmp_path) is None
 
 
 def test_the_gold_reward_is_found_by_the_marker(tmp_path: Path) -> None:
     folder = lab.resolve("lab:posts", tmp_path)
-    reward = lab.gold_reward_for(folder)
+    reward = lab.ENVIRONMENTS[lab.environment_of(folder)].gold_reward
     assert isinstance(reward, GoldReward)
     row = read(folder / "test.jsonl")[0]
     assert reward([row["prompt"]], [row["chosen"]], [True]) == [row["chosen_gold"]]
@@ -166,8 +166,8 @@ def test_an_enumerable_task_has_files_of_the_same_kind(tmp_path: Path) -> None:
     rows = read(hole / "train.jsonl")
     assert len(rows) == 16
     assert all(1 <= len(row["chosen"].split()) <= 4 for row in rows)
-    reward = lab.gold_reward_for(hole)
-    assert reward is not None
+    assert lab.environment_of(hole) == "length"
+    reward = lab.ENVIRONMENTS["length"].gold_reward
     assert reward([rows[0]["prompt"]], [rows[0]["chosen"]], [True]) == [rows[0]["chosen_gold"]]
     sft = lab.resolve("lab:verbosity/sft", tmp_path)
     assert all(len(row["completion"].split()) == 6 for row in read(sft / "train.jsonl"))

@@ -63,6 +63,7 @@ def test_words_tables_and_pictures(tmp_path: Path) -> None:
     assert text.startswith("# A study\n\nA *note*.\n\n18 of 99 runs, 3 seeds")
     assert "The best end is that of IS-DPO (0.01) (1.31)" in text
     assert "Ends above DPO by more than the interval of the paired differences: IS-DPO (0.01) (+0.30 ± 0.00)" in text
+    assert "Of 4 such comparisons 0.2 would be that far off by chance" in text
     assert "Not to be told from DPO by its end on these seeds: same (0.01), same (0.1)" in text
     assert "| DPO | 0.01 | 3 | 1.50 ± 0.00 | 1.01 ± 0.02 | 0.49 ± 0.02 |" in text
     for name in ("frontier", "training", "over_optimization", "sampled_over_exact"):

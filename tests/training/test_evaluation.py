@@ -63,6 +63,10 @@ def test_supervised_training_has_no_reference_and_says_so(
         (["--evaluation.temperature=0"], "evaluation.temperature must be above 0"),
         (["--evaluation.top_p=1.5"], "evaluation.top_p must be above 0 and at most 1"),
         (["--evaluation.engine_options={seed: 1}"], "evaluation.engine_options are vLLM's"),
+        (
+            ["--evaluation.num_prompts=2", "--evaluation.kl_prompts=4"],
+            "kl_prompts: 4 prompts are more than",
+        ),
         (["--model=SFTModule", "--evaluation.kl_prompts=4"], "evaluation.kl_prompts: without model.reference"),
     ],
 )

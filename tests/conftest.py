@@ -17,7 +17,7 @@ from lit_isdpo.objective.pairs import PairLogps
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
 
 
-LONGEST = ("test_reference.py", "test_design_references.py", "test_readme.py")
+LONGEST = ("test_readme.py", "test_notebooks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,7 +36,7 @@ def test_the_shipped_reference_says_what_demonstrations_say(build: Callable[[], 
     assert share == pytest.approx(expected, rel=0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.rebuild
 @BOTH
 def test_its_command_makes_its_like(build: Callable[[], Design], tmp_path: Path) -> None:
     design = build()

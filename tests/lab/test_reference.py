@@ -52,7 +52,7 @@ def test_the_shipped_reference_tells_facts(shipped: LogProbModel) -> None:
     assert values.finished.mean() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.rebuild
 def test_its_command_makes_its_like(shipped: LogProbModel, tmp_path: Path) -> None:
     options = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     options += ["--trainer.limit_val_batches=0"]  # changes nothing of what is trained

@@ -2,7 +2,9 @@
 
 sources -> rows -> formats -> tokenization -> one memory-mapped table -> splits -> TrainingOrder -> collation -> batches
 
-Half of its length is the documentation of its options and a sentence for each way in which they can be wrong.
+It is longer than a module should be because its constructor is what a user configures: half of it documents the options
+and says in a sentence how each can be wrong. Which rows belong to which split is settled in ``splits``, how they are
+read and tokenized in ``sources`` and ``rows``, their order in ``sampling``; what is left here needs the trainer.
 """
 
 import hashlib

@@ -1,9 +1,6 @@
 """The verb ``test`` as a user meets it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pandas as pd
 import pytest
 
 from lit_isdpo.cli import main
+from tests.conftest import run_on_two_ranks
 
 REWARD = ["--evaluation.reward=LabReward", "--evaluation.reward.task=lab:posts"]
 
@@ -91,15 +89,6 @@ def test_two_ranks_are_one(options: list[str], tmp_path: Path) -> None:
     """Responses are those of shards, whoever draws them: 7 prompts, two a shard."""
     options = [*options, *REWARD, "--evaluation.num_prompts=7", "--evaluation.batch_size=4", "--data.batch_size=8"]
     main(["test", *options, f"--trainer.default_root_dir={tmp_path / 'one'}"])
-    command = [sys.executable, "-m", "lit_isdpo", "test", *options, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    result = subprocess.run(
-        [*command, f"--trainer.default_root_dir={tmp_path / 'two'}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_on_two_ranks("test", [*options, f"--trainer.default_root_dir={tmp_path / 'two'}"])
     one, two = (evaluation(tmp_path / name / "version_0")["metrics"] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-5)

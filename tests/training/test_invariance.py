@@ -1,8 +1,5 @@
 """The global batch is what the config says, however it is cut: 8 x 1 is 1 x 8, and two ranks are one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 
 from lit_isdpo.cli import main
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, run_on_two_ranks
 
 STEPS = ["--trainer.max_steps=5", "--trainer.gradient_clip_val=1.0"]
 
@@ -58,16 +55,7 @@ def test_evaluation_batches_of_any_size_log_the_same(tiny: list[str], tmp_path: 
 def one_rank_is_two(options: list[str], folder: Path) -> None:
     """A fit in this process, and the same over gloo with two, in ``one`` and ``two`` of the folder."""
     main(["fit", *options, f"--trainer.default_root_dir={folder / 'one'}"])
-    command = [sys.executable, "-m", "lit_isdpo", "fit", *options, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    result = subprocess.run(
-        [*command, f"--trainer.default_root_dir={folder / 'two'}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_on_two_ranks("fit", [*options, f"--trainer.default_root_dir={folder / 'two'}"])
     assert_alike(folder / "one" / "version_0", folder / "two" / "version_0", tolerance=1e-5)
 
 

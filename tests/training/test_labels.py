@@ -1,9 +1,6 @@
 """From ``predict`` with a reward to a file of pairs, and from that to a fit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +11,7 @@ from lit_isdpo.cli import main
 from lit_isdpo.lab.posts import gold_reward, render_prompt, sample_post
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.types import InputError
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, run_on_two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +141,8 @@ def test_text_and_conversations_do_not_go_into_one_file(
 @pytest.mark.slow
 def test_two_ranks_write_one_file(arguments: list[str], tmp_path: Path) -> None:
     """Over gloo, 12 rows in batches of 3 and 2 a rank; each row is labelled once, and the file is in their order."""
-    command = [sys.executable, "-m", "lit_isdpo", "predict", *arguments, "--labels.pairing=all"]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=6"]
-    result = subprocess.run(
-        [*command, f"--trainer.default_root_dir={tmp_path}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    options = ["--labels.pairing=all", "--data.batch_size=6", f"--trainer.default_root_dir={tmp_path}"]
+    printed = run_on_two_ranks("predict", [*arguments, *options])
     run = tmp_path / "version_0"
     ranks = [read(run / f"predictions-{rank}.jsonl") for rank in range(2)]
     assert [sorted({row["row_id"] for row in rows}) for rows in ranks] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
@@ -163,5 +151,5 @@ def test_two_ranks_write_one_file(arguments: list[str], tmp_path: Path) -> None:
     order = [row_id for pair in pairs for row_id, prompt in prompts.items() if prompt == pair["prompt"]]
     assert order == sorted(order)
     assert {row_id % 2 for row_id in order} == {0, 1}
-    assert f"Wrote {len(pairs)} pairs to {run / 'pairs.jsonl'}" in result.stderr + result.stdout
-    assert "36 responses to 12 rows" in result.stderr + result.stdout
+    assert f"Wrote {len(pairs)} pairs to {run / 'pairs.jsonl'}" in printed
+    assert "36 responses to 12 rows" in printed

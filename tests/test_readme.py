@@ -48,7 +48,7 @@ def test_every_command_is_of_a_known_kind() -> None:
 
 @pytest.mark.slow
 def test_the_commands_in_their_order(folder: Path) -> None:
-    """The quickstart whole; of what else is a fit, two steps."""
+    """The quickstart whole; of all else a few steps, batches or prompts."""
     output = run(COMMANDS[0].split(" && ")[1], folder)
     for text in (
         "Validation, before and after training",
@@ -60,8 +60,13 @@ def test_the_commands_in_their_order(folder: Path) -> None:
     for command in OURS:
         if "Qwen" in command:  # a model on the hub; the same config runs in the tests of the configs
             continue
-        if " fit " in command and "--ckpt_path" not in command:
-            command += " --trainer.max_steps 2 --probe.num_prompts 8"
+        if " fit " in command:
+            steps = "--trainer.max_steps 2" if "--ckpt_path" not in command else "--trainer.max_epochs 9"
+            command += f" {steps} --trainer.limit_val_batches 1 --probe.num_prompts 8"
+        if " test " in command:
+            command += " --evaluation.num_prompts 16"
+        if " predict " in command:
+            command += " --trainer.limit_predict_batches 4"
         if " study " in command:  # one run of two steps instead of 24 whole ones
             command += ' --seeds=[0] --grid=null --methods={"DPO":"configs/model/dpo.yaml"}'
             command += ' --options={"trainer.max_steps":2,"trainer.limit_val_batches":1}'

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -9,6 +10,9 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lit_isdpo.study.plan import Run
+from lit_isdpo.types import InputError
 
 CLI = "lit_isdpo.cli"  # by its name, as a user calls it: this room is below the command line
 DONE = "done.json"
@@ -44,12 +49,20 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
         cli: module whose ``main`` is called.
 
     Raises:
+        InputError: the options of a run cannot be parsed; none has been started.
         KeyboardInterrupt: the user stopped the study; the runs have saved where they were.
     """
     waiting = [run for run in runs if not is_done(run, root)]
     # A fork of a server that has imported everything: a clean process, without the seconds that the imports take.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([cli])
+    # What is wrong in a study's file is told at once, and not hours later where a run of a kind is first made.
+    kinds = {(run.design, run.method, *run.settings.items()): run for run in waiting}.values()
+    with ProcessPoolExecutor(min(num_workers, len(kinds)) or 1, mp_context=context) as pool:
+        for run, error in zip(kinds, pool.map(partial(_parse, cli=cli), kinds), strict=True):
+            if error:
+                pool.shutdown(cancel_futures=True)
+                raise InputError(f"{run.name}: {error.removeprefix('error: ')}")
     threads = max(1, (os.cpu_count() or 1) // num_workers)
     working: dict[int, tuple[BaseProcess, Run, float]] = {}  # by worker
     failed: list[Run] = []
@@ -85,6 +98,17 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
                 process.join(60)
             raise
     return failed
+
+
+def _parse(run: Run, cli: str) -> str:
+    """What the command line says to a run's options; nothing where they are in order."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(said):
+            importlib.import_module(cli).main(["fit", *run.arguments, "--print_config"])
+    except SystemExit as end:
+        return said.getvalue().strip() if end.code else ""
+    raise AssertionError("--print_config ends the command line")
 
 
 def _mark(run: Run, root: Path, seconds: float) -> None:

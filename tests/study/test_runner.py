@@ -12,6 +12,7 @@ import pytest
 
 from lit_isdpo.study.plan import Run
 from lit_isdpo.study.runner import execute, is_done
+from lit_isdpo.types import InputError
 
 STUB = "cli_stub"
 
@@ -46,6 +47,13 @@ def test_good_runs_are_done_once_and_failed_ones_are_named(tmp_path: Path) -> No
     assert execute([good, bad], tmp_path, 2, cli=STUB) == [bad]
     assert len(calls(good, tmp_path)) == 1
     assert len(calls(bad, tmp_path)) == 2
+
+
+def test_nothing_is_run_where_one_kind_of_run_cannot_be_parsed(tmp_path: Path) -> None:
+    good, wrong = run_of("good"), run_of("wrong", "--is_wrong=true")
+    with pytest.raises(InputError, match=r"^toy, wrong, seed 0: no such option$"):
+        execute([good, wrong], tmp_path, 2, cli=STUB)
+    assert not (tmp_path / good.folder).exists()
 
 
 SCRIPT = """

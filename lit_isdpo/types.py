@@ -6,6 +6,7 @@ input, T positions of a row, C positions of the longest completion, V vocabulary
 
 from typing import Literal, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -81,6 +82,9 @@ class TokenBatch(NamedTuple):
         completion_mask: ``(S, C)`` bool, true at response tokens.
         logit_positions: ``(S, C)`` int64, index into the flattened ``R * T`` positions of the hidden state that
             predicts ``completion_ids``; 0 where masked.
+        segment_ids: ``(R, T)`` int64 where rows hold pairs: ``3 d`` at the prompt of the row's pair number d,
+            ``3 d + 1`` at its chosen and ``3 d + 2`` at its rejected response, -1 at padding. ``None`` in the plain
+            layout.
     """
 
     input_ids: Tensor
@@ -89,6 +93,11 @@ class TokenBatch(NamedTuple):
     completion_ids: Tensor
     completion_mask: Tensor
     logit_positions: Tensor
+    segment_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch on a device."""
+        return TokenBatch(*(None if field is None else field.to(device) for field in self))  # type: ignore[arg-type]
 
 
 class PreferenceBatch(NamedTuple):

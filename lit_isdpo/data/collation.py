@@ -9,11 +9,13 @@ For two pairs with prompt ``[1, 5]`` / ``[1]`` and responses ``[6, 2]``, ``[7, 8
     [1, 5, 7, 8, 2]      [7, 8, 2]        [11, 12, 13]     pair 0, rejected
     [1, 2, 0, 0, 0]      [2, 0, 0]        [15,  0, 0]      pair 1, rejected
 
-The first response token is predicted at the prompt's last position, so a prompt has at least one token.
+The first response token is predicted at the prompt's last position, so a prompt has at least one token. In the shared
+layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is computed once; a row may hold several pairs.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -25,6 +27,8 @@ from lit_isdpo.types import (
     TokenizedExample,
     TokenizedPair,
 )
+
+Layout = Literal["plain", "shared"]
 
 
 def collate_completions(
@@ -68,16 +72,115 @@ def collate_completions(
     return TokenBatch(input_ids, attention_mask, position_ids, completion_ids, completion_mask, logit_positions)
 
 
-def collate_pairs(pairs: Sequence[TokenizedPair], row_ids: Sequence[int], *, pad_token_id: int) -> PreferenceBatch:
+def collate_shared(
+    pairs: Sequence[TokenizedPair], *, pad_token_id: int, rows: Sequence[Sequence[int]] | None = None
+) -> TokenBatch:
+    """Lays pairs out so that both responses share one prompt: ``[prompt | chosen | rejected]``.
+
+    Args:
+        pairs: B pairs.
+        pad_token_id: as in :func:`collate_completions`.
+        rows: which pairs each row holds, one after another; by default a row a pair.
+
+    Returns:
+        R rows with segment ids; S = 2B completions, all chosen first.
+
+    >>> batch = collate_shared([TokenizedPair([1, 5], [6, 2], [7, 8, 2])], pad_token_id=0)
+    >>> batch.input_ids.tolist(), batch.position_ids.tolist(), batch.segment_ids.tolist()
+    ([[1, 5, 6, 2, 7, 8, 2]], [[0, 1, 2, 3, 2, 3, 4]], [[0, 0, 1, 1, 2, 2, 2]])
+    >>> batch.completion_ids.tolist(), batch.logit_positions.tolist()  # both responses begin after position 1
+    ([[6, 2, 0], [7, 8, 2]], [[1, 2, 0], [1, 4, 5]])
+    """
+    rows = [[pair] for pair in range(len(pairs))] if rows is None else rows
+    lengths = [sum(num_positions(pairs[number]) for number in row) for row in rows]
+    width = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    input_ids = torch.full((len(rows), max(lengths)), pad_token_id)
+    segment_ids = torch.full_like(input_ids, -1)
+    position_ids = torch.zeros_like(input_ids)
+    completion_ids = torch.zeros(2 * len(pairs), width, dtype=torch.long)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
+    logit_positions = torch.zeros_like(completion_ids)
+    for row, numbers in enumerate(rows):
+        start = 0
+        for place, number in enumerate(numbers):
+            prompt, *responses = pairs[number][:3]
+            assert prompt, "the first completion token is predicted at the prompt's last position"
+            begin, after = 0, start
+            last = row * max(lengths) + start + len(prompt) - 1
+            for segment, ids in enumerate((prompt, *responses)):
+                part = slice(after, after + len(ids))
+                input_ids[row, part] = torch.tensor(ids, dtype=torch.long)
+                segment_ids[row, part] = 3 * place + segment
+                position_ids[row, part] = torch.arange(begin, begin + len(ids))
+                if segment:
+                    sequence = number + (segment - 1) * len(pairs)
+                    completion_ids[sequence, : len(ids)] = input_ids[row, part]
+                    completion_mask[sequence, : len(ids)] = True
+                    first = row * max(lengths) + after
+                    logit_positions[sequence, : len(ids)] = torch.arange(first - 1, first - 1 + len(ids))
+                    logit_positions[sequence, 0] = last
+                begin, after = len(prompt), part.stop
+            start = after
+    return TokenBatch(
+        input_ids, segment_ids >= 0, position_ids, completion_ids, completion_mask, logit_positions, segment_ids
+    )
+
+
+def num_positions(pair: TokenizedPair) -> int:
+    """Positions of a pair whose responses share the prompt."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Shares items out over bins of at most ``budget``, the longest first, each into the first bin with room for it.
+
+    An item that is longer than the budget has a bin of its own.
+
+    >>> pack([3, 9, 4, 2, 6], budget=10)
+    [[1], [4, 2], [0, 3]]
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        place = next((place for place, left in enumerate(room) if left >= lengths[item]), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[place].append(item)
+        room[place] -= lengths[item]
+    return bins
+
+
+def collate_pairs(
+    pairs: Sequence[TokenizedPair],
+    row_ids: Sequence[int],
+    *,
+    pad_token_id: int,
+    layout: Layout = "plain",
+    row_budget: int | None = None,
+) -> PreferenceBatch:
     """Stacks B pairs as ``[chosen; rejected]``.
 
     A response whose behavior log-prob is not known gets NaN.
+
+    Args:
+        pairs: to be stacked.
+        row_ids: one a pair.
+        pad_token_id: fills rows up.
+        layout: ``plain`` has a row a response, ``shared`` a row a pair, with one prompt for both responses.
+        row_budget: positions of a row in which several pairs are packed; only where the prompt is shared.
     """
-    tokens = collate_completions(
-        [pair.prompt_ids for pair in pairs] * 2,
-        [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs],
-        pad_token_id=pad_token_id,
-    )
+    if layout == "shared":
+        rows = None if row_budget is None else pack([num_positions(pair) for pair in pairs], row_budget)
+        tokens = collate_shared(pairs, pad_token_id=pad_token_id, rows=rows)
+    else:
+        assert row_budget is None, "packed rows need segment ids"
+        tokens = collate_completions(
+            [pair.prompt_ids for pair in pairs] * 2,
+            [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs],
+            pad_token_id=pad_token_id,
+        )
     behavior = [pair.chosen_behavior_logps for pair in pairs] + [pair.rejected_behavior_logps for pair in pairs]
     behavior_logps = torch.tensor([math.nan if logps is None else logps for logps in behavior])
     pair_weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.formats import FORMATS, check_pairing
 from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, RowType, TokenizedSource, tokenize_rows
@@ -292,27 +293,29 @@ class TextDataModule(LightningDataModule, ABC):
             sampler=self._order,
             persistent_workers=self.num_workers > 0,
             **self._loader_options(),
+            collate_fn=self._collate(self._layout),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation row once over the ranks."""
-        return self._evaluation_loader("val")
+        return self._evaluation_loader("val", self._layout)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every test row once over the ranks."""
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", self._layout)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The rows of ``split_to_predict``, each once over the ranks."""
-        return self._evaluation_loader(self.split_to_predict)
+        return self._evaluation_loader(self.split_to_predict, "plain")
 
-    def _evaluation_loader(self, split: Split) -> DataLoader[Any]:
+    def _evaluation_loader(self, split: Split, layout: Layout) -> DataLoader[Any]:
         rows = self.splits.rows[split]
         return DataLoader(
             rows,
             batch_size=self.eval_batch_size or self.rows_per_forward,
             sampler=EvaluationOrder(len(rows), world_size=self._world_size, rank=self._rank),
             **self._loader_options(),
+            collate_fn=self._collate(layout),
         )
 
     def _loader_options(self) -> dict[str, Any]:
@@ -322,8 +325,19 @@ class TextDataModule(LightningDataModule, ABC):
         return {
             "num_workers": self.num_workers,
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            "collate_fn": partial(_stack, collate=self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer)),
         }
+
+    @property
+    def _layout(self) -> Layout:
+        """How the model that is trained or tested wants its rows."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return "shared" if getattr(module, "shares_prompts", False) else "plain"
+
+    def _collate(self, layout: Layout) -> Any:
+        options = {"layout": layout} if layout != "plain" else {}
+        return partial(
+            _stack, collate=partial(self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer), **options)
+        )
 
     # What others ask for
 
@@ -419,6 +433,6 @@ class SFTDataModule(TextDataModule):
     row_type = DEMONSTRATIONS
 
 
-def _stack(rows: Sequence[tuple[int, Any]], *, collate: Any, pad_token_id: int) -> Any:
+def _stack(rows: Sequence[tuple[int, Any]], *, collate: Any) -> Any:
     row_ids, items = zip(*rows, strict=True)
-    return collate(items, row_ids, pad_token_id=pad_token_id)
+    return collate(items, row_ids)

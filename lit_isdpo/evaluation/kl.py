@@ -41,7 +41,7 @@ def sampled_kl(
         tokens = collate_completions(
             prompts[rows], [response.token_ids for response in responses[rows]], pad_token_id=pad_token_id
         )
-        tokens = type(tokens)(*(field.to(policy.model.device) for field in tokens))
+        tokens = tokens.to(policy.model.device)
         logits = policy.completion_logits(tokens)  # (N, V)
         with reference.scoring() as model:
             ref_logits = model.completion_logits(tokens)  # (N, V)

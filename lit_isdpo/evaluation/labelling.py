@@ -27,7 +27,7 @@ from lit_isdpo.data.tokenization import ChatTemplate, Prompt, tokenize_example
 from lit_isdpo.evaluation.kl import LOGITS_BUDGET
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Message, Response, SFTExample, TokenBatch
+from lit_isdpo.types import InputError, Message, Response, SFTExample
 
 _WHOLE = 2**31  # tokens: nothing is cut
 
@@ -250,7 +250,7 @@ def sampled_logps(
         fit = batch_size if plain else max(1, LOGITS_BUDGET // (policy.vocabulary_size * longest))
         rows = slice(start, start + min(batch_size, fit))
         tokens = collate_completions(prompts[rows], responses[rows], pad_token_id=pad_token_id)
-        tokens = TokenBatch(*(field.to(policy.model.device) for field in tokens))
+        tokens = tokens.to(policy.model.device)
         if plain:
             logps += policy(tokens).logps.tolist()
         else:

@@ -28,7 +28,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.types import InputError, TokenBatch, TokenizedExample
+from lit_isdpo.types import InputError, TokenizedExample
 
 
 class Reward(Protocol):
@@ -221,7 +221,7 @@ class RewardModel(Reward):
                 pad_token_id=self.pad_token_id,
             )
             with torch.no_grad():
-                scores[some] = self.model(TokenBatch(*(field.to(self.device) for field in tokens))).cpu()
+                scores[some] = self.model(tokens.to(self.device)).cpu()
         if not scores.isfinite().all():
             raise InputError(f"reward.path: {self.path!r} gives scores that are NaN or infinite; try dtype float32.")
         return [float(score) for score in scores]

@@ -2,21 +2,66 @@
 
 A head of V = 128,256 columns makes 4 V bytes of fp32 logits a token, several times over in the softmax and its
 gradient. Three things keep that small: only positions that predict a completion token are projected (not the prompt,
-not the padding), in chunks, and the backward pass recomputes a chunk's logits instead of keeping them.
+not the padding), in chunks, and the backward pass computes a chunk's logits anew instead of keeping them.
 
 Shapes: R rows, T positions, H hidden size, S sequences, C completion positions, N completion tokens in the batch.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from lit_isdpo.types import SequenceLogps, TokenBatch
 
-Head = Callable[[Tensor], Tensor]  # (N, H) hidden states -> (N, V) fp32 logits
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: ``softcap(scale (h W^T + b))``, whatever of it a family of models has.
+
+    Attributes:
+        weight: ``(V, H)``.
+        bias: ``(V,)`` or none.
+        scale: factor of the logits.
+        softcap: bound c of the logits, ``c tanh(z / c)``, or none.
+        dtype: of the factors of the matrix products. Sums, logits and all that follows are fp32: importance weights
+            exponentiate what is rounded away here. bfloat16 factors with fp32 sums exist on GPUs alone; elsewhere they
+            are taken as fp32.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Logits of all tokens, fp32: ``(..., H) -> (..., V)``, with gradient."""
+        logits = self.scale * torch.nn.functional.linear(
+            hidden_states.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+        )
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """As ``__call__``, of one chunk and without gradient, in memory that the caller may overwrite."""
+        logits = product(hidden_states, self.weight.T, self.dtype)
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` with factors in ``dtype`` and sums in fp32."""
+    if dtype == torch.bfloat16 and a.is_cuda:
+        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
 
 
 def completion_hidden_states(hidden_states: Tensor, tokens: TokenBatch) -> Tensor:
@@ -24,26 +69,101 @@ def completion_hidden_states(hidden_states: Tensor, tokens: TokenBatch) -> Tenso
     return hidden_states.flatten(0, 1)[tokens.logit_positions[tokens.completion_mask]]
 
 
-def token_logps(hidden_states: Tensor, targets: Tensor, head: Head, collisions: bool = False) -> tuple[Tensor, Tensor]:
+class _TokenLogps(torch.autograd.Function):
+    """``log pi(y_t)`` and ``log sum_v pi(v)^2`` of N tokens, chunk by chunk.
+
+    With g the gradient of the first value, that of a token's logits is ``g (onehot(y) - pi)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: Head,
+        chunk_size: int,
+        collisions: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logps = targets.new_empty(targets.shape, dtype=torch.float32)
+        log_partition = torch.empty_like(logps)
+        log_collisions = torch.full_like(logps, math.nan)
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = head.logits(hidden_states[chunk])  # (chunk, V)
+            largest = logits.amax(dim=1, keepdim=True)
+            logits -= largest
+            of_targets = logits.gather(1, targets[chunk, None]).squeeze(1)
+            unnormalised = logits.exp_()
+            log_sum = unnormalised.sum(dim=1).log_()
+            logps[chunk] = of_targets - log_sum
+            log_partition[chunk] = log_sum + largest.squeeze(1)
+            if collisions:
+                log_collisions[chunk] = unnormalised.square_().sum(dim=1).log_() - 2 * log_sum
+        ctx.save_for_backward(hidden_states, weight, bias, targets, log_partition)
+        ctx.head, ctx.chunk_size = head, chunk_size
+        ctx.mark_non_differentiable(log_collisions)
+        return logps, log_collisions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, weight, bias, targets, log_partition = ctx.saved_tensors
+        # Rebuilt from what was saved: a wrapper that shards the model may have gathered the weight anew.
+        head = Head(weight, bias, ctx.head.scale, ctx.head.softcap, ctx.head.dtype)
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden_states) if of_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+        for start in range(0, len(targets), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            hidden, g = hidden_states[chunk], gradient[chunk, None].float()
+            logits = head.logits(hidden)
+            slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
+            d_logits = logits.sub_(log_partition[chunk, None]).exp_().mul_(-g)
+            d_logits.scatter_add_(1, targets[chunk, None], g)
+            if slope is not None:
+                d_logits *= slope
+            if head.scale != 1:
+                d_logits *= head.scale
+            if d_hidden is not None:
+                d_hidden[chunk] = product(d_logits, weight, head.dtype)
+            if d_weight is not None:
+                d_weight += product(d_logits.T, hidden, head.dtype)
+            if d_bias is not None:
+                d_bias += d_logits.sum(dim=0)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def token_logps(
+    hidden_states: Tensor, targets: Tensor, head: Head, *, chunk_size: int, collisions: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and of two draws being the same token, in nats.
 
     Args:
         hidden_states: ``(N, H)``.
         targets: ``(N,)`` token ids.
-        head: maps hidden states to fp32 logits.
+        head: of the model; its weight and bias get a gradient, in fp32 sums, where they require one.
+        chunk_size: tokens whose logits exist at a time.
         collisions: whether the second value is wanted; else it is NaN.
 
     Returns:
         ``(N,)`` ``log pi(y_t)`` with gradient, and ``(N,)`` ``log sum_v pi(v)^2`` without, both fp32.
     """
-    logits = head(hidden_states)  # (N, V)
-    log_partition = logits.logsumexp(dim=1)
-    logps = logits.gather(1, targets[:, None]).squeeze(1) - log_partition
-    with torch.no_grad():
-        log_collisions = torch.full_like(logps, math.nan)
-        if collisions:
-            log_collisions = (2 * logits).logsumexp(dim=1) - 2 * log_partition
-    return logps, log_collisions
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        values: tuple[Tensor, Tensor] = _TokenLogps.apply(
+            hidden_states, head.weight, head.bias, targets, head, chunk_size, collisions
+        )
+    return values
 
 
 def sequence_logps(
@@ -54,7 +174,7 @@ def sequence_logps(
     Args:
         hidden_states: ``(R, T, H)``, the decoder's last hidden states, with gradient where the policy trains.
         tokens: where each completion token is predicted, and which token it is.
-        head: maps hidden states to fp32 logits.
+        head: of the model.
         chunk_size: completion tokens projected at a time.
         alignment: whether the completions' alignment is computed too.
 
@@ -63,18 +183,10 @@ def sequence_logps(
     """
     hidden = completion_hidden_states(hidden_states, tokens)  # (N, H)
     targets = tokens.completion_ids[tokens.completion_mask]  # (N,)
-    logps, log_collisions = [], []
-    for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-        arguments = (chunk, target, head, alignment)
-        if torch.is_grad_enabled():
-            values = checkpoint(token_logps, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            values = token_logps(*arguments)
-        logps.append(values[0])
-        log_collisions.append(values[1])
-    per_token = _per_token(torch.cat(logps), tokens)
+    logps, log_collisions = token_logps(hidden, targets, head, chunk_size=chunk_size, collisions=alignment)
+    per_token = _per_token(logps, tokens)
     num_tokens = tokens.completion_mask.sum(dim=1)
-    aligned = per_token.detach() - _per_token(torch.cat(log_collisions), tokens)
+    aligned = per_token.detach() - _per_token(log_collisions, tokens)
     return SequenceLogps(per_token.sum(dim=1), num_tokens, per_token, aligned.sum(dim=1) / num_tokens)
 
 

@@ -1,14 +1,15 @@
 """A causal language model as a function from a batch to log-probs."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from lit_isdpo.objective.logprobs import completion_hidden_states, sequence_logps
+from lit_isdpo.objective.logprobs import Head, completion_hidden_states, sequence_logps
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
+from lit_isdpo.policy.attention import FLEX_BLOCK, KERNELS, attention_masks, layer_windows
 from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
 from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
@@ -68,31 +69,80 @@ class LogProbModel(nn.Module):
 
     def decode(self, tokens: TokenBatch) -> Tensor:
         """Last hidden states, ``(R, T, H)``."""
+        length = tokens.input_ids.shape[1]
+        mask: Any = tokens.attention_mask
+        if tokens.segment_ids is not None:
+            config = self.model.config.get_text_config()
+            if config._attn_implementation == "flex_attention":
+                tokens = _pad(tokens, -length % FLEX_BLOCK)
+            mask = attention_masks(tokens, config)
         with autocast(tokens.input_ids.device, self.compute_dtype):
             output = self.model.base_model(
                 input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
+                attention_mask=mask,
                 position_ids=tokens.position_ids,
                 use_cache=False,  # the default changes results where positions restart
             )
-        return cast(Tensor, output.last_hidden_state)
+        return cast(Tensor, output.last_hidden_state)[:, :length]
 
-    def head(self, hidden_states: Tensor) -> Tensor:
-        """Logits in fp32, ``(..., H) -> (..., V)``: importance weights exponentiate what is rounded away here."""
+    @property
+    def head(self) -> Head:
+        """From hidden states to logits."""
         embeddings = cast(nn.Linear, self.model.get_output_embeddings())
-        bias = None if embeddings.bias is None else embeddings.bias.float()
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = linear(hidden_states.float(), embeddings.weight.float(), bias) * self.logit_scale
-            if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return Head(embeddings.weight, embeddings.bias, self.logit_scale, self.softcap, self.compute_dtype)
+
+    @torch.no_grad()
+    def why_not_shared(self) -> str | None:
+        """Why rows cannot hold a prompt with both of its responses, or ``None`` where they can.
+
+        What the configuration does not tell is tried: a few tokens in one row and in two must give the same.
+        """
+        config = self.model.config.get_text_config()
+        kernel = config._attn_implementation
+        if kernel not in KERNELS:
+            return f"attn_implementation {kernel!r} does not take such masks ({' and '.join(KERNELS)} do)"
+        try:
+            layer_windows(config)
+        except ValueError as error:
+            return str(error)
+        device, vocabulary = self.model.device, self.vocabulary_size
+        prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
+        shared = TokenBatch(
+            input_ids=torch.tensor([[*prompt, *chosen, *rejected]], device=device),
+            attention_mask=torch.ones(1, 8, dtype=torch.bool, device=device),
+            position_ids=torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device),
+            completion_ids=torch.empty(0, device=device),
+            completion_mask=torch.empty(0, device=device),
+            logit_positions=torch.empty(0, device=device),
+            segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device),
+        )
+        plain = torch.tensor([[*prompt, *rejected]], device=device)
+        config._attn_implementation = "sdpa"  # the architecture is on trial here; FlexAttention would be compiled first
+        try:
+            together = self.decode(shared)[0, [0, 1, 2, 5, 6, 7]].float()
+        except Exception as error:  # whatever an architecture says to a mask that it does not know
+            return f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        else:
+            with autocast(device, self.compute_dtype):
+                apart = self.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0].float()
+        finally:
+            config._attn_implementation = kernel
+        tolerance = 1e-3 if self.model.dtype == self.compute_dtype == torch.float32 else 0.05
+        if not torch.allclose(together, apart, atol=tolerance * float(apart.abs().max()), rtol=0):
+            return "the tokens of a row do not depend on their mask alone"
+        return None
 
     @torch.no_grad()
     def _check_head(self) -> None:
         """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently."""
         input_ids = torch.arange(4, device=self.model.device)[None]
         own = self.model(input_ids=input_ids, use_cache=False).logits.float()
-        decoded = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        decoded = getattr(self.model.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+        if decoded is None:
+            raise InputError(
+                f"model.policy.path: {type(self.model).__name__} has no decoder apart from its head, which is not "
+                "supported."
+            )
         ours = self.head(decoded)
         # Half-precision weights round the model's own logits; an unknown scale or cap is off by far more.
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.05
@@ -101,6 +151,16 @@ class LogProbModel(nn.Module):
                 f"model.policy.path: {type(self.model).__name__} changes its logits after the head in a way that is "
                 "not supported (known: logit_scale, logits_scaling, final_logit_softcapping)."
             )
+
+
+def _pad(tokens: TokenBatch, number: int) -> TokenBatch:
+    """Longer rows for the decoder; the completions' places in them are those of the rows as they were."""
+    assert tokens.segment_ids is not None
+    return tokens._replace(
+        input_ids=pad(tokens.input_ids, (0, number)),
+        position_ids=pad(tokens.position_ids, (0, number)),
+        segment_ids=pad(tokens.segment_ids, (0, number), value=-1),
+    )
 
 
 def load_logprob_model(config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:

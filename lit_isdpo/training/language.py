@@ -82,6 +82,7 @@ class LanguageModule(LightningModule, ABC):
         self.source = source
         self.architecture = architecture
         self.make_optimizer = optimizer
+        self.shares_prompts = False  # whether its batches hold a pair a row, with one prompt for both responses
         self.schedule = schedule
         self.tokenizer = load_tokenizer(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code

@@ -9,6 +9,7 @@ from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
@@ -45,6 +46,8 @@ class PreferenceModule(PolicyModule):
         schedule: of the learning rate.
         sampling: how ``predict`` samples.
         ess_window: most recent training pairs, over all ranks, that ``train/weights/ess`` is taken over.
+        prefix_sharing: whether a prompt is computed once for both of its responses, in one row. The values are the same
+            to rounding, in less time and memory. ``auto``: where the models' architecture allows it.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class PreferenceModule(PolicyModule):
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
         ess_window: int = 2048,
+        prefix_sharing: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(policy, optimizer, schedule, sampling)
         if ess_window < 1:
@@ -75,6 +79,7 @@ class PreferenceModule(PolicyModule):
         self.weighting = weighting
         self.mu = mu
         self.ess_window = ess_window
+        self.prefix_sharing = prefix_sharing
         unknown = () if reference else OF_REFERENCE if mu == "data" else OF_REFERENCE + OF_BEHAVIOR
         self.train_metrics = PairMetrics(loss, unknown=unknown, window=ess_window)
         self.val_metrics = PairMetrics(loss, unknown=unknown)
@@ -110,6 +115,23 @@ class PreferenceModule(PolicyModule):
                     f"model.reference.path: its vocabulary has {vocabularies[1]} entries and the policy's "
                     f"{vocabularies[0]}; both must be the same."
                 )
+        if not sampling:
+            self.shares_prompts = self._decide_on_sharing()
+
+    def _decide_on_sharing(self) -> bool:
+        if self.prefix_sharing is False:
+            return False
+        why_not = self.policy.why_not_shared()
+        if self.reference is not None and why_not is None:
+            with self.reference.scoring() as model:
+                why_not = model.why_not_shared()
+        if why_not is None:
+            return True
+        name = type(self.policy.model).__name__
+        if self.prefix_sharing is True:
+            raise InputError(f"model.prefix_sharing: {name} cannot share a prompt: {why_not}; leave the option out.")
+        rank_zero_info(f"Prompts are computed once for each response, as {name} cannot share them: {why_not}.")
+        return False
 
     @property
     def _starts_at_reference(self) -> bool:

@@ -1,0 +1,94 @@
+"""Which token may look at which, in rows that hold more than one sequence.
+
+A row [prompt | chosen | rejected] computes a prompt once for both of its responses: positions restart after the
+prompt, and no response sees the other. A packed row holds several such pairs, none of which sees another.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import PretrainedConfig
+
+from lit_isdpo.types import TokenBatch
+
+KERNELS = ("sdpa", "flex_attention")
+"""Attention implementations that take such a mask as it is; an eager one would add a boolean mask to the scores."""
+FLEX_BLOCK = 128  # positions; FlexAttention skips blocks of so many
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """The window of each kind of attention layer, in positions; ``None`` looks back without end.
+
+    Raises:
+        ValueError: a kind of layer that hands information on in other ways than by attention over masked positions.
+
+    >>> layer_windows(PretrainedConfig(sliding_window=8))
+    {'sliding_attention': 8}
+    """
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):  # Qwen names a window that it does not use
+        window = None
+    kinds = getattr(config, "layer_types", None) or [_FULL if window is None else _SLIDING]
+    windows = {_FULL: None, _SLIDING: window}
+    if unknown := sorted(set(kinds) - set(windows)):
+        raise ValueError(f"its layers of type {unknown[0]!r} do more than attend to masked positions")
+    return {kind: windows[kind] for kind in sorted(set(kinds))}
+
+
+def visible(segment_ids: Tensor, position_ids: Tensor, window: int | None) -> Callable[..., Tensor]:
+    """The rule as FlexAttention's ``mask_mod``: whether the query at q of row b sees the key at k.
+
+    Args:
+        segment_ids: ``(R, T)``, as in :class:`~lit_isdpo.types.TokenBatch`.
+        position_ids: ``(R, T)``.
+        window: how far back a token sees, in positions; ``None`` is without end.
+    """
+
+    def rule(row: Tensor, head: Any, q: Tensor, k: Tensor) -> Tensor:
+        of_query, of_key = segment_ids[row, q], segment_ids[row, k]
+        same_pair = of_query.div(3, rounding_mode="floor") == of_key.div(3, rounding_mode="floor")
+        is_prompt = of_key.remainder(3) == 0
+        # Padding is a pair of its own, -1: a query that saw nothing would be NaN.
+        seen = (k <= q) & same_pair & (is_prompt | (of_query == of_key))
+        return seen if window is None else seen & (position_ids[row, q] - position_ids[row, k] < window)
+
+    return rule
+
+
+def attention_masks(tokens: TokenBatch, config: PretrainedConfig) -> Any:
+    """What a model takes for ``attention_mask`` to read rows of several segments.
+
+    Args:
+        tokens: with segment ids.
+        config: of the decoder.
+
+    Returns:
+        A boolean ``(R, 1, T, T)`` mask for sdpa, or FlexAttention's ``BlockMask``, whose empty blocks cost nothing; a
+        dictionary of them by kind of layer where there are several.
+    """
+    assert tokens.segment_ids is not None
+    masks: dict[str, Any] = {}
+    for kind, window in layer_windows(config).items():
+        rule = visible(tokens.segment_ids, tokens.position_ids, window)
+        num_rows, length = tokens.input_ids.shape
+        if config._attn_implementation == "flex_attention":
+            device = tokens.input_ids.device
+            create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+            masks[kind] = create(rule, num_rows, None, length, length, device=str(device))
+        else:
+            rows = torch.arange(num_rows, device=tokens.input_ids.device)[:, None, None]
+            at = torch.arange(length, device=tokens.input_ids.device)
+            masks[kind] = rule(rows, None, at[:, None], at)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+@cache
+def _compiled_create_block_mask() -> Callable[..., Any]:
+    """Compiled, it needs no T x T intermediates."""
+    compiled: Callable[..., Any] = torch.compile(create_block_mask)
+    return compiled

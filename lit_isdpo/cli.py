@@ -134,6 +134,12 @@ def check(verb: str, config: Namespace) -> None:
         )
     if config.trainer.gradient_clip_algorithm == "value":
         raise InputError("trainer.gradient_clip_algorithm 'value' is not supported: gradients are clipped by norm.")
+    kernel = config.model.init_args.get("policy.attn_implementation")
+    if config.data.init_args.get("packing_length") is not None and kernel != "flex_attention":
+        raise InputError(
+            "data.packing_length: packed rows are quick where the attention skips what no token sees; set "
+            "model.policy.attn_implementation to flex_attention (on a GPU), or leave the option out."
+        )
     strategy = config.trainer.strategy
     if not isinstance(strategy, str) or strategy.split("_")[0] not in ("auto", "ddp"):
         raise InputError(f"trainer.strategy {strategy!r} is not supported: use 'auto' (one device) or 'ddp'.")

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -88,6 +89,12 @@ class Rows(Dataset[tuple[int, Any]]):
     def prompt_keys(self) -> Tensor:
         """``(N,)`` int64; rows have the same key when they have the same prompt tokens."""
         return torch.tensor(self.table.data.column("prompt_key").to_numpy())[self.positions]
+
+    def lengths(self) -> Tensor:
+        """``(N,)`` int64, tokens of each row: the prompt's, once, and the responses'."""
+        names = [name for name in self.row_type.item._fields if name.endswith("_ids")]
+        counts = [pc.list_value_length(self.table.data.column(name)).to_numpy() for name in names]
+        return torch.from_numpy(sum(counts).astype("int64"))[self.positions]
 
     def without_behavior_logps(self) -> Tensor:
         """Ids of the pairs whose behavior log-probs are not known, int64."""

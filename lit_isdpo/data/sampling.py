@@ -9,6 +9,9 @@ The rows of an optimizer step are one slice of the epoch's permutation; ranks an
     rank 1       g i       h f
 
 Training goes on at the step that the trainer is at, so that a run that was resumed reads what it would have read.
+
+Where the rows' lengths are known, those of a step are dealt out to its micro-batches by length, so that little of them
+is padding. That changes no gradient but by rounding: the rows of the step are the same.
 """
 
 import hashlib
@@ -35,6 +38,11 @@ class TrainingOrder(DistributedSampler[int]):
         rank: this rank.
         seed: of all permutations.
         optimizer_step: says how many optimizer steps were taken, whenever an iteration begins.
+        lengths: ``(sum(num_rows),)`` int64, positions of each row. ``None`` leaves rows where the permutation has them.
+        length_window: optimizer steps whose rows are shared out by length together, at least 1. From 2 on, the rows of
+            a step are of like length, and which rows these are is less random than a permutation.
+        balanced: whether micro-batches are to be equally long in sum, as packed rows want, instead of holding rows of
+            like length, as padded ones do.
 
     >>> order = TrainingOrder([9], weights=[1.0], batch_size=4, micro_batch_size=2)
     >>> order.steps_per_epoch, len(list(order))
@@ -52,6 +60,9 @@ class TrainingOrder(DistributedSampler[int]):
         rank: int = 0,
         seed: int = 0,
         optimizer_step: Callable[[], int] = lambda: 0,
+        lengths: Tensor | None = None,
+        length_window: int = 1,
+        balanced: bool = False,
     ) -> None:
         assert batch_size % (micro_batch_size * world_size) == 0
         rows: Any = range(sum(num_rows))  # all that the parent does with its data set is to take the length
@@ -61,6 +72,9 @@ class TrainingOrder(DistributedSampler[int]):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.optimizer_step = optimizer_step
+        self.lengths = lengths
+        self.length_window = length_window
+        self.balanced = balanced
         self.steps_per_epoch = sum(self.rows_per_epoch) // batch_size
 
     def __len__(self) -> int:
@@ -76,14 +90,33 @@ class TrainingOrder(DistributedSampler[int]):
                 epoch = step // self.steps_per_epoch
                 order = self.epoch_order(epoch)
             start = step % self.steps_per_epoch * self.batch_size
-            batch = order[start : start + self.batch_size].view(-1, self.num_replicas, self.micro_batch_size)
-            yield from batch[:, self.rank].flatten().tolist()
+            batch = self._deal(order[start : start + self.batch_size])
+            yield from batch.view(-1, self.num_replicas, self.micro_batch_size)[:, self.rank].flatten().tolist()
+
+    def _deal(self, rows: Tensor) -> Tensor:
+        """The rows of a step in the order of its micro-batches, the longest first: what is too large fails at once."""
+        if self.lengths is None:
+            return rows
+        rows = rows[self.lengths[rows].argsort(descending=True, stable=True)]
+        if not self.balanced:
+            return rows
+        rounds = rows.view(self.micro_batch_size, -1).clone()
+        rounds[1::2] = rounds[1::2].flip(1)  # to and fro, so that nobody is always dealt the longest
+        return rounds.T.flatten()
 
     def epoch_order(self, epoch: int) -> Tensor:
         """The rows of an epoch, ``(N,)`` int64, in the order in which batches are cut from them."""
         offsets = torch.tensor([0, *self.num_rows]).cumsum(0).tolist()
         rows = torch.cat([offsets[source] + self._next_rows(source, epoch) for source in range(len(self.num_rows))])
-        return rows[permutation(len(rows), self.seed, "epoch", epoch)]
+        rows = rows[permutation(len(rows), self.seed, "epoch", epoch)]
+        if self.lengths is None or self.length_window == 1:
+            return rows
+        parts = []
+        whole = rows[: self.steps_per_epoch * self.batch_size]
+        for number, window in enumerate(whole.split(self.length_window * self.batch_size)):
+            steps = window[self.lengths[window].argsort(stable=True)].view(-1, self.batch_size)
+            parts.append(steps[permutation(len(steps), self.seed, "window", epoch, number)].flatten())
+        return torch.cat(parts)
 
     def _next_rows(self, source: int, epoch: int) -> Tensor:
         size, count = self.num_rows[source], self.rows_per_epoch[source]
@@ -97,21 +130,29 @@ class TrainingOrder(DistributedSampler[int]):
 class EvaluationOrder(DistributedSampler[int]):
     """Every row once over the ranks; -1 fills up, so that no rank waits for another's last batch.
 
+    Args:
+        num_rows: rows to evaluate.
+        world_size: number of ranks.
+        rank: this rank.
+        lengths: ``(num_rows,)`` positions of each row, where the longest are to come first; by default rows come in
+            their own order.
+
     >>> [list(EvaluationOrder(5, world_size=2, rank=rank)) for rank in range(2)]
     [[0, 2, 4], [1, 3, -1]]
     """
 
-    def __init__(self, num_rows: int, *, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(self, num_rows: int, *, world_size: int = 1, rank: int = 0, lengths: Tensor | None = None) -> None:
         rows: Any = range(num_rows)
         super().__init__(rows, num_replicas=world_size, rank=rank, shuffle=False)
         self.num_rows = num_rows
+        self.order = rows if lengths is None else lengths.argsort(descending=True, stable=True).tolist()
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         for row in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
-            yield row if row < self.num_rows else -1
+            yield self.order[row] if row < self.num_rows else -1
 
 
 class TrainingLoader(DataLoader[Any]):

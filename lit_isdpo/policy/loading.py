@@ -50,7 +50,8 @@ class PolicyConfig:
             vanishes in bfloat16's 8 bits.
         compute_dtype: of the matrix products in the decoder (autocast). The head, the log-probs and the loss are fp32
             always. There is no float16: its range is too small for log-ratios.
-        attn_implementation: transformers' name of the attention kernel.
+        attn_implementation: transformers' name of the attention kernel: ``sdpa`` anywhere; ``flex_attention`` on a GPU,
+            where it skips what no token of a row with several responses sees.
         gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
         chunk_size: completion tokens whose logits exist at a time.
         trust_remote_code: run Python code that comes with the model.

@@ -7,65 +7,99 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_isdpo.policy.loading import DTYPES
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.types import PreferenceBatch, SFTBatch
 
 GIB = 2**30
-COUNTS = ("sequences", "tokens", "positions", "completion tokens", "attended pairs of tokens")
+COUNTS = ("rows", "unique tokens", "tokens", "positions", "completion tokens", "attended pairs of tokens")
 
 
 class Throughput(Callback):
     """Logs ``perf/{pairs,tokens}_per_second``, ``padding_fraction``, ``mfu`` and ``peak_memory_gib``.
 
-    The rates are means over the training steps since the last log, rank 0's times the number of ranks; validation and
-    the loading of data are left out. A pair of a preference run is a demonstration of a supervised one. Tokens are
-    what the model reads (prompt and response of every sequence), without padding. ``mfu`` is the share of the device's
-    matrix-product rate, measured at the start, that goes into useful work: the policy's forward and backward and the
-    reference's forward on those tokens, attention included, recomputation not. The peak memory is the device's, or on
-    the CPU that of the process.
+    The rates are means over the time since the last log, rank 0's times the number of ranks; validation is left out,
+    the loading of data is not. A pair of a preference run is a demonstration of a supervised one. Tokens are
+    unique ones: a pair's prompt counts once, however often it is computed, and padding does not. ``mfu`` is the share
+    of the device's matrix-product rate, measured at the start, that goes into useful work: the policy's forward and
+    backward and a live reference's forward on those tokens, attention included, recomputation not. The padding
+    fraction is that of the positions that are computed. The peak memory is the device's, or on the CPU that of the
+    process.
     """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._resumed: float | None = None  # when the clock was last set going
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the device."""
         assert isinstance(pl_module, LanguageModule)
         self._peak_flops = matmul_rate(pl_module.device, DTYPES[pl_module.source.compute_dtype])
-        self._seconds = 0.0
-        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
+        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock."""
-        self._started = perf_counter()
+        """Sets the clock going where it stands still."""
+        if self._resumed is None:
+            self._resumed = perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock until the next training batch."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._stop(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the micro-batch, and logs where Lightning logs."""
         assert isinstance(pl_module, LanguageModule)
-        lengths = batch.tokens.attention_mask.sum(dim=1).double()  # (R,)
-        own = [batch.row_ids.numel(), lengths.sum(), batch.tokens.attention_mask.numel()]
-        own += [batch.tokens.completion_mask.sum(), lengths.square().sum() / 2]
-        self._counts += torch.tensor([float(count) for count in own], dtype=torch.float64)
-        self._seconds += perf_counter() - self._started
+        self._counts += count_work(batch)
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if at_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            rates = self._counts / self._seconds
+            self._stop(pl_module)
+            rates = self._counts.cpu() / self._seconds
             # A backward pass costs two forwards, and one where the weights are frozen under an adapter.
             num_forwards = 3 + (pl_module.reference is not None) - (pl_module.network.adapter is not None)
             flops = num_forwards * forward_flops(pl_module.network, rates)
             values = {
                 "perf/pairs_per_second": trainer.world_size * rates[0],
                 "perf/tokens_per_second": trainer.world_size * rates[1],
-                "perf/padding_fraction": 1 - rates[1] / rates[2],
+                "perf/padding_fraction": 1 - rates[2] / rates[3],
                 "perf/mfu": flops / self._peak_flops,
                 "perf/peak_memory_gib": torch.tensor(peak_memory_gib(pl_module.device)),
             }
             pl_module.log_dict({key: value.float() for key, value in values.items()})
             self._counts.zero_()
             self._seconds = 0.0
+
+    def _stop(self, pl_module: LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)  # what was launched is not yet done
+        if self._resumed is not None:
+            self._seconds += perf_counter() - self._resumed
+            self._resumed = None
+
+
+def count_work(batch: PreferenceBatch | SFTBatch) -> Tensor:
+    """``COUNTS`` of a micro-batch in any layout, float64, on its device: nothing waits for it here."""
+    tokens, device = batch.tokens, batch.tokens.input_ids.device
+    first_positions = tokens.position_ids.flatten()[tokens.logit_positions[:, 0]]
+    prompts = (first_positions + 1).double()  # (S,) lengths
+    completions = tokens.completion_mask.sum(dim=1).double()  # (S,) lengths
+    distinct = prompts[: batch.row_ids.numel()]  # the two responses of a pair have the same prompt
+    values = [
+        torch.tensor(batch.row_ids.numel(), device=device),
+        distinct.sum() + completions.sum(),
+        tokens.attention_mask.sum(),
+        torch.tensor(tokens.attention_mask.numel(), device=device),
+        completions.sum(),
+        distinct.square().sum() / 2 + (completions * prompts + completions.square() / 2).sum(),
+    ]
+    return torch.stack([value.double() for value in values])
 
 
 def forward_flops(model: LogProbModel | ScoreModel, counts: Tensor) -> Tensor:
@@ -78,7 +112,7 @@ def forward_flops(model: LogProbModel | ScoreModel, counts: Tensor) -> Tensor:
         head = cast(Tensor, model.model.get_output_embeddings().weight)
         embeddings[id(head)] = head_weights = head.numel()
     decoder_weights = sum(p.numel() for p in model.parameters()) - sum(embeddings.values())
-    _, tokens, _, completion_tokens, attended = counts
+    _, tokens, _, _, completion_tokens, attended = counts
     attention = 4 * config.num_hidden_layers * config.hidden_size * attended
     flops: Tensor = 2 * decoder_weights * tokens + 2 * head_weights * completion_tokens + attention
     return flops

@@ -62,6 +62,48 @@ def test_the_order_is_pinned():
     assert list(order((6,), batch_size=3, micro_batch_size=3)) == [3, 4, 5, 0, 1, 2]
 
 
+LENGTHS = torch.arange(23) * 7 % 23
+
+
+def by_step(rows: list[int]) -> list[list[int]]:
+    return [rows[start : start + 8] for start in range(0, len(rows), 8)]
+
+
+def test_lengths_deal_the_same_rows_out_to_the_micro_batches_of_a_step():
+    plain, dealt = by_step(list(order())), by_step(list(order(lengths=LENGTHS)))
+    assert [set(rows) for rows in dealt] == [set(rows) for rows in plain]
+    assert dealt != plain
+    for rows in dealt:
+        assert LENGTHS[rows].tolist() == sorted(LENGTHS[rows].tolist(), reverse=True)
+    ranks = [list(order(lengths=LENGTHS, world_size=2, rank=rank, micro_batch_size=2)) for rank in range(2)]
+    assert ranks[0][:2] + ranks[1][:2] == dealt[0][:4], "ranks that wait for each other have rows of like length"
+
+
+def test_balanced_micro_batches_are_equally_long_in_sum():
+    """Rows of lengths 8 to 1, dealt to and fro to four micro-batches: 8 + 1, 7 + 2, 6 + 3, 5 + 4."""
+    rows = list(order((8,), lengths=torch.arange(1, 9), balanced=True))
+    assert (torch.tensor(rows) + 1).view(4, 2).tolist() == [[8, 1], [7, 2], [6, 3], [5, 4]]
+
+
+def test_a_window_groups_its_steps_by_length_and_keeps_its_rows():
+    """Rows of four steps in one window: each step holds eight neighbours, and the steps come in random order."""
+    lengths = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    options = {"lengths": lengths, "length_window": 4}
+    steps = by_step(list(order((32,), **options)))
+    neighbours = [sorted(lengths[rows].tolist()) for rows in steps]
+    assert sorted(neighbours) == [list(range(start, start + 8)) for start in range(0, 32, 8)]
+    assert neighbours != sorted(neighbours)
+    again = by_step(list(order((32,), **options, optimizer_step=lambda: 4)))
+    assert again != steps, "another epoch, another order"
+    assert list(order((32,), **options, optimizer_step=lambda: 2))[:16] == [row for rows in steps[2:] for row in rows]
+
+
+def test_evaluation_reads_the_longest_rows_first_where_it_is_told_lengths():
+    lengths = torch.tensor([3, 9, 1, 9])
+    assert list(EvaluationOrder(4, lengths=lengths)) == [1, 3, 0, 2]
+    assert list(EvaluationOrder(4, lengths=lengths[:4], world_size=3, rank=1)) == [3, -1]
+
+
 def test_evaluation_reads_every_row_once_and_equally_many_on_each_rank():
     for world_size in (1, 2, 3, 4):
         ranks = [list(EvaluationOrder(10, world_size=world_size, rank=rank)) for rank in range(world_size)]

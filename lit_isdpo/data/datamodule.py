@@ -83,7 +83,7 @@ class TextDataModule(LightningDataModule, ABC):
             token sees. Default: a row a pair.
         num_workers: processes that collate batches in the background.
         eval_batch_size: rows of a forward on one rank in evaluations. Default: ``micro_batch_size``.
-        num_proc: processes that tokenize.
+        num_proc: processes that tokenize. Default: one a core where there are many rows.
         predict_split: train, val or test: whose prompts ``predict`` responds to. Default: the test rows, or the
             validation rows where there are none. What is held out for validation is not among the training rows.
 

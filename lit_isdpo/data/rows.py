@@ -11,6 +11,7 @@ rows of ``strings`` in formats.py, of which the second has an empty response:
 
 import hashlib
 import json
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 # Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
 _TOKENS_VERSION = 2
+_ROWS_PER_PROCESS = 25_000  # fewer are tokenized before another process has begun
 _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
 
 
@@ -139,7 +141,7 @@ def tokenize_rows(
         format: a key of ``formats.FORMATS``, or auto.
         tokenizer: with an EOS token.
         name: the source, for messages.
-        num_proc: number of processes.
+        num_proc: number of processes; by default one for so many rows as ``_ROWS_PER_PROCESS``, up to one a core.
         read_options: for pairs, those of ``to_pairs``.
         **options: those of ``tokenize_pair``.
 
@@ -162,13 +164,13 @@ def tokenize_rows(
         table = _map(rows, row_type, format, tokenizer, num_proc, read_options, options)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: the text is not UTF-8: {error.reason}") from error
-    reasons = table.data.column("dropped").to_pylist()
-    kept = torch.tensor([position for position, reason in enumerate(reasons) if reason is None], dtype=torch.long)
-    dropped = dict(Counter(reason for reason in reasons if reason is not None).most_common())
+    reasons = table.data.column("dropped")
+    kept = torch.from_numpy(pc.is_null(reasons).to_numpy().nonzero()[0])
+    dropped = dict(Counter(reasons.drop_null().to_pylist()).most_common())
     if not len(kept):
         why = ", ".join(f"{number} x {reason}" for reason, number in dropped.items())
         raise InputError(f"{name}: none of the {len(rows)} rows can be used: {why}")
-    if read_options.get("weight_column") and not any(table.data.column("weight").to_pylist()):
+    if read_options.get("weight_column") and not pc.max(table.data.column("weight")).as_py():
         raise InputError(
             f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
             "nothing to learn"
@@ -185,6 +187,7 @@ def _map(
     read_options: Mapping[str, Any],
     options: dict[str, Any],
 ) -> Any:
+    num_proc = num_proc or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     content = rows._fingerprint  # of the rows, or of the file that they were read into
     how = [row_type.kind, format, sorted(read_options.items()), _tokenizer_key(tokenizer), sorted(options.items())]
     key = [_TOKENS_VERSION, content, *how]
@@ -211,7 +214,7 @@ def _map(
             with_indices=True,
             remove_columns=rows.column_names,
             features=datasets.Features(features),
-            num_proc=num_proc,
+            num_proc=num_proc if num_proc > 1 else None,
             new_fingerprint=hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest(),
             desc="Tokenizing",
         )

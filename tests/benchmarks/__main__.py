@@ -1,0 +1,183 @@
+"""Side by side with TRL: ``python -m tests.benchmarks --output runs/benchmark`` (needs ``pip install -e ".[bench]"``).
+
+Every measurement is a process of its own; the contenders take turns, so that a machine that slows down slows all of them
+down. What is compared are medians over repeats.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_isdpo.data.collation import collate_pairs
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.training.throughput import count_work, forward_flops, matmul_rate
+from lit_isdpo.types import TokenizedPair
+from tests.benchmarks.contenders import RESULT
+from tests.benchmarks.workload import SHAPES, ModelSize, Workload, make_workload
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "TRL": {"side": "trl", "cache": False},
+    "TRL, cached reference": {"side": "trl", "cache": True},
+    "ours, plain rows": {"side": "ours", "sharing": False, "cache": False},
+    "ours": {"side": "ours", "sharing": True, "cache": False},
+    "ours, cached reference": {"side": "ours", "sharing": True, "cache": True},
+}
+
+
+def benchmark(
+    output: str = "runs/benchmark",
+    shapes: list[str] = list(SHAPES),  # noqa: B006 (auto_cli wants the default as it is)
+    data: list[str] = [],  # noqa: B006
+    contenders: list[str] = list(CONTENDERS),  # noqa: B006
+    model: ModelSize = ModelSize(),
+    device: str = "cpu",
+    batch_size: int = 8,
+    micro_batch_sizes: list[int] = [1, 8],  # noqa: B006
+    steps: int = 4,
+    repeats: int = 3,
+    gradient_checkpointing: bool = False,
+    trl_attention: str = "sdpa",
+    options: dict[str, Any] = {},  # noqa: B006
+) -> None:
+    """Measures, and writes ``report.md`` and ``results.json`` into a folder.
+
+    Args:
+        output: the folder.
+        shapes: of tldr, hh, ultrafeedback.
+        data: files of preference pairs, besides the shapes.
+        contenders: whom to measure.
+        model: size of the model.
+        device: cpu or cuda.
+        batch_size: pairs of an optimizer step.
+        micro_batch_sizes: each contender runs with each of them, and is taken at its best.
+        steps: optimizer steps, the first of which is not timed.
+        repeats: of every measurement.
+        gradient_checkpointing: for all.
+        trl_attention: TRL's attention kernel.
+        options: more flags of ours, without dashes.
+    """
+    folder = Path(output)
+    results: dict[str, Any] = {"machine": machine(device), "workloads": {}}
+    rate = matmul_rate(torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
+    results["machine"]["matmul_gflops"] = rate / 1e9
+    for name in [*shapes, *data]:
+        source = SHAPES[name] if name in SHAPES else Path(name)
+        place = folder / "workloads" / Path(name).name.split(".")[0]
+        workload = make_workload(place, source, model, num_pairs=batch_size * steps, batch_size=batch_size)
+        runs: dict[str, dict[int, list[Any]]] = {who: {micro: [] for micro in micro_batch_sizes} for who in contenders}
+        for _, micro, who in product(range(repeats), micro_batch_sizes, contenders):
+            job: dict[str, Any] = {
+                "sharing": False,
+                "workload": workload._asdict(),
+                "device": device,
+                "weights": "float32" if device == "cpu" else model.dtype,
+                "batch_size": batch_size,
+                "micro_batch_size": micro,
+                "steps": steps,
+                "threads": torch.get_num_threads(),
+                "gradient_checkpointing": gradient_checkpointing,
+                "trl_attention": trl_attention,
+                "options": options,
+            } | CONTENDERS[who]
+            result = measure(job)
+            if not runs[who][micro]:
+                of_memory = measure(job | {"steps": 2}, memory=True)
+                result |= {key: value for key, value in of_memory.items() if key.endswith("_mib")}
+            runs[who][micro].append(result)
+            print(f"{name}, {who}, micro-batches of {micro}: {batch_size / median(result['seconds']):.3f} pairs/s")
+        results["workloads"][name] = {
+            "runs": runs,
+            "floor_pairs_per_second": {cached: rate / flops_per_pair(workload, cached) for cached in (False, True)},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))
+        (folder / "report.md").write_text(report(results, batch_size))
+    print((folder / "report.md").read_text())
+
+
+def measure(job: dict[str, Any], memory: bool = False) -> dict[str, Any]:
+    """Runs a job in a process of its own, for its times or for its memory."""
+    command = [sys.executable, "-m", "tests.benchmarks.contenders", json.dumps(job)]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    if memory:  # large blocks are given back to the system at once, which takes time, and shows what is in use
+        environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            return dict(json.loads(line.removeprefix(RESULT)))
+    raise SystemExit(f"{job['side']} failed:\n{done.stderr[-3000:]}")
+
+
+def flops_per_pair(workload: Workload, cached: bool) -> float:
+    """Of the unique tokens: forward and backward of the policy, and a live reference's forward."""
+    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+    model = LogProbModel(AutoModelForCausalLM.from_pretrained(workload.model).to("meta"))
+    rows = [json.loads(line) for line in Path(workload.pairs).read_text().splitlines()]
+    pairs = [
+        TokenizedPair(*([*tokenizer(row[key]).input_ids] for key in ("prompt", "chosen", "rejected"))) for row in rows
+    ]
+    work = count_work(collate_pairs(pairs, range(len(pairs)), pad_token_id=0, layout="shared"))
+    return (3 if cached else 4) * float(forward_flops(model, work)) / len(pairs)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import lightning
+    import transformers
+    import trl
+
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} cores"
+    )
+    return {
+        "device": name,
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
+
+
+def report(results: dict[str, Any], batch_size: int) -> str:
+    """Markdown tables; each contender at its best micro-batch size, and memory at the one that it was fastest with."""
+    about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    lines = [f"# Pairs a second, side by side\n\n{about}. Medians; `x` is against TRL's best of live and cached.\n"]
+    for name, workload in results["workloads"].items():
+        best = {}
+        for who, by_micro in workload["runs"].items():
+            rates = {
+                micro: median(batch_size / median(run["seconds"]) for run in runs) for micro, runs in by_micro.items()
+            }
+            micro = max(rates, key=lambda key: rates[key])
+            best[who] = (rates[micro], micro, by_micro[micro])
+        trl = {who: rate for who, (rate, _, _) in best.items() if who.startswith("TRL")}
+        losses = next(iter(best.values()))[2][0]["losses"]
+        lines.append(f"\n## {Path(name).name}\n")
+        lines.append(
+            "| | micro-batch | pairs/s | x TRL | x TRL cached | share of the floor | peak MiB | beyond weights and "
+            "optimizer, MiB | largest difference of a step's loss |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+        )
+        for who, (rate, micro, runs) in best.items():
+            floor = workload["floor_pairs_per_second"]["cached" in who]
+            cells = [who, str(micro), f"{rate:.3f}"]
+            cells += [f"{rate / trl[key]:.2f}" if key in trl else "" for key in ("TRL", "TRL, cached reference")]
+            cells += [f"{rate / floor:.0%}", f"{runs[0]['peak_mib']:.0f}"]
+            cells += [f"{runs[0]['beyond_mib']:.0f}"]
+            cells += [f"{max(abs(a - b) for a, b in zip(runs[0]['losses'], losses, strict=True)):.1e}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    auto_cli(benchmark, as_positional=False)

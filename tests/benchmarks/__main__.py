@@ -1,7 +1,7 @@
-"""Side by side with TRL: ``python -m tests.benchmarks --output runs/benchmark`` (needs ``pip install -e ".[bench]"``).
+"""Side by side with TRL: ``python -m tests.benchmarks --output runs/benchmark``, after ``pip install -e ".[bench]"``.
 
-Every measurement is a process of its own; the contenders take turns, so that a machine that slows down slows all of them
-down. What is compared are medians over repeats.
+Every measurement is a process of its own; the contenders take turns, so that a machine that slows down slows all of
+them down. What is compared are medians over repeats.
 """
 
 import json
@@ -39,7 +39,7 @@ def benchmark(
     shapes: list[str] = list(SHAPES),  # noqa: B006 (auto_cli wants the default as it is)
     data: list[str] = [],  # noqa: B006
     contenders: list[str] = list(CONTENDERS),  # noqa: B006
-    model: ModelSize = ModelSize(),
+    model: ModelSize = ModelSize(),  # noqa: B008 (frozen)
     device: str = "cpu",
     batch_size: int = 8,
     micro_batch_sizes: list[int] = [1, 8],  # noqa: B006

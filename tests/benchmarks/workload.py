@@ -1,8 +1,8 @@
 """What every contender trains on: a model with random weights, a tokenizer, and pairs in the order of training.
 
-The lengths of the shapes are log-normal around the means that the data sets have with a Llama tokenizer. Their words are
-drawn at random, a token each, so that both sides read the same tokens. Of a file, the pairs are read as training would
-read them, and a BPE is trained on their text.
+The lengths of the shapes are log-normal around the means that the data sets have with a Llama tokenizer. Their words
+are drawn at random, a token each, so that both sides read the same tokens. Of a file, the pairs are read as training
+would read them, and a BPE is trained on their text.
 """
 
 import json

@@ -91,6 +91,8 @@ class IsdpoCLI(LightningCLI):
             config.data.init_args.seed = int(config.seed_everything)
         if config.evaluation.folder is None:  # not in the run's own folder: other runs go on with what is there
             config.evaluation.folder = str(Path(config.trainer.default_root_dir) / "evaluations")
+        if (reference := config.model.init_args.get("reference")) and reference.cache_dir is None:  # shared by runs too
+            reference.cache_dir = str(Path(config.trainer.default_root_dir) / "reference_logps")
         if self.subcommand != "test":  # nobody asks them, and a reward model may be as large as the policy
             config.evaluation.reward = config.evaluation.judge = None
         root = Path(config.trainer.default_root_dir) / "lab"

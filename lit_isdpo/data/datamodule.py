@@ -309,7 +309,7 @@ class TextDataModule(LightningDataModule, ABC):
             sampler=self._order,
             persistent_workers=self.num_workers > 0,
             **self._loader_options(),
-            collate_fn=self._collate(self._layout),
+            collate_fn=self.collate(self._layout),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -338,7 +338,7 @@ class TextDataModule(LightningDataModule, ABC):
                 lengths=rows.lengths() if by_length else None,
             ),
             **self._loader_options(),
-            collate_fn=self._collate(layout),
+            collate_fn=self.collate(layout),
         )
 
     def _loader_options(self) -> dict[str, Any]:
@@ -356,7 +356,8 @@ class TextDataModule(LightningDataModule, ABC):
         module = None if self.trainer is None else self.trainer.lightning_module
         return "shared" if getattr(module, "shares_prompts", False) else "plain"
 
-    def _collate(self, layout: Layout) -> Any:
+    def collate(self, layout: Layout) -> Any:
+        """What makes a batch of ``(row id, item)``."""
         options = {"layout": layout} if layout != "plain" else {}
         return partial(
             _stack, collate=partial(self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer), **options)

@@ -7,6 +7,8 @@ rows of ``strings`` in formats.py, of which the second has an empty response:
     prompt_ids         chosen_ids   rejected_ids   weight  margin  dropped           prompt_key              row
     [1, 17, 10, 17]    [19, 2]      [20, 2]        1.0     0.0     None              -8054872367124087219    0
     []                 []           []             None    None    empty response    0                       1
+
+Besides ``prompt_key``, a hash of the prompt's ids, there is ``row_key``, one of all of a pair's ids.
 """
 
 import hashlib
@@ -42,7 +44,8 @@ from lit_isdpo.data.tokenization import tokenize_example, tokenize_pair
 from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 # Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
-_TOKENS_VERSION = 2
+_TOKENS_VERSION = 3
+_NUMBERS = ("prompt_key", "row_key", "row")
 _ROWS_PER_PROCESS = 25_000  # fewer are tokenized before another process has begun
 _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
 
@@ -91,6 +94,10 @@ class Rows(Dataset[tuple[int, Any]]):
     def prompt_keys(self) -> Tensor:
         """``(N,)`` int64; rows have the same key when they have the same prompt tokens."""
         return torch.tensor(self.table.data.column("prompt_key").to_numpy())[self.positions]
+
+    def keys(self) -> Tensor:
+        """``(N,)`` int64; rows have the same key when all of their tokens are the same, prompt and responses."""
+        return torch.tensor(self.table.data.column("row_key").to_numpy())[self.positions]
 
     def lengths(self) -> Tensor:
         """``(N,)`` int64, tokens of each row: the prompt's, once, and the responses'."""
@@ -193,7 +200,7 @@ def _map(
     key = [_TOKENS_VERSION, content, *how]
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("float64")
     features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
-    features |= {"dropped": datasets.Value("string")} | dict.fromkeys(("prompt_key", "row"), datasets.Value("int64"))
+    features |= {"dropped": datasets.Value("string")} | dict.fromkeys(_NUMBERS, datasets.Value("int64"))
     # Some public data sets hold their tokens too: what is not read need not be unpacked.
     named = {"prompt", *BEHAVIOR_COLUMNS, *read_options.values()}
     named.update(required_columns(format, row_type.kind, rows.column_names))
@@ -270,7 +277,7 @@ def _lines(
             lines.append(_dropped(error, fields) | {"row": index})
             continue
         lines += [_line(example, tokenize, fields) | {"row": index} for example in examples]
-    return {column: [line[column] for line in lines] for column in (*fields, "dropped", "prompt_key", "row")}
+    return {column: [line[column] for line in lines] for column in (*fields, "dropped", *_NUMBERS)}
 
 
 def _line(example: Any, tokenize: Callable[[Any], Any], fields: Sequence[str]) -> dict[str, Any]:
@@ -278,14 +285,24 @@ def _line(example: Any, tokenize: Callable[[Any], Any], fields: Sequence[str]) -
         item = tokenize(example)
     except RowError as error:
         return _dropped(error, fields)
-    digest = hashlib.blake2b(array("q", item.prompt_ids).tobytes(), digest_size=8).digest()
     line: dict[str, Any] = item._asdict()
-    return line | {"dropped": None, "prompt_key": int.from_bytes(digest, "little", signed=True)}
+    ids = [line[field] for field in fields if field.endswith("_ids")]
+    return line | {
+        "dropped": None,
+        "prompt_key": _key(ids[0]),
+        "row_key": _key([n for part in ids for n in (*part, -1)]),
+    }
+
+
+def _key(numbers: Sequence[int]) -> int:
+    """64 bits that tell token ids from others."""
+    digest = hashlib.blake2b(array("q", numbers).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _dropped(error: RowError, fields: Sequence[str]) -> dict[str, Any]:
     blank: dict[str, Any] = {field: [] if field.endswith("_ids") else None for field in fields}
-    return blank | {"dropped": error.reason.value, "prompt_key": 0}
+    return blank | {"dropped": error.reason.value, "prompt_key": 0, "row_key": 0}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

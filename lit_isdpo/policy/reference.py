@@ -1,15 +1,16 @@
 """The frozen model that the policy is measured against."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
-from lit_isdpo.types import SequenceLogps, TokenBatch
+from lit_isdpo.types import PreferenceBatch, SequenceLogps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +20,15 @@ class ReferenceConfig:
     Args:
         path: folder or hub id; by default the policy's own, as it was before training.
         revision: branch, tag or commit of a hub id.
+        cache: compute the reference's log-probs of all rows once, before training, and hold no reference in it. They
+            are found again by later runs, whatever their method, as long as reference, rows and numerics are the same.
+        cache_dir: folder of the cache. Default: ``reference_logps`` in the trainer's ``default_root_dir``.
     """
 
     path: str | None = None
     revision: str | None = None
+    cache: bool = False
+    cache_dir: str | None = None
 
 
 class Reference(Protocol):
@@ -32,12 +38,17 @@ class Reference(Protocol):
     policy alone. The price is that nobody moves it to a device but ``to``.
     """
 
+    @property
+    def is_live(self) -> bool:
+        """Whether ``logps`` costs a forward."""
+        ...
+
     def to(self, device: torch.device) -> "Reference":
         """Moves the weights."""
         ...
 
-    def logps(self, tokens: TokenBatch) -> SequenceLogps:
-        """Log-probs of the completions under the reference, without gradient."""
+    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+        """``(2B,)`` log-probs of a batch's completions under the reference, in nats, without gradient."""
         ...
 
     def scoring(self) -> AbstractContextManager[LogProbModel]:
@@ -48,6 +59,8 @@ class Reference(Protocol):
 class ResidentReference:
     """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so log-ratios start at 0."""
 
+    is_live = True
+
     def __init__(self, model: LogProbModel) -> None:
         self.model = model.eval().requires_grad_(False)
 
@@ -57,10 +70,10 @@ class ResidentReference:
         return self
 
     @torch.no_grad()
-    def logps(self, tokens: TokenBatch) -> SequenceLogps:
-        """Log-probs of the completions under the reference, without gradient."""
-        output: SequenceLogps = self.model(tokens)
-        return output
+    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+        """A forward of the copy."""
+        output: SequenceLogps = self.model(batch.tokens)
+        return output.logps
 
     def scoring(self) -> AbstractContextManager[LogProbModel]:
         """The copy itself."""
@@ -77,6 +90,8 @@ class AdapterOffReference:
         policy: a model with an adapter.
     """
 
+    is_live = True
+
     def __init__(self, policy: LogProbModel) -> None:
         assert policy.adapter is not None
         self._policy = policy
@@ -87,17 +102,79 @@ class AdapterOffReference:
         return self
 
     @torch.no_grad()
-    def logps(self, tokens: TokenBatch) -> SequenceLogps:
-        """Log-probs of the completions under the base model, without gradient."""
+    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+        """A forward of the base model."""
         with self._adapter.switched_off():
-            output: SequenceLogps = self._policy(tokens)
-        return output
+            output: SequenceLogps = self._policy(batch.tokens)
+        return output.logps
 
     @contextmanager
     def scoring(self) -> Iterator[LogProbModel]:
         """The policy, which is the reference in here."""
         with self._adapter.switched_off():
             yield self._policy
+
+
+class UntrainedPolicy:
+    """The policy itself, as long as nothing has been learned: what it says then is what its reference would say.
+
+    Args:
+        policy: a whole model, without an adapter.
+    """
+
+    is_live = True
+
+    def __init__(self, policy: LogProbModel) -> None:
+        self._policy = policy
+
+    def to(self, device: torch.device) -> "UntrainedPolicy":
+        """Moves the policy."""
+        self._policy.to(device)
+        return self
+
+    @torch.no_grad()
+    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+        """A forward of the policy."""
+        output: SequenceLogps = self._policy(batch.tokens)
+        return output.logps
+
+    def scoring(self) -> AbstractContextManager[LogProbModel]:
+        """The policy."""
+        return nullcontext(self._policy)
+
+
+class CachedReference:
+    """Log-probs that were computed before, by row; the model is loaded for as long as it is asked for more than those.
+
+    Args:
+        logps: by split, ``(lines of the split's table, 2)`` float32 in nats, chosen and rejected; NaN where a line is
+            no row of the split.
+        load: loads the reference.
+    """
+
+    is_live = False
+
+    def __init__(self, logps: dict[str, Tensor], load: Callable[[], Reference]) -> None:
+        self._logps = logps
+        self._load = load
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> "CachedReference":
+        """Moves the values, and later what is loaded."""
+        self._device = device
+        self._logps = {split: values.to(device) for split, values in self._logps.items()}
+        return self
+
+    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
+        """The rows' values; 0 for a pair that only fills up a batch."""
+        values = self._logps[split][batch.row_ids.clamp(min=0)]
+        return values.masked_fill((batch.row_ids < 0)[:, None], 0).T.flatten()
+
+    @contextmanager
+    def scoring(self) -> Iterator[LogProbModel]:
+        """The reference, loaded for this context alone."""
+        with self._load().to(self._device).scoring() as model:
+            yield model
 
 
 def load_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:

@@ -7,7 +7,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from lit_isdpo.evaluation.evaluator import Engine, Evaluator, Outcome, SamplingSettings, Vocabulary
 from lit_isdpo.evaluation.judge import Judge
-from lit_isdpo.evaluation.responses import Ranks
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.vllm_sampler import check_vllm
 from lit_isdpo.training.checkpoints import run_dir
@@ -185,7 +183,7 @@ class Evaluation(Callback):
             folder=Path(self.folder or Path(trainer.default_root_dir) / "evaluations"),
             reward=reward,
             judge=self.judge,
-            ranks=_ranks(trainer),
+            ranks=pl_module.ranks,
             show=_show if trainer.progress_bar_callback and trainer.is_global_zero else lambda shards, _: shards,
         )
         self.outcome = evaluator(pl_module.policy, pl_module.reference)
@@ -221,19 +219,6 @@ class Evaluation(Callback):
             with module.reference.scoring() as model:
                 ref_responses = exact.enumerate(model)
         return {f"exact/{key}": value for key, value in exact(exact.enumerate(module.policy), ref_responses).items()}
-
-
-def _ranks(trainer: Trainer) -> Ranks:
-    """The trainer's processes."""
-    if trainer.world_size == 1:
-        return Ranks()
-
-    def gather(own: Any) -> list[Any]:
-        parts = [own] * trainer.world_size
-        torch.distributed.all_gather_object(parts, own)
-        return parts
-
-    return Ranks(trainer.global_rank, trainer.world_size, gather)
 
 
 def _show(shards: Iterable[int], doing: str) -> Iterable[int]:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig
 
 from lit_isdpo.data.tokenization import load_tokenizer
+from lit_isdpo.evaluation.responses import Ranks
 from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.loading import ModelSource
 from lit_isdpo.policy.logprob_model import LogProbModel
@@ -140,6 +141,20 @@ class LanguageModule(LightningModule, ABC):
                 "config.yaml of its own run."
             ) from error
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The trainer's processes."""
+        size = self.trainer.world_size
+        if size == 1:
+            return Ranks()
+
+        def gather(own: Any) -> list[Any]:
+            parts = [own] * size
+            torch.distributed.all_gather_object(parts, own)
+            return parts
+
+        return Ranks(self.trainer.global_rank, size, gather)
 
     def log_step(self) -> None:
         """Puts a validation inside a fit at the number of optimizer steps taken; Lightning would put it one before."""

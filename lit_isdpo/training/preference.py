@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,12 +13,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_isdpo.evaluation.reference_logps import ReferenceLogps
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
 from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting
 from lit_isdpo.policy.loading import PolicyConfig, load_config
-from lit_isdpo.policy.reference import Reference, ReferenceConfig, load_reference, reference_as_policy
+from lit_isdpo.policy.reference import (
+    CachedReference,
+    Reference,
+    ReferenceConfig,
+    UntrainedPolicy,
+    load_reference,
+    reference_as_policy,
+)
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import PolicyModule, Sampling
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
@@ -107,23 +116,59 @@ class PreferenceModule(PolicyModule):
         super().configure_model()
         sampling = self.trainer.state.fn == TrainerFn.PREDICTING
         if self.reference_config is not None and not self._reference and not sampling:
-            self._reference = (load_reference(self.policy_config, self.reference_config, self.policy),)
-            with self._reference[0].scoring() as model:
+            reference = self._load_reference(self.reference_config)
+            with reference.scoring() as model:
                 vocabularies = [self.policy.vocabulary_size, model.vocabulary_size]
             if vocabularies[0] != vocabularies[1]:
                 raise InputError(
                     f"model.reference.path: its vocabulary has {vocabularies[1]} entries and the policy's "
                     f"{vocabularies[0]}; both must be the same."
                 )
-        if not sampling:
-            self.shares_prompts = self._decide_on_sharing()
+            self.shares_prompts = self._decide_on_sharing(reference)
+            if self.reference_config.cache:
+                reference = CachedReference(self._cached_logps(reference), self._load_live_reference)
+            self._reference = (reference,)
+        elif self.reference_config is None and not sampling:
+            self.shares_prompts = self._decide_on_sharing(None)
 
-    def _decide_on_sharing(self) -> bool:
+    def _load_reference(self, config: ReferenceConfig) -> Reference:
+        # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
+        if config.cache and self.policy.adapter is None and self._starts_at_reference:
+            return UntrainedPolicy(self.policy)
+        return self._load_live_reference()
+
+    def _load_live_reference(self) -> Reference:
+        assert self.reference_config is not None
+        return load_reference(self.policy_config, self.reference_config, self.policy)
+
+    def _cached_logps(self, reference: Reference) -> dict[str, Tensor]:
+        """The reference's log-probs of all rows that the trainer will read, from files as far as these have them."""
+        assert self.reference_config is not None
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        directory = self.reference_config.cache_dir or Path(self.trainer.default_root_dir) / "reference_logps"
+        device = self.trainer.strategy.root_device
+        self.policy.to(device)  # where an adapter's base is; else it goes there soon anyway
+        reference.to(device)
+        with reference.scoring() as model:
+            files = ReferenceLogps(Path(directory), model, device, self.ranks)
+        layout = "shared" if self.shares_prompts else "plain"
+        return {
+            split: files.of_rows(
+                rows,
+                reference,
+                datamodule.collate(layout),
+                batch_size=datamodule.eval_batch_size or datamodule.rows_per_forward,
+                label=split,
+            )
+            for split, rows in datamodule.splits.rows.items()
+        }
+
+    def _decide_on_sharing(self, reference: Reference | None) -> bool:
         if self.prefix_sharing is False:
             return False
         why_not = self.policy.why_not_shared()
-        if self.reference is not None and why_not is None:
-            with self.reference.scoring() as model:
+        if reference is not None and why_not is None:
+            with reference.scoring() as model:
                 why_not = model.why_not_shared()
         if why_not is None:
             return True
@@ -174,7 +219,7 @@ class PreferenceModule(PolicyModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
-        pairs = self._pair_logps(batch)
+        pairs = self._pair_logps(batch, "train")
         if batch_idx == 0 and self.trainer.global_step == 0:
             self._check_first_step(pairs, batch)
         losses = self._update(self.train_metrics, pairs, batch)
@@ -184,11 +229,11 @@ class PreferenceModule(PolicyModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the validation."""
-        self._update(self.val_metrics, self._pair_logps(batch), batch)
+        self._update(self.val_metrics, self._pair_logps(batch, "val"), batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the test."""
-        self._update(self.test_metrics, self._pair_logps(batch), batch)
+        self._update(self.test_metrics, self._pair_logps(batch, "test"), batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the accumulation window once, as a whole, before its gradient is used."""
@@ -218,12 +263,12 @@ class PreferenceModule(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         self._ess_before_resume = checkpoint.get("recent_log_weights")
 
-    def _pair_logps(self, batch: PreferenceBatch) -> PairLogps:
+    def _pair_logps(self, batch: PreferenceBatch, split: str) -> PairLogps:
         policy: SequenceLogps = self.policy(batch.tokens, alignment=self.weighting.needs_alignment)
         if self.reference is None:
             ref_logps = torch.full_like(policy.logps, math.nan)
         else:
-            ref_logps = self.reference.logps(batch.tokens).logps
+            ref_logps = self.reference.logps(batch, split)
         return PairLogps.unstack(policy, ref_logps, self._mu_logps(batch, ref_logps), batch.margins)
 
     def _mu_logps(self, batch: PreferenceBatch, ref_logps: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ class Throughput(Callback):
             self._stop(pl_module)
             rates = self._counts.cpu() / self._seconds
             # A backward pass costs two forwards, and one where the weights are frozen under an adapter.
-            num_forwards = 3 + (pl_module.reference is not None) - (pl_module.network.adapter is not None)
+            is_live = pl_module.reference is not None and pl_module.reference.is_live
+            num_forwards = 3 + is_live - (pl_module.network.adapter is not None)
             flops = num_forwards * forward_flops(pl_module.network, rates)
             values = {
                 "perf/pairs_per_second": trainer.world_size * rates[0],

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.data.collation import collate_completions, collate_pairs
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, TokenizedPair
 
 PROMPTS = [[1, 5, 7], [1], [1, 9, 4, 4, 8]]
 COMPLETIONS = [[6, 2], [7, 8, 9, 2], [3]]
@@ -93,9 +93,9 @@ def test_probabilities_of_all_responses_sum_to_one(tiny_llama: PreTrainedModel) 
 
 
 def test_gradient_reaches_the_policy_and_not_the_reference(tiny_llama: PreTrainedModel) -> None:
-    tokens = collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0)
+    batch = collate_pairs([TokenizedPair([1, 5], [6, 2], [7, 2])], [0], pad_token_id=0)
     reference = ResidentReference(LogProbModel(tiny_llama))
-    assert not reference.logps(tokens).logps.requires_grad
+    assert not reference.logps(batch, "train").requires_grad
     assert not any(parameter.requires_grad for parameter in tiny_llama.parameters())
 
 

@@ -66,12 +66,12 @@ def test_a_policy_that_is_not_its_reference_stops_the_first_step(module: Prefere
 
 def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: PreferenceModule) -> None:
     plain = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
-    pairs = module._pair_logps(plain)
+    pairs = module._pair_logps(plain, "train")
     behavior = [pairs.chosen_logps - 0.5, pairs.rejected_logps + 0.2]  # mu likes the chosen ones less, the others more
     known = plain._replace(behavior_logps=torch.cat(behavior).detach())
 
     def log_weights(batch: PreferenceBatch) -> Tensor:
-        return module.weighting(module._pair_logps(batch)).log_weights
+        return module.weighting(module._pair_logps(batch, "train")).log_weights
 
     torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
     torch.testing.assert_close(log_weights(plain), torch.zeros(2))
@@ -119,7 +119,7 @@ def test_the_datas_weights_multiply_all_of_a_pairs_loss(module: PreferenceModule
     batch = collate_pairs(
         [PAIRS[0]._replace(weight=3.0), PAIRS[1]._replace(weight=0.0, margin=1.0)], [0, 1], pad_token_id=0
     )
-    pairs = module._pair_logps(batch)
+    pairs = module._pair_logps(batch, "train")
     expected = 3 * (math.log(2) - 0.2 * pairs.chosen_logps[0].item()) / 2
     assert module.training_step(batch, 0).item() == pytest.approx(expected)
     batch.pair_weights[1] = 1.0
@@ -156,7 +156,7 @@ def test_wpo_weighs_by_the_policys_own_distribution(module: PreferenceModule) ->
     """Against the whole distribution at each token, by hand."""
     module.weighting = WPOWeighting()
     batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
-    weights = module.weighting(module._pair_logps(batch)).log_weights
+    weights = module.weighting(module._pair_logps(batch, "train")).log_weights
     logps = module.policy.completion_logits(batch.tokens).log_softmax(dim=1)  # (N, V)
     targets = batch.tokens.completion_ids[batch.tokens.completion_mask]
     aligned = logps.gather(1, targets[:, None])[:, 0] - (2 * logps).exp().sum(dim=1).log()
@@ -165,7 +165,7 @@ def test_wpo_weighs_by_the_policys_own_distribution(module: PreferenceModule) ->
     torch.testing.assert_close(weights, expected)
     assert not weights.requires_grad
     module.weighting = UniformWeighting()
-    assert module._pair_logps(batch).chosen_alignment.isnan().all(), "not computed where it is not needed"
+    assert module._pair_logps(batch, "train").chosen_alignment.isnan().all(), "not computed where it is not needed"
 
 
 class BrokenLoss(PreferenceLoss):

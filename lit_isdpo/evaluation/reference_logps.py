@@ -1,0 +1,164 @@
+"""The reference's log-probs of rows, computed once and kept in files that later runs go on with.
+
+    FOLDER/KEY/
+        reference.json      what KEY is a hash of: weights, architecture and numerics
+        0-00003.parquet     key, chosen_logps, rejected_logps, chosen_tokens, rejected_tokens: a line a row
+
+A row is known by the hash of its token ids, so that it is found in any data set and in any order. A file is written
+whole under another name first: what was interrupted goes on with the rows that are in no file.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+from rich.progress import Progress
+from torch import Tensor
+
+from lit_isdpo.data.rows import Rows
+from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
+from lit_isdpo.evaluation.responses import Ranks
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import Reference
+from lit_isdpo.types import InputError, PreferenceBatch
+
+COLUMNS = ("key", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
+ROWS_PER_FILE = 1024  # what an interruption may lose
+CHECKED_ROWS = 8  # of each split, whenever they are read
+Collate = Callable[[list[tuple[int, Any]]], PreferenceBatch]
+
+
+class ReferenceLogps:
+    """The files of one reference.
+
+    Args:
+        root: folder of all references.
+        model: the reference.
+        device: that it computes on.
+        ranks: who shares the work.
+    """
+
+    def __init__(self, root: Path, model: LogProbModel, device: torch.device, ranks: Ranks) -> None:
+        about = {
+            "weights": weights_fingerprint(model, with_adapter=False),
+            "compute_dtype": str(model.compute_dtype),
+            "attention": model.model.config.get_text_config()._attn_implementation,
+            "device": device.type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self.folder = root / digest(about)
+        self.device = device
+        self.ranks = ranks
+        if ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n")
+        ranks.gather(None)
+
+    def of_rows(self, rows: Rows, reference: Reference, collate: Collate, *, batch_size: int, label: str) -> Tensor:
+        """Log-probs of a split's rows, ``(lines of its table, 2)`` float32, NaN where a line is no row of it.
+
+        Those that are in no file are computed, and some of those that are there are computed again.
+
+        Args:
+            rows: the split.
+            reference: a live one, on the device.
+            collate: makes a batch of rows.
+            batch_size: rows of a forward.
+            label: of the progress bar.
+
+        Raises:
+            InputError: what a file says is not what the reference says.
+        """
+        keys, lengths = rows.keys(), rows.lengths()
+        known = self._read()
+        missing = torch.tensor([key not in known for key in keys.tolist()])
+        order = lengths.argsort(descending=True, stable=True)
+        todo = order[missing[order]][self.ranks.rank :: self.ranks.size].tolist()
+        if bool(missing.any()):
+            self._compute(rows, keys, todo, reference, collate, batch_size, label)
+        self.ranks.gather(None)  # all files are there
+        known = self._read()
+        values = torch.tensor([known[key] for key in keys.tolist()], dtype=torch.float32)
+        self.ranks.agree(lambda: self._check(rows, values, reference, collate))
+        table = torch.full((len(rows.table), 2), torch.nan)
+        table[rows.positions] = values
+        return table
+
+    def _compute(
+        self,
+        rows: Rows,
+        keys: Tensor,
+        todo: list[int],
+        reference: Reference,
+        collate: Collate,
+        batch_size: int,
+        label: str,
+    ) -> None:
+        waiting: list[tuple[Any, ...]] = []
+        with Progress(transient=True, disable=self.ranks.rank != 0) as progress:
+            bar = progress.add_task(f"Reference log-probs, {label}", total=len(todo))
+            try:
+                for start in range(0, len(todo), batch_size):
+                    some = todo[start : start + batch_size]
+                    batch = self._batch(rows, some, collate)
+                    logps, counts = reference.logps(batch, label), batch.tokens.completion_mask.sum(dim=1)
+                    columns = [keys[some], *logps.cpu().chunk(2), *counts.cpu().chunk(2)]
+                    waiting += zip(*(column.tolist() for column in columns), strict=True)
+                    progress.advance(bar, len(some))
+                    if len(waiting) >= ROWS_PER_FILE:
+                        self._write(waiting)
+                        waiting = []
+            finally:  # a Ctrl-C keeps what there is
+                if waiting:
+                    self._write(waiting)
+
+    def _check(self, rows: Rows, values: Tensor, reference: Reference, collate: Collate) -> None:
+        """Computes a few rows anew, of all lengths."""
+        by_length = rows.lengths().argsort(stable=True)
+        some = by_length[torch.linspace(0, len(by_length) - 1, min(CHECKED_ROWS, len(by_length))).long()].tolist()
+        batch = self._batch(rows, some, collate)
+        now = torch.stack(reference.logps(batch, "").cpu().chunk(2), dim=1)
+        counts = torch.stack(batch.tokens.completion_mask.sum(dim=1).cpu().chunk(2), dim=1)
+        with reference.scoring() as model:
+            in_fp32 = model.compute_dtype == model.model.dtype == torch.float32
+        # Rows of another batch are summed in another order: a rounding a token.
+        tolerance = (1e-3 if in_fp32 else 0.05) * counts.sqrt()
+        bad = ((now - values[some]).abs() > tolerance).any(dim=1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise InputError(
+                f"model.reference.cache: {self.folder} has {values[some][first].tolist()} for a row whose log-probs "
+                f"are {now[first].tolist()} under the reference; delete that folder, and it is computed anew."
+            )
+
+    def _batch(self, rows: Rows, some: list[int], collate: Collate) -> PreferenceBatch:
+        batch = collate(rows.__getitems__(some))
+        return batch._replace(tokens=batch.tokens.to(self.device), row_ids=batch.row_ids.to(self.device))
+
+    def _read(self) -> dict[int, tuple[float, float]]:
+        """Everything that the folder holds, by key; a file that cannot be read counts as none."""
+        known: dict[int, tuple[float, float]] = {}
+        for file in sorted(self.folder.glob("*.parquet")):
+            try:
+                table = pq.read_table(file, columns=list(COLUMNS[:3]))
+            except (pa.ArrowInvalid, OSError):
+                continue
+            keys, *sides = (table.column(name).to_pylist() for name in COLUMNS[:3])
+            known.update(zip(keys, zip(*sides, strict=True), strict=True))
+        return known
+
+    def _write(self, lines: list[tuple[Any, ...]]) -> None:
+        columns = dict(zip(COLUMNS, zip(*lines, strict=True), strict=True))
+        types = (pa.int64(), pa.float32(), pa.float32(), pa.int32(), pa.int32())
+        table = pa.table({name: pa.array(columns[name], type=kind) for name, kind in zip(COLUMNS, types, strict=True)})
+        file = self.folder / f"{self.ranks.rank}-{uuid4().hex[:12]}.parquet"
+        temporary = file.with_suffix(".saving")
+        pq.write_table(table, temporary)
+        temporary.replace(file)

@@ -33,6 +33,7 @@ from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput
+from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
 
 MODULES = (PreferenceModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
@@ -77,6 +78,11 @@ class IsdpoCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override the config: here the config is the one truth."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs, and the trainer's own."""
+        return LightningCLI.subcommands() | {"precompute": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
@@ -179,6 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
         IsdpoCLI(
             LanguageModule,
             TextDataModule,
+            trainer_class=IsdpoTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments,

@@ -98,6 +98,10 @@ class LastCheckpoint(Callback):
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back; Lightning tears no callback down where a fit has failed."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves validations, where checkpoints are saved too, to the end of an accumulation window."""
         every = trainer.val_check_batch

@@ -93,6 +93,7 @@ class PreferenceModule(PolicyModule):
         self.train_metrics = PairMetrics(loss, unknown=unknown, window=ess_window)
         self.val_metrics = PairMetrics(loss, unknown=unknown)
         self.test_metrics = PairMetrics(loss, unknown=unknown)
+        self.caches_test_rows = False
         self._reference: tuple[Reference, ...] = ()  # in a tuple: a reference is not a part of this module
         self._window_row_ids: list[Tensor] = []
         self._window_losses: list[Tensor] = []
@@ -151,6 +152,11 @@ class PreferenceModule(PolicyModule):
         reference.to(device)
         with reference.scoring() as model:
             files = ReferenceLogps(Path(directory), model, device, self.ranks)
+        if self.caches_test_rows and datamodule.splits.parts("test"):
+            if self.ranks.rank == 0:  # the others then find the tokens
+                datamodule.setup("test")
+            self.ranks.gather(None)
+            datamodule.setup("test")
         layout = "shared" if self.shares_prompts else "plain"
         return {
             split: files.of_rows(

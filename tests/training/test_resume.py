@@ -133,3 +133,11 @@ def test_ctrl_c_saves_and_the_fit_goes_on(options: list[str], tmp_path: Path) ->
     )
     assert_same_end(straight, resumed)
     assert_same_log(straight, resumed, since=stop)
+
+
+def test_a_fit_that_fails_gives_ctrl_c_back(tiny: list[str], tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    fails = ["--data.packing_length=64", "--model.policy.attn_implementation=flex_attention"]
+    with pytest.raises(SystemExit):  # found out when the loader is made, within the fit
+        main(["fit", *tiny, *fails, "--model.prefix_sharing=false", f"--trainer.default_root_dir={tmp_path}"])
+    assert signal.getsignal(signal.SIGINT) == before

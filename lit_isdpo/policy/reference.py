@@ -55,6 +55,10 @@ class Reference(Protocol):
         """The reference as a model, to be sampled or asked for whole distributions, inside the context alone."""
         ...
 
+    def release(self) -> None:
+        """Frees what ``scoring`` needs and ``logps`` does not."""
+        ...
+
 
 class ResidentReference:
     """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so log-ratios start at 0."""
@@ -78,6 +82,9 @@ class ResidentReference:
     def scoring(self) -> AbstractContextManager[LogProbModel]:
         """The copy itself."""
         return nullcontext(self.model)
+
+    def release(self) -> None:
+        """Does nothing."""
 
 
 class AdapterOffReference:
@@ -114,6 +121,9 @@ class AdapterOffReference:
         with self._adapter.switched_off():
             yield self._policy
 
+    def release(self) -> None:
+        """Does nothing."""
+
 
 class UntrainedPolicy:
     """The policy itself, as long as nothing has been learned: what it says then is what its reference would say.
@@ -142,9 +152,12 @@ class UntrainedPolicy:
         """The policy."""
         return nullcontext(self._policy)
 
+    def release(self) -> None:
+        """Does nothing."""
+
 
 class CachedReference:
-    """Log-probs that were computed before, by row; the model is loaded for as long as it is asked for more than those.
+    """Log-probs that were computed before, by row; the model is loaded where it is asked for more, and until released.
 
     Args:
         logps: by split, ``(lines of the split's table, 2)`` float32 in nats, chosen and rejected; NaN where a line is
@@ -157,6 +170,7 @@ class CachedReference:
     def __init__(self, logps: dict[str, Tensor], load: Callable[[], Reference]) -> None:
         self._logps = logps
         self._load = load
+        self._loaded: Reference | None = None
         self._device = torch.device("cpu")
 
     def to(self, device: torch.device) -> "CachedReference":
@@ -172,9 +186,15 @@ class CachedReference:
 
     @contextmanager
     def scoring(self) -> Iterator[LogProbModel]:
-        """The reference, loaded for this context alone."""
-        with self._load().to(self._device).scoring() as model:
+        """The reference, loaded where it is not there; an evaluation asks for it batch by batch."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        with self._loaded.to(self._device).scoring() as model:
             yield model
+
+    def release(self) -> None:
+        """Frees the model."""
+        self._loaded = None
 
 
 def load_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:

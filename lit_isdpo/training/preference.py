@@ -223,6 +223,11 @@ class PreferenceModule(PolicyModule):
 
     on_test_start = on_validation_start
 
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Holds no more of the reference than a step needs."""
+        if self.reference is not None:
+            self.reference.release()
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
         pairs = self._pair_logps(batch, "train")

@@ -11,8 +11,8 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.policy.adapters import Adapter, fingerprint, parse_adapter
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.reference import AdapterOffReference, ResidentReference
-from lit_isdpo.types import InputError
+from lit_isdpo.policy.reference import AdapterOffReference, Reference, ResidentReference
+from lit_isdpo.types import InputError, PreferenceBatch
 from tests.policy.test_logprob_model import COMPLETIONS, PROMPTS, direct_logps
 
 ATTENTION: dict[str, Any] = {"target_modules": ["q_proj", "o_proj"]}
@@ -31,6 +31,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "FourierFT": {"peft_type": "FOURIERFT", "n_frequency": 8, "init_weights": True, **ATTENTION},
 }
 TOKENS = collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0)
+
+
+def logps_of(reference: Reference) -> torch.Tensor:
+    """What a reference says of the completions."""
+    nothing = torch.empty(0)
+    return reference.logps(PreferenceBatch(TOKENS, nothing, nothing, nothing, nothing), "train")
 
 
 def adapted(model: PreTrainedModel, options: dict[str, Any], **more: Any) -> LogProbModel:
@@ -159,13 +165,13 @@ def test_the_reference_is_the_policy_with_its_adapter_off(
     for own in (copied, reference):
         policy.zero_grad()
         logps = policy(TOKENS).logps
-        ref_logps = own.to(torch.device("cpu")).logps(TOKENS).logps
+        ref_logps = logps_of(own.to(torch.device("cpu")))
         assert not ref_logps.requires_grad
         (logps - ref_logps).square().sum().backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
         assert gradients[-1].keys() == trainable
     torch.testing.assert_close(gradients[0], gradients[1], atol=0, rtol=0)
-    assert torch.equal(copied.logps(TOKENS).logps, reference.logps(TOKENS).logps)
+    assert torch.equal(logps_of(copied), logps_of(reference))
     with reference.scoring() as model, copied.scoring() as other:
         assert torch.equal(model.completion_logits(TOKENS), other.completion_logits(TOKENS))
         assert {p.data_ptr() for p in model.parameters()} == {p.data_ptr() for p in policy.parameters()}
@@ -188,7 +194,7 @@ def test_a_bfloat16_base_has_fp32_adapters(tiny_llama: PreTrainedModel) -> None:
         adapted(copy.deepcopy(plain), {**LORA, "modules_to_save": ["norm"]})
     policy = adapted(plain, LORA, compute_dtype=torch.bfloat16)
     reference = AdapterOffReference(policy)
-    assert torch.equal(policy(TOKENS).logps, reference.logps(TOKENS).logps)
+    assert torch.equal(policy(TOKENS).logps, logps_of(reference))
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in policy.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     policy(TOKENS).logps.sum().backward()

@@ -82,7 +82,7 @@ class IsdpoCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs, and the trainer's own."""
-        return LightningCLI.subcommands() | {"precompute": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in ("precompute", "plan")}
 
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
@@ -99,6 +99,9 @@ class IsdpoCLI(LightningCLI):
             config.evaluation.folder = str(Path(config.trainer.default_root_dir) / "evaluations")
         if (reference := config.model.init_args.get("reference")) and reference.cache_dir is None:  # shared by runs too
             reference.cache_dir = str(Path(config.trainer.default_root_dir) / "reference_logps")
+        if self.subcommand == "plan":  # for another machine than this one
+            for key, value in {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}.items():
+                config.trainer[key] = value
         if self.subcommand != "test":  # nobody asks them, and a reward model may be as large as the policy
             config.evaluation.reward = config.evaluation.judge = None
         root = Path(config.trainer.default_root_dir) / "lab"

@@ -227,7 +227,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _load(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:
-            accumulation = self.batch_size // (self.rows_per_forward * self._world_size)
+            accumulation = self.split_batch(self._world_size)[1]
             if self.trainer.accumulate_grad_batches not in (1, accumulation):
                 raise InputError(
                     f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size "
@@ -284,11 +284,20 @@ class TextDataModule(LightningDataModule, ABC):
     @property
     def rows_per_forward(self) -> int:
         """Rows of a training forward on one rank; known once the number of ranks is."""
-        micro, world = self.micro_batch_size, self._world_size
-        if self.batch_size % ((micro or 1) * world):
-            by = f"data.micro_batch_size {micro} x {world} rank(s)" if micro else f"{world} ranks"
+        return self.split_batch(self._world_size)[0]
+
+    def split_batch(self, world_size: int) -> tuple[int, int]:
+        """Rows of a micro-batch, and micro-batches of an optimizer step, on each of ``world_size`` ranks.
+
+        Raises:
+            InputError: they do not divide the batch.
+        """
+        micro = self.micro_batch_size
+        if self.batch_size % ((micro or 1) * world_size):
+            by = f"data.micro_batch_size {micro} x {world_size} rank(s)" if micro else f"{world_size} ranks"
             raise InputError(f"data.batch_size is {self.batch_size}, which {by} does not divide")
-        return micro or self.batch_size // world
+        rows = micro or self.batch_size // world_size
+        return rows, self.batch_size // (rows * world_size)
 
     # Batches
 

@@ -96,6 +96,15 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
     return config
 
 
+def put_in(model: PreTrainedModel, config: "PeftConfig") -> "PeftModel":
+    """Replaces layers of the model in place, and freezes its own tensors; nothing is tried out."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's to mend
+        return get_peft_model(model, config)
+
+
 class Adapter:
     """The adapter inside one model. It is no ``nn.Module``: its tensors are the model's own.
 
@@ -113,17 +122,13 @@ class Adapter:
     """
 
     def __init__(self, model: PreTrainedModel, config: "PeftConfig", *, revision: str | None = None) -> None:
-        from peft import get_peft_model
-
         before = _logits(model)
         base = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         self.base_fingerprint = fingerprint(model)
         config.revision = revision
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's to mend
-                self._peft_model: PeftModel = get_peft_model(model, config)
+            self._peft_model = put_in(model, config)
             self.model = model
             base_path = Path(str(self.config.base_model_name_or_path))
             if base_path.is_dir():  # an adapter's file is read from other folders than the run's

@@ -8,9 +8,17 @@ from transformers import GenerationConfig, PreTrainedModel
 from lit_isdpo.types import PromptBatch, Response
 
 
-def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16)
+def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: bool = False) -> torch.autocast:
+    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy.
+
+    Args:
+        device: of the model.
+        compute_dtype: of its matrix products.
+        keep_weights: keeps the weights in ``compute_dtype`` until the context ends, for a loop of forwards. A single
+            one uses each weight once, and would hold a second copy of the model for nothing.
+    """
+    enabled = compute_dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_weights)
 
 
 @torch.no_grad()
@@ -58,7 +66,7 @@ def sample_responses(
     # The model's own generation config would fill in what is not said here (a chat model's top_k, say).
     own_config, model.generation_config = model.generation_config, config
     try:
-        with torch.random.fork_rng(devices), autocast(model.device, compute_dtype):
+        with torch.random.fork_rng(devices), autocast(model.device, compute_dtype, keep_weights=True):
             torch.manual_seed(seed)
             output = model.generate(  # type: ignore[operator]
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config

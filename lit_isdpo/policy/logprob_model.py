@@ -1,5 +1,6 @@
 """A causal language model as a function from a batch to log-probs."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head, completion_hidden_states, sequence_logps
-from lit_isdpo.policy.adapters import Adapter, parse_adapter
+from lit_isdpo.policy.adapters import Adapter, parse_adapter, put_in
 from lit_isdpo.policy.attention import FLEX_BLOCK, KERNELS, attention_masks, layer_windows
 from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
@@ -95,7 +96,8 @@ class LogProbModel(nn.Module):
     def why_not_shared(self) -> str | None:
         """Why rows cannot hold a prompt with both of its responses, or ``None`` where they can.
 
-        What the configuration does not tell is tried: a few tokens in one row and in two must give the same.
+        What the configuration does not tell is tried, where there are weights: a few tokens in one row and in two must
+        give the same.
         """
         config = self.model.config.get_text_config()
         kernel = config._attn_implementation
@@ -105,6 +107,8 @@ class LogProbModel(nn.Module):
             layer_windows(config)
         except ValueError as error:
             return str(error)
+        if self.model.device.type == "meta":
+            return None
         device, vocabulary = self.model.device, self.vocabulary_size
         prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
         shared = TokenBatch(
@@ -161,6 +165,19 @@ def _pad(tokens: TokenBatch, number: int) -> TokenBatch:
         position_ids=pad(tokens.position_ids, (0, number)),
         segment_ids=pad(tokens.segment_ids, (0, number), value=-1),
     )
+
+
+def outline_logprob_model(config: PolicyConfig) -> LogProbModel:
+    """The model that ``config`` names without its weights: every tensor is on the meta device. Nothing is tried out.
+
+    FlexAttention needs values, so sdpa takes its place.
+    """
+    whole = replace(config, init="random", peft=None, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = load_causal_lm(whole)
+        if config.peft is not None:
+            put_in(model, parse_adapter(config.peft))
+    return LogProbModel(model, compute_dtype=DTYPES[config.compute_dtype], chunk_size=config.chunk_size)
 
 
 def load_logprob_model(config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:

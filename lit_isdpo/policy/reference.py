@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
 from lit_isdpo.types import PreferenceBatch, SequenceLogps
 
 
@@ -208,10 +208,25 @@ def load_reference(config: PolicyConfig, reference: ReferenceConfig, policy: Log
     Raises:
         InputError: as ``load_causal_lm``.
     """
-    own_base = reference.path is None and reference.revision in (None, config.revision)
-    if policy.adapter is not None and own_base:
+    if policy.adapter is not None and _is_own_base(config, reference):
         return AdapterOffReference(policy)
     return ResidentReference(load_logprob_model(reference_as_policy(config, reference), option="model.reference.path"))
+
+
+def outline_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:
+    """What ``load_reference`` makes, or a cache in its place, for a policy without weights and likewise without."""
+    outline: Reference
+    if config.peft is not None and _is_own_base(config, reference):
+        outline = UntrainedPolicy(policy)  # its adapter cannot be switched off, and costs next to nothing
+    else:
+        outline = ResidentReference(outline_logprob_model(reference_as_policy(config, reference)))
+    if not reference.cache:
+        return outline
+    return CachedReference({"train": torch.zeros(1, 2)}, lambda: outline).to(torch.device("meta"))
+
+
+def _is_own_base(config: PolicyConfig, reference: ReferenceConfig) -> bool:
+    return reference.path is None and reference.revision in (None, config.revision)
 
 
 def reference_as_policy(policy: PolicyConfig, reference: ReferenceConfig) -> PolicyConfig:

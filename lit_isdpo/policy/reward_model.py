@@ -141,6 +141,19 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
     return model
 
 
+def outline_score_model(backbone: BackboneConfig) -> PreTrainedModel:
+    """What ``load_score_model`` makes, without its weights: every tensor is on the meta device."""
+    config = without_dropout(read_config(backbone, option="model.backbone.path"))
+    config.num_labels = 1
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=backbone.trust_remote_code
+        )
+    if backbone.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
 def is_score_model(config: PretrainedConfig) -> bool:
     """Whether a folder says that it holds a sequence-classification model."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])

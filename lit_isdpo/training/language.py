@@ -2,13 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -104,6 +105,14 @@ class LanguageModule(LightningModule, ABC):
     def method(self) -> tuple[str, dict[str, Any]]:
         """The method's name and its numbers, for tables of runs."""
 
+    @abstractmethod
+    def configure_outline(self) -> None:
+        """Does as ``configure_model``, without weights: all that is in memory in a fit is there, on the meta device."""
+
+    @abstractmethod
+    def micro_batch_loss(self, batch: Any) -> Tensor:
+        """What ``training_step`` returns, and nothing else: no metrics, no checks, no logs."""
+
     @property
     def reference(self) -> Reference | None:
         """The frozen model that KL is measured to; only preference training has one."""
@@ -190,6 +199,17 @@ class LanguageModule(LightningModule, ABC):
         total_steps = 1 if self.schedule.decay == "constant" else self.total_steps
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Frees the gradients after the step; Lightning would keep them through the next forward."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def configure_gradient_clipping(
         self,

@@ -10,7 +10,7 @@ from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
 from lit_isdpo.training.language import LanguageModule, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -108,6 +108,11 @@ class PolicyModule(LanguageModule, ABC):
         if not hasattr(self, "policy"):
             self.policy = load_logprob_model(self.policy_config)
             self.policy.train()  # dropout is 0; gradient checkpointing works in training mode alone
+
+    def configure_outline(self) -> None:
+        """Lays out the policy."""
+        self.policy = outline_logprob_model(self.policy_config)
+        self.policy.train()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds: of a policy with an adapter, the adapter alone."""

@@ -17,7 +17,7 @@ from lit_isdpo.evaluation.reference_logps import ReferenceLogps
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
 from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
-from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting
+from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights, ProductWeighting
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.reference import (
     CachedReference,
@@ -25,6 +25,7 @@ from lit_isdpo.policy.reference import (
     ReferenceConfig,
     UntrainedPolicy,
     load_reference,
+    outline_reference,
     reference_as_policy,
 )
 from lit_isdpo.training.language import Schedule, adamw
@@ -228,6 +229,19 @@ class PreferenceModule(PolicyModule):
         if self.reference is not None:
             self.reference.release()
 
+    def configure_outline(self) -> None:
+        """Lays out both models; whether they share prompts is told from the configuration alone."""
+        super().configure_outline()
+        if self.reference_config is not None:
+            reference = outline_reference(self.policy_config, self.reference_config, self.policy)
+            self._reference = (reference,)
+        self.shares_prompts = self._decide_on_sharing(self.reference)
+
+    def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
+        """Mean loss of the micro-batch."""
+        pairs = self._pair_logps(batch, "train")
+        return self._losses(pairs, self.weighting(pairs), batch).mean()
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
         pairs = self._pair_logps(batch, "train")
@@ -292,9 +306,12 @@ class PreferenceModule(PolicyModule):
 
     def _update(self, metrics: PairMetrics, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
         weights = self.weighting(pairs)
-        losses = batch.pair_weights * (weights.weights * self.loss(pairs) + self.loss.auxiliary(pairs))
+        losses = self._losses(pairs, weights, batch)
         metrics.update(losses, pairs, weights, batch.row_ids >= 0)
         return losses
+
+    def _losses(self, pairs: PairLogps, weights: PairWeights, batch: PreferenceBatch) -> Tensor:
+        return batch.pair_weights * (weights.weights * self.loss(pairs) + self.loss.auxiliary(pairs))
 
     def _log(self, stage: str, metrics: PairMetrics) -> dict[str, Tensor]:
         values: dict[str, Tensor] = metrics.compute()

@@ -17,6 +17,7 @@ from lit_isdpo.policy.reward_model import (
     choose_pad_token_id,
     is_score_model,
     load_score_model,
+    outline_score_model,
     pad_token_id,
     read_score_config,
 )
@@ -106,6 +107,17 @@ class RewardModule(LanguageModule):
             self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
             self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
 
+    def configure_outline(self) -> None:
+        """Lays out the model."""
+        model = outline_score_model(self.backbone)
+        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
+        self.reward_model.train()
+
+    def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
+        """Mean loss of the micro-batch."""
+        return self._losses(batch)[0].mean()
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
         return self._update(self.train_metrics, batch).mean()
@@ -137,11 +149,15 @@ class RewardModule(LanguageModule):
 
     def _update(self, metrics: RewardMetrics, batch: PreferenceBatch) -> Tensor:
         """Weighted losses of the batch, ``(B,)``, which are added to the sums."""
-        chosen, rejected = self.reward_model(batch.tokens).chunk(2)
-        losses = bradley_terry_losses(chosen, rejected, batch.margins, centering=self.centering)
-        losses = batch.pair_weights * losses
+        losses, chosen, rejected = self._losses(batch)
         metrics.update(losses, chosen, rejected, batch.row_ids >= 0)
         return losses
+
+    def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted losses and both rewards, ``(B,)`` each."""
+        chosen, rejected = self.reward_model(batch.tokens).chunk(2)
+        losses = bradley_terry_losses(chosen, rejected, batch.margins, centering=self.centering)
+        return batch.pair_weights * losses, chosen, rejected
 
     def _log(self, stage: str, metrics: RewardMetrics) -> dict[str, Tensor]:
         values: dict[str, Tensor] = metrics.compute()

@@ -62,6 +62,11 @@ class SFTModule(PolicyModule):
         self.train_metrics.update(logps, batch.row_ids >= 0)
         return -logps.logps.sum()
 
+    def micro_batch_loss(self, batch: SFTBatch) -> Tensor:
+        """Summed loss of the micro-batch, in nats."""
+        logps: SequenceLogps = self.policy(batch.tokens)
+        return -logps.logps.sum()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the gradient of the window's sum into that of its mean over tokens, and logs the window."""
         values = self.train_metrics.compute()

@@ -1,10 +1,13 @@
 """The trainer, with the verbs that Lightning's has not."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.plan import make_plan, print_plan
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError
 
@@ -32,3 +35,29 @@ class IsdpoTrainer(Trainer):
         untyped.callbacks = []
         self.fit_loop.epoch_loop.max_steps = 0
         self.fit(model, datamodule=datamodule)
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        devices: int = 1,
+        lengths: Literal["data", "limits"] = "data",
+    ) -> None:
+        """Prints what a fit will need: memory of a rank at its peak and FLOPs of a step. No weights are loaded.
+
+        Args:
+            model: what is trained.
+            datamodule: the batches.
+            devices: ranks of data parallelism; they need not be there.
+            lengths: ``data`` plans for the longest training rows; ``limits`` reads no data, and plans for prompts of
+                data.max_prompt_length tokens with responses up to data.max_length.
+
+        Raises:
+            InputError: whatever is wrong with the model or the data.
+        """
+        assert isinstance(model, LanguageModule)
+        assert isinstance(datamodule, TextDataModule)
+        if devices < 1:
+            raise InputError(f"devices must be at least 1, not {devices}.")
+        plan = make_plan(model, datamodule, self, devices=devices, lengths=lengths)
+        print_plan(plan, model, devices=devices, lengths=lengths)

@@ -1,0 +1,188 @@
+"""What a fit will need, before anything is loaded: memory of a rank at its peak, and floating-point operations.
+
+The module's own forward, backward and optimizer step run on tensors without values: PyTorch's fake tensors, which have
+shapes and no memory. So whatever the config changes (an adapter, checkpointing, another optimizer) is in the numbers
+without being written down here once more.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.policy.loading import DTYPES
+from lit_isdpo.policy.reference import CachedReference, ResidentReference
+from lit_isdpo.training.cost import ACTIVATIONS, CostRecorder
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.throughput import GIB, matmul_rate
+from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedExample, TokenizedPair
+
+Lengths = Literal["data", "limits"]
+PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS, BUCKETS = (
+    "parameters",
+    "reference",
+    "optimizer state",
+    "gradients",
+    "gradient buckets of DDP",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank needs.
+
+    Attributes:
+        memory: bytes by kind at the peak of an optimizer step, from the second one on.
+        forward_flops: of a micro-batch, a live reference's included.
+        backward_flops: of a micro-batch, recomputation included.
+        micro_batches: of an optimizer step on this rank.
+        rows: pairs or demonstrations of a micro-batch.
+        positions: of its longest row of tokens, and how many such rows there are.
+    """
+
+    memory: Counter[str]
+    forward_flops: int
+    backward_flops: int
+    micro_batches: int
+    rows: int
+    positions: tuple[int, int]
+
+    @property
+    def flops_per_step(self) -> int:
+        """Of an optimizer step on this rank; the optimizer's own are not counted."""
+        return self.micro_batches * (self.forward_flops + self.backward_flops)
+
+
+def make_plan(
+    module: LanguageModule, datamodule: TextDataModule, trainer: Trainer, *, devices: int = 1, lengths: Lengths = "data"
+) -> Plan:
+    """Runs an optimizer step without values.
+
+    Args:
+        module: nothing of it is loaded yet.
+        datamodule: likewise.
+        trainer: both are attached to it, and gradients are clipped as it says.
+        devices: ranks of data parallelism.
+        lengths: ``data``: the micro-batch has the longest training rows; ``limits``: prompts of
+            ``data.max_prompt_length`` tokens with responses up to ``data.max_length``, and no data is read.
+
+    Raises:
+        InputError: whatever is wrong with the model or the data.
+    """
+    trainer.strategy.connect(module)
+    module.trainer = datamodule.trainer = trainer
+    rows, micro_batches = datamodule.split_batch(devices)
+    module.configure_outline()
+    batch = _longest_batch(module, datamodule, rows, lengths)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    batch, masks = _without_values(batch, fake)
+    recorder = CostRecorder(masks)
+    with fake, recorder:
+        forward, backward = _record_step(module, batch, recorder, micro_batches, trainer.gradient_clip_val)
+    memory = Counter({kind: size for kind, size in recorder.peak.items() if size})
+    if devices > 1:
+        memory[BUCKETS] = memory[GRADIENTS] or sum(
+            p.numel() * p.element_size() for p in module.network.parameters() if p.requires_grad
+        )
+    num_rows, length = batch.tokens.input_ids.shape
+    return Plan(memory, forward, backward, micro_batches, rows, (length, num_rows))
+
+
+def _record_step(
+    module: LanguageModule, batch: Any, recorder: CostRecorder, micro_batches: int, clip: float | None
+) -> tuple[int, int]:
+    """An optimizer step whose optimizer has its state. FLOPs of a forward and of a backward."""
+    device = torch.device("cpu")
+    module.network.to(device)
+    module.network.model.tie_weights()
+    recorder.mark(PARAMETERS, [*module.network.parameters(), *module.network.buffers()])
+    reference = module.reference
+    if isinstance(reference, ResidentReference | CachedReference):  # else it is the policy, which is there already
+        reference.to(device)
+    if isinstance(reference, ResidentReference):
+        reference.model.model.tie_weights()
+        recorder.mark(REFERENCE, [*reference.model.parameters(), *reference.model.buffers()])
+    trained = [p for p in module.network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: recorder.mark(GRADIENTS, [p.grad]))
+    optimizer = module.make_optimizer(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    recorder.mark(OPTIMIZER, states)
+    recorder.reset_peak()
+    forward = backward = 0
+    for _ in range(min(2, micro_batches)):  # from the second on, there are gradients in the forward
+        before = recorder.flops
+        loss = module.micro_batch_loss(batch)
+        forward = recorder.flops - before
+        loss.backward()
+        backward = recorder.flops - before - forward
+        del loss
+    torch.nn.utils.clip_grad_norm_(trained, clip or torch.inf)
+    optimizer.step()
+    return forward, backward
+
+
+def _longest_batch(module: LanguageModule, datamodule: TextDataModule, rows: int, lengths: Lengths) -> Any:
+    collate = datamodule.collate("shared" if module.shares_prompts else "plain")
+    if lengths == "limits":
+        prompt = [0] * datamodule.max_prompt_length
+        response = [0] * (datamodule.max_length - datamodule.max_prompt_length)
+        is_pair = datamodule.row_type.item is TokenizedPair
+        item = TokenizedPair(prompt, response, response) if is_pair else TokenizedExample(prompt, response)
+        return collate([(0, item)] * rows)
+    datamodule.splits.load("train")
+    table = datamodule.splits.rows["train"]
+    if len(table) < rows:
+        raise InputError(f"data.batch_size: a micro-batch has {rows} rows, and data.train only {len(table)}.")
+    longest = table.lengths().argsort(descending=True, stable=True)[:rows]
+    return collate(table.__getitems__(longest.tolist()))
+
+
+def _without_values(batch: PreferenceBatch | SFTBatch, fake: FakeTensorMode) -> tuple[Any, list[tuple[Tensor, int]]]:
+    """The batch as fake tensors, with how many tokens its completions have."""
+    number = int(batch.tokens.completion_mask.sum())
+    fields = [None if field is None else fake.from_tensor(field) for field in batch.tokens]
+    tokens = type(batch.tokens)(*fields)  # type: ignore[arg-type]
+    others: Any = {name: fake.from_tensor(getattr(batch, name)) for name in batch._fields if name != "tokens"}
+    return type(batch)(tokens=tokens, **others), [(tokens.completion_mask, number)]
+
+
+def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Lengths) -> None:
+    """A table, and what this machine makes of it."""
+    table = Table("memory of a rank at its peak", "GiB", title="Plan", title_justify="left")
+    for kind in (PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS):
+        if plan.memory[kind]:
+            table.add_row(kind, f"{plan.memory[kind] / GIB:,.3f}")
+    table.add_section()
+    table.add_row("all", f"{plan.memory.total() / GIB:,.3f}")
+    dtype = DTYPES[module.source.compute_dtype]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = matmul_rate(device, dtype)
+    length, num_rows = plan.positions
+    source = "the longest training rows" if lengths == "data" else "rows as long as the limits of data allow"
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for line in (
+        f"Of {devices} rank(s) each: {plan.micro_batches} micro-batch(es) of {plan.rows} row(s) an optimizer step, "
+        f"here with {source}: {num_rows} x {length} positions.",
+        f"{plan.flops_per_step / 1e12:,.4g} TFLOP an optimizer step and rank ({plan.forward_flops / 1e12:,.4g} forward "
+        f"and {plan.backward_flops / 1e12:,.4g} backward a micro-batch); at this machine's {rate / 1e12:,.3g} TFLOP/s "
+        f"of {module.source.compute_dtype} matrix products at least {plan.flops_per_step / rate:,.3g} s.",
+        "Not counted: what libraries take for themselves, and validation and sampling. Attention is taken to be fused.",
+    ):
+        console.print(line, markup=False)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        verdict = "fits" if plan.memory.total() < 0.95 * total else "does not fit"
+        console.print(f"It {verdict} into this GPU's {total / GIB:.1f} GiB.", markup=False)

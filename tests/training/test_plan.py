@@ -1,0 +1,205 @@
+"""The plan against what PyTorch's profiler counts in a fit of the same config, and against formulas."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from lit_isdpo import cli
+from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.policy.reference import ResidentReference
+from lit_isdpo.training import plan as plan_module
+from lit_isdpo.training.plan import BUCKETS, GRADIENTS, OPTIMIZER, PARAMETERS, REFERENCE, Plan
+from lit_isdpo.training.trainer import IsdpoTrainer
+
+LLAMA: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+class PeakOfSteps(Callback):
+    """Bytes at the peak of the second optimizer step: what is there at its start, and what the profiler adds."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != 1 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        state = [value for entry in trainer.optimizers[0].state.values() for value in entry.values()]
+        tensors = [*pl_module.network.parameters(), *pl_module.network.buffers(), *state]
+        if isinstance(pl_module.reference, ResidentReference):
+            tensors += [*pl_module.reference.model.parameters(), *pl_module.reference.model.buffers()]
+        self.before = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step != 2 or self.peak:
+            return
+        self.profiler.stop()
+        live = self.before
+        events = [event for event in self.profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            self.peak = max(self.peak, live)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that were printed."""
+    plans: list[Plan] = []
+    print_plan = plan_module.print_plan
+
+    def keep(plan: Plan, *args: Any, **options: Any) -> None:
+        plans.append(plan)
+        print_plan(plan, *args, **options)
+
+    monkeypatch.setattr("lit_isdpo.training.trainer.print_plan", keep)
+    return plans
+
+
+def save_model(folder: Path, config: Any) -> str:
+    tokenizer = build_tokenizer()
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (LlamaConfig(**LLAMA, tie_word_embeddings=False), []),
+        (LlamaConfig(**LLAMA, tie_word_embeddings=True), ["--data.micro_batch_size=4"]),
+        (LlamaConfig(**LLAMA), ["--model.prefix_sharing=false"]),
+        (LlamaConfig(**LLAMA), ["--model.policy.gradient_checkpointing=true", "--data.micro_batch_size=4"]),
+        (LlamaConfig(**LLAMA), ["--model.reference.cache=true", "--data.micro_batch_size=2"]),
+        (LlamaConfig(**LLAMA), ["--model.policy.compute_dtype=bfloat16"]),
+        (
+            LlamaConfig(**LLAMA),
+            ["--model.policy.compute_dtype=bfloat16", "--model.policy.gradient_checkpointing=true"],
+        ),
+        (LlamaConfig(**LLAMA), ["--model.policy.chunk_size=32", "--model.optimizer=torch.optim.SGD"]),
+        (
+            LlamaConfig(**LLAMA),
+            ["--model.policy.peft={peft_type: LORA, r: 4, target_modules: all-linear}", "--data.micro_batch_size=4"],
+        ),
+        (GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=128), []),
+        (LlamaConfig(**LLAMA), ["--model=SFTModule", "--data=SFTDataModule"]),
+        (LlamaConfig(**LLAMA), ["--model=RewardModule"]),
+    ],
+    ids=[
+        "llama",
+        "tied",
+        "plain",
+        "checkpointing",
+        "cached",
+        "bfloat16",
+        "bfloat16 checkpointing",
+        "chunks",
+        "lora",
+        "gpt2",
+        "sft",
+        "reward",
+    ],
+)
+def test_the_peak_is_the_profilers(
+    config: Any,
+    options: list[str],
+    tiny: list[str],
+    pairs_file: str,
+    planned: list[Plan],
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """On rows that are all equally long, so that the longest micro-batch is the one that is measured."""
+    row = Path(pairs_file).read_text().splitlines()[0]
+    (tmp_path / "pairs.jsonl").write_text(f"{row}\n" * 32)
+    folder = save_model(tmp_path / "model", config)
+    kind = [option for option in options if option.startswith(("--model=", "--data="))]
+    options = [option for option in options if option not in kind]
+    path = "--model.backbone.path" if "RewardModule" in str(kind) else "--model.policy.path"
+    shared = [option for option in tiny if "policy.path" not in option]
+    data = [f"--data.train={tmp_path / 'pairs.jsonl'}", f"--data.val={tmp_path / 'pairs.jsonl'}"]
+    arguments = [*kind, *shared, *data, f"{path}={folder}", *options, f"--trainer.default_root_dir={tmp_path}"]
+    cli.main(["plan", *arguments])
+    measure = PeakOfSteps()
+    fit = IsdpoTrainer.fit
+    monkeypatch.setattr(
+        IsdpoTrainer, "fit", lambda self, *args, **kwargs: (self.callbacks.append(measure), fit(self, *args, **kwargs))
+    )
+    cli.main(["fit", *arguments, "--trainer.max_steps=2"])
+    assert planned[0].memory.total() == pytest.approx(measure.peak, rel=0.1)
+
+
+def test_what_formulas_say(tiny: list[str], planned: list[Plan], tmp_path: Path) -> None:
+    """Four bytes a weight, eight more of AdamW's state; two FLOPs a weight and token forward, four backward."""
+    folder = save_model(tmp_path / "model", LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    options = [*tiny, f"--model.policy.path={folder}", "--model.prefix_sharing=false", "--data.micro_batch_size=2"]
+    cli.main(["plan", *options, "--lengths=limits", "--devices=2"])  # 48 tokens of prompt, 16 of each response
+    (plan,) = planned
+    assert (plan.rows, plan.micro_batches, plan.positions) == (2, 2, (64, 4))
+    for kind, bytes_a_weight in ((PARAMETERS, 4), (REFERENCE, 4), (OPTIMIZER, 8), (GRADIENTS, 4), (BUCKETS, 4)):
+        assert plan.memory[kind] == pytest.approx(bytes_a_weight * weights, rel=0.001), kind
+    head = LLAMA["hidden_size"] * len(build_tokenizer())
+    attention = 4 * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * 64 * (4 * 64)  # masked positions are computed
+    of_one = 2 * (weights - head) * 4 * 64 + 2 * head * 4 * 16 + attention
+    norms = 2 * 7 * LLAMA["hidden_size"] * 4 * 64  # have weights, and no matrix products
+    assert plan.forward_flops == 2 * (of_one - norms)
+    recomputed = 2 * head * 4 * 16 + attention / 2  # of the head's logits, and of the attention's scores
+    assert plan.backward_flops == pytest.approx(2 * (of_one - norms) + recomputed, rel=1e-6)
+    assert plan.flops_per_step == 2 * (plan.forward_flops + plan.backward_flops)
+
+
+def test_no_weights_are_read_and_the_longest_rows_are_taken(
+    tiny: list[str], model_dir: str, planned: list[Plan], tmp_path: Path, pairs_file: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in Path(model_dir).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    rows = Path(pairs_file).read_text().splitlines()
+    longest = max(rows[:20], key=len)
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows[:20], longest]))
+    arguments = [
+        *tiny,
+        f"--model.policy.path={folder}",
+        "--data.batch_size=1",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    cli.main(["plan", *arguments, f"--data.train={tmp_path / 'pairs.jsonl'}"])
+    (tmp_path / "pairs.jsonl").write_text(longest)
+    cli.main(["plan", *arguments, f"--data.train={tmp_path / 'pairs.jsonl'}", f"--data.val={pairs_file}"])
+    assert planned[0] == planned[1]
+    assert not list(tmp_path.glob("version_*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices=0"], "devices must be at least 1"),
+        (["--devices=3"], "data.batch_size is 8, which 3 ranks does not divide"),
+        (["--lengths=data", "--data.batch_size=64"], "a micro-batch has 64 rows"),
+    ],
+)
+def test_what_is_refused(
+    options: list[str], message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", *tiny, f"--trainer.default_root_dir={tmp_path}", *options])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from lit_isdpo.policy.loading import eagerly
 from lit_isdpo.types import PromptBatch, Response
 
 
@@ -66,7 +67,8 @@ def sample_responses(
     # The model's own generation config would fill in what is not said here (a chat model's top_k, say).
     own_config, model.generation_config = model.generation_config, config
     try:
-        with torch.random.fork_rng(devices), autocast(model.device, compute_dtype, keep_weights=True):
+        numerics = autocast(model.device, compute_dtype, keep_weights=True)
+        with torch.random.fork_rng(devices), numerics, eagerly(model):
             torch.manual_seed(seed)
             output = model.generate(  # type: ignore[operator]
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config

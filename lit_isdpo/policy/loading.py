@@ -1,12 +1,16 @@
 """A Hugging Face causal language model in, with the settings that preference training needs."""
 
+import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
 from lit_isdpo.types import InputError
@@ -38,6 +42,15 @@ class ModelSource(Protocol):
         ...
 
 
+class TrainedSource(ModelSource, Protocol):
+    """What names a model that is trained."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether training compiles the decoder layers."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     """Which model is trained, and in which numerics.
@@ -53,6 +66,8 @@ class PolicyConfig:
         attn_implementation: transformers' name of the attention kernel: ``sdpa`` anywhere; ``flex_attention`` on a GPU,
             where it skips what no token of a row with several responses sees.
         gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+        compile: compile the decoder layers at the start of a fit, each in place and for any length (torch.compile).
+            It takes half a minute and a C++ compiler on a CPU.
         chunk_size: completion tokens whose logits exist at a time.
         trust_remote_code: run Python code that comes with the model.
         peft: trains an adapter in place of the model's own weights, which may then be bfloat16: the options of PEFT's
@@ -66,6 +81,7 @@ class PolicyConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False
     chunk_size: int = 2048
     trust_remote_code: bool = False
     peft: dict[str, Any] | None = None
@@ -161,6 +177,27 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     # Newer releases of transformers 5 deprecate the older name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles each decoder layer in place: names, parameters and checkpoints stay as they are.
+
+    Raises:
+        InputError: there is no compiler, or there are no layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"compile: {type(model).__name__} has no decoder layers that transformers names as such.")
+    if model.device.type == "cpu" and not any(map(which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
+        raise InputError("compile: on a CPU it needs a C++ compiler, and there is none in the PATH; leave it out.")
+    for layer in layers:
+        layer.compile(dynamic=True)  # rows differ in length from batch to batch
+
+
+def eagerly(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Leaves compiled layers aside, for shapes that would all be compiled anew: a key-value cache that grows."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:

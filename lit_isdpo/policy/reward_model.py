@@ -46,6 +46,7 @@ class BackboneConfig:
         compute_dtype: of the matrix products in the decoder (autocast). The head and the loss are fp32 always.
         attn_implementation: transformers' name of the attention kernel.
         gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+        compile: compile the decoder layers at the start of a fit.
         trust_remote_code: run Python code that comes with the model.
     """
 
@@ -54,6 +55,7 @@ class BackboneConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False
     trust_remote_code: bool = False
 
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.evaluation.responses import Ranks
 from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import ModelSource
+from lit_isdpo.policy.loading import TrainedSource, compile_layers
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
@@ -78,7 +78,7 @@ class LanguageModule(LightningModule, ABC):
     """
 
     def __init__(
-        self, source: ModelSource, architecture: PretrainedConfig, optimizer: OptimizerCallable, schedule: Schedule
+        self, source: TrainedSource, architecture: PretrainedConfig, optimizer: OptimizerCallable, schedule: Schedule
     ) -> None:
         super().__init__()
         self.source = source
@@ -135,6 +135,11 @@ class LanguageModule(LightningModule, ABC):
         positions = getattr(self.architecture, "max_position_embeddings", None)
         if positions is not None and datamodule.max_length > positions:
             raise InputError(f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}.")
+
+    def on_train_start(self) -> None:
+        """Compiles what the config wants compiled."""
+        if self.source.compile:
+            compile_layers(self.network.model)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes back what ``state_dict`` gave, all of it and nothing else, whatever ``strict`` says.

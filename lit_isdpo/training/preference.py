@@ -18,11 +18,12 @@ from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
 from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights, ProductWeighting
-from lit_isdpo.policy.loading import PolicyConfig, load_config
+from lit_isdpo.policy.loading import PolicyConfig, compile_layers, load_config
 from lit_isdpo.policy.reference import (
     CachedReference,
     Reference,
     ReferenceConfig,
+    ResidentReference,
     UntrainedPolicy,
     load_reference,
     outline_reference,
@@ -216,6 +217,12 @@ class PreferenceModule(PolicyModule):
         if self._ess_before_resume is not None:
             own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
             self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
+
+    def on_train_start(self) -> None:
+        """Compiles both models or none."""
+        super().on_train_start()
+        if self.source.compile and isinstance(self.reference, ResidentReference):
+            compile_layers(self.reference.model.model)
 
     def on_validation_start(self) -> None:
         """Moves the reference to the policy's device."""

@@ -12,6 +12,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from statistics import median
+from time import time
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ def benchmark(
         model: size of the model.
         device: cpu or cuda.
         batch_size: pairs of an optimizer step.
-        micro_batch_sizes: each contender runs with each of them, and is taken at its best.
+        micro_batch_sizes: each contender runs once with each of them, and is repeated at its best.
         steps: optimizer steps, the first of which is not timed.
-        repeats: of every measurement.
+        repeats: measurements of each contender at its best.
         gradient_checkpointing: for all.
         trl_attention: TRL's attention kernel.
         options: more flags of ours, without dashes.
@@ -74,27 +75,29 @@ def benchmark(
         source = SHAPES[name] if name in SHAPES else Path(name)
         place = folder / "workloads" / Path(name).name.split(".")[0]
         workload = make_workload(place, source, model, num_pairs=batch_size * steps, batch_size=batch_size)
-        runs: dict[str, dict[int, list[Any]]] = {who: {micro: [] for micro in micro_batch_sizes} for who in contenders}
-        for _, micro, who in product(range(repeats), micro_batch_sizes, contenders):
-            job: dict[str, Any] = {
-                "sharing": False,
-                "workload": workload._asdict(),
-                "device": device,
-                "weights": "float32" if device == "cpu" else model.dtype,
-                "batch_size": batch_size,
-                "micro_batch_size": micro,
-                "steps": steps,
-                "threads": torch.get_num_threads(),
-                "gradient_checkpointing": gradient_checkpointing,
-                "trl_attention": trl_attention,
-                "options": options,
-            } | CONTENDERS[who]
-            result = measure(job)
-            if not runs[who][micro]:
-                of_memory = measure(job | {"steps": 2}, memory=True)
-                result |= {key: value for key, value in of_memory.items() if key.endswith("_mib")}
-            runs[who][micro].append(result)
-            print(f"{name}, {who}, micro-batches of {micro}: {batch_size / median(result['seconds']):.3f} pairs/s")
+        common: dict[str, Any] = {
+            "sharing": False,
+            "workload": workload._asdict(),
+            "device": device,
+            "weights": "float32" if device == "cpu" else model.dtype,
+            "batch_size": batch_size,
+            "steps": steps,
+            "threads": torch.get_num_threads(),
+            "gradient_checkpointing": gradient_checkpointing,
+            "trl_attention": trl_attention,
+            "options": options,
+        }
+        runs: dict[str, dict[int, list[Any]]] = {who: {} for who in contenders}
+
+        for micro, who in product(micro_batch_sizes, contenders):
+            _run(runs, common, who, micro, name)
+        best = {who: fastest(by_micro, batch_size) for who, by_micro in runs.items()}
+        for _, who in product(range(repeats - 1), contenders):
+            _run(runs, common, who, best[who], name)
+        for who, micro in best.items():
+            job = common | CONTENDERS[who] | {"micro_batch_size": micro, "steps": 2}
+            memory = measure(job, memory=True)
+            runs[who][micro][0] |= {key: value for key, value in memory.items() if key.endswith("_mib")}
         results["workloads"][name] = {
             "runs": runs,
             "floor_pairs_per_second": {cached: rate / flops_per_pair(workload, cached) for cached in (False, True)},
@@ -105,16 +108,37 @@ def benchmark(
     print((folder / "report.md").read_text())
 
 
-def measure(job: dict[str, Any], memory: bool = False) -> dict[str, Any]:
+def _run(runs: dict[str, dict[int, list[Any]]], common: dict[str, Any], who: str, micro: int, name: str) -> None:
+    result = measure(common | CONTENDERS[who] | {"micro_batch_size": micro})
+    runs[who].setdefault(micro, []).append(result)
+    rate = pairs_per_second([result], common["batch_size"])
+    print(f"{name}, {who}, micro-batches of {micro}: {rate:.3f} pairs/s", flush=True)
+
+
+def pairs_per_second(runs: list[Any], batch_size: int) -> float:
+    """Median over runs of the median over steps."""
+    return median(batch_size / median(run["seconds"]) for run in runs)
+
+
+def fastest(by_micro: dict[int, list[Any]], batch_size: int) -> int:
+    """The micro-batch size with the highest rate."""
+    return max(by_micro, key=lambda micro: pairs_per_second(by_micro[micro], batch_size))
+
+
+def measure(job: dict[str, Any], memory: bool = False, cache: Path | None = None) -> dict[str, Any]:
     """Runs a job in a process of its own, for its times or for its memory."""
     command = [sys.executable, "-m", "tests.benchmarks.contenders", json.dumps(job)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if memory:  # large blocks are given back to the system at once, which takes time, and shows what is in use
         environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+    if cache is not None:  # of tokens, for both sides
+        environment["HF_DATASETS_CACHE"] = str(cache)
+    started = time()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     for line in done.stdout.splitlines():
         if line.startswith(RESULT):
-            return dict(json.loads(line.removeprefix(RESULT)))
+            result = dict(json.loads(line.removeprefix(RESULT)))
+            return result | {"seconds_to_first_step": result["first_step_at"] - started}
     raise SystemExit(f"{job['side']} failed:\n{done.stderr[-3000:]}")
 
 
@@ -156,11 +180,8 @@ def report(results: dict[str, Any], batch_size: int) -> str:
     for name, workload in results["workloads"].items():
         best = {}
         for who, by_micro in workload["runs"].items():
-            rates = {
-                micro: median(batch_size / median(run["seconds"]) for run in runs) for micro, runs in by_micro.items()
-            }
-            micro = max(rates, key=lambda key: rates[key])
-            best[who] = (rates[micro], micro, by_micro[micro])
+            micro = fastest(by_micro, batch_size)
+            best[who] = (pairs_per_second(by_micro[micro], batch_size), micro, by_micro[micro])
         trl = {who: rate for who, (rate, _, _) in best.items() if who.startswith("TRL")}
         losses = next(iter(best.values()))[2][0]["losses"]
         lines.append(f"\n## {Path(name).name}\n")

@@ -2,7 +2,7 @@
 
 import resource
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Meter:
             torch.cuda.synchronize()
         self.times.append(perf_counter())
         if len(self.times) == 1:
+            self.first_step_at = time()
             gradients = sum(
                 p.grad.nbytes for p in parameters if p.grad is not None
             )  # some trainers keep them until later
@@ -37,6 +38,7 @@ class Meter:
         peak = self._peak()
         return {
             "seconds": [after - before for before, after in zip(self.times, self.times[1:], strict=False)],  # type: ignore[dict-item]
+            "first_step_at": self.first_step_at,
             "peak_mib": peak / 2**20,
             "beyond_mib": (peak - self.at_rest) / 2**20,
         }

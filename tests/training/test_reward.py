@@ -148,4 +148,4 @@ def test_the_labs_reward_model_learns_the_gold_reward(tmp_path: Path) -> None:
         accuracies = [((x > 0).float() + (x == 0).float() / 2).mean().item() for x in (chosen - rejected, gold)]
         correlation = torch.corrcoef(torch.stack([chosen - rejected, gold]))[0, 1].item()
         measured[split] = pytest.approx([*accuracies, correlation], abs=0.03)
-    assert measured == {"validation": [0.686, 0.813, 0.45], "test": [0.643, 0.834, 0.40]}
+    assert measured == {"validation": [0.686, 0.813, 0.45], "test": [0.684, 0.834, 0.41]}

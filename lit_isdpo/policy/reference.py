@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
-from lit_isdpo.types import PreferenceBatch, SequenceLogps
+from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,31 +60,42 @@ class Reference(Protocol):
         ...
 
 
-class ResidentReference:
-    """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so log-ratios start at 0."""
+class LiveReference:
+    """A model that is asked: the policy itself, say, which speaks for its reference until it has learned something.
+
+    Args:
+        model: a whole model, without an adapter.
+    """
 
     is_live = True
 
     def __init__(self, model: LogProbModel) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
 
-    def to(self, device: torch.device) -> "ResidentReference":
+    def to(self, device: torch.device) -> Self:
         """Moves the weights."""
         self.model.to(device)
         return self
 
     @torch.no_grad()
     def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """A forward of the copy."""
+        """A forward of the model."""
         output: SequenceLogps = self.model(batch.tokens)
         return output.logps
 
     def scoring(self) -> AbstractContextManager[LogProbModel]:
-        """The copy itself."""
+        """The model."""
         return nullcontext(self.model)
 
     def release(self) -> None:
         """Does nothing."""
+
+
+class ResidentReference(LiveReference):
+    """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so log-ratios start at 0."""
+
+    def __init__(self, model: LogProbModel) -> None:
+        super().__init__(model.eval().requires_grad_(False))
 
 
 class AdapterOffReference:
@@ -120,37 +131,6 @@ class AdapterOffReference:
         """The policy, which is the reference in here."""
         with self._adapter.switched_off():
             yield self._policy
-
-    def release(self) -> None:
-        """Does nothing."""
-
-
-class UntrainedPolicy:
-    """The policy itself, as long as nothing has been learned: what it says then is what its reference would say.
-
-    Args:
-        policy: a whole model, without an adapter.
-    """
-
-    is_live = True
-
-    def __init__(self, policy: LogProbModel) -> None:
-        self._policy = policy
-
-    def to(self, device: torch.device) -> "UntrainedPolicy":
-        """Moves the policy."""
-        self._policy.to(device)
-        return self
-
-    @torch.no_grad()
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """A forward of the policy."""
-        output: SequenceLogps = self._policy(batch.tokens)
-        return output.logps
-
-    def scoring(self) -> AbstractContextManager[LogProbModel]:
-        """The policy."""
-        return nullcontext(self._policy)
 
     def release(self) -> None:
         """Does nothing."""
@@ -217,7 +197,7 @@ def outline_reference(config: PolicyConfig, reference: ReferenceConfig, policy: 
     """What ``load_reference`` makes, or a cache in its place, for a policy without weights and likewise without."""
     outline: Reference
     if config.peft is not None and _is_own_base(config, reference):
-        outline = UntrainedPolicy(policy)  # its adapter cannot be switched off, and costs next to nothing
+        outline = LiveReference(policy)  # its adapter cannot be switched off, and costs next to nothing
     else:
         outline = ResidentReference(outline_logprob_model(reference_as_policy(config, reference)))
     if not reference.cache:
@@ -240,3 +220,22 @@ def reference_as_policy(policy: PolicyConfig, reference: ReferenceConfig) -> Pol
         gradient_checkpointing=False,
         peft=None,
     )
+
+
+def starts_at_reference(policy: PolicyConfig, reference: ReferenceConfig) -> bool:
+    """Whether a policy's weights before training are its reference's."""
+    loaded = reference_as_policy(policy, reference)
+    return policy.init == "pretrained" and (loaded.path, loaded.revision) == (policy.path, policy.revision)
+
+
+def check_vocabulary(policy: LogProbModel, reference: LogProbModel) -> None:
+    """Checks that a token is the same entry to both.
+
+    Raises:
+        InputError: their vocabularies have two sizes.
+    """
+    if policy.vocabulary_size != reference.vocabulary_size:
+        raise InputError(
+            f"model.reference.path: its vocabulary has {reference.vocabulary_size} entries and the policy's "
+            f"{policy.vocabulary_size}; both must be the same."
+        )

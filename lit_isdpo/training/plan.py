@@ -88,9 +88,7 @@ def make_plan(
         forward, backward = _record_step(module, batch, recorder, micro_batches, trainer.gradient_clip_val)
     memory = Counter({kind: size for kind, size in recorder.peak.items() if size})
     if devices > 1:
-        memory[BUCKETS] = memory[GRADIENTS] or sum(
-            p.numel() * p.element_size() for p in module.network.parameters() if p.requires_grad
-        )
+        memory[BUCKETS] = sum(p.nbytes for p in module.network.parameters() if p.requires_grad)  # there from the start
     num_rows, length = batch.tokens.input_ids.shape
     return Plan(memory, forward, backward, micro_batches, rows, (length, num_rows))
 

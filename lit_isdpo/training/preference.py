@@ -1,8 +1,7 @@
 """Preference training: one step shared by training, validation and test."""
 
 import math
-import warnings
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,28 +12,30 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_isdpo.evaluation.reference_logps import ReferenceLogps
+from lit_isdpo.data.collation import Layout
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
 from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights, ProductWeighting
 from lit_isdpo.policy.loading import PolicyConfig, compile_layers, load_config
+from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import (
     CachedReference,
+    LiveReference,
     Reference,
     ReferenceConfig,
     ResidentReference,
-    UntrainedPolicy,
+    check_vocabulary,
     load_reference,
     outline_reference,
     reference_as_policy,
+    starts_at_reference,
 )
+from lit_isdpo.training.guards import LossWindow, check_first_step, warn_of_vanishing_weights
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import PolicyModule, Sampling
+from lit_isdpo.training.reference_cache import cached_logps
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
-
-MEAN_WEIGHT_WARNING = 0.1
-ESS_WARNING = 0.01
 
 
 class PreferenceModule(PolicyModule):
@@ -97,8 +98,7 @@ class PreferenceModule(PolicyModule):
         self.test_metrics = PairMetrics(loss, unknown=unknown)
         self.caches_test_rows = False
         self._reference: tuple[Reference, ...] = ()  # in a tuple: a reference is not a part of this module
-        self._window_row_ids: list[Tensor] = []
-        self._window_losses: list[Tensor] = []
+        self._window = LossWindow()
         self._ess_before_resume: Tensor | None = None
 
     @property
@@ -117,82 +117,27 @@ class PreferenceModule(PolicyModule):
     def configure_model(self) -> None:
         """Loads both models; to sample, the policy alone."""
         super().configure_model()
-        sampling = self.trainer.state.fn == TrainerFn.PREDICTING
-        if self.reference_config is not None and not self._reference and not sampling:
-            reference = self._load_reference(self.reference_config)
-            with reference.scoring() as model:
-                vocabularies = [self.policy.vocabulary_size, model.vocabulary_size]
-            if vocabularies[0] != vocabularies[1]:
-                raise InputError(
-                    f"model.reference.path: its vocabulary has {vocabularies[1]} entries and the policy's "
-                    f"{vocabularies[0]}; both must be the same."
-                )
-            self.shares_prompts = self._decide_on_sharing(reference)
-            if self.reference_config.cache:
-                reference = CachedReference(self._cached_logps(reference), self._load_live_reference)
-            self._reference = (reference,)
-        elif self.reference_config is None and not sampling:
-            self.shares_prompts = self._decide_on_sharing(None)
+        if self._reference or self.trainer.state.fn == TrainerFn.PREDICTING:
+            return
+        if self.reference_config is None:
+            self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy)
+        else:
+            self._reference = (self._load_reference(self.reference_config),)
 
     def _load_reference(self, config: ReferenceConfig) -> Reference:
+        load = partial(load_reference, self.policy_config, config, self.policy)
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
-        if config.cache and self.policy.adapter is None and self._starts_at_reference:
-            return UntrainedPolicy(self.policy)
-        return self._load_live_reference()
-
-    def _load_live_reference(self) -> Reference:
-        assert self.reference_config is not None
-        return load_reference(self.policy_config, self.reference_config, self.policy)
-
-    def _cached_logps(self, reference: Reference) -> dict[str, Tensor]:
-        """The reference's log-probs of all rows that the trainer will read, from files as far as these have them."""
-        assert self.reference_config is not None
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        directory = self.reference_config.cache_dir or Path(self.trainer.default_root_dir) / "reference_logps"
-        device = self.trainer.strategy.root_device
-        self.policy.to(device)  # where an adapter's base is; else it goes there soon anyway
-        reference.to(device)
+        is_policy = config.cache and self.policy.adapter is None and starts_at_reference(self.policy_config, config)
+        reference = LiveReference(self.policy) if is_policy else load()
         with reference.scoring() as model:
-            files = ReferenceLogps(Path(directory), model, device, self.ranks)
-        if self.caches_test_rows and datamodule.splits.parts("test"):
-            if self.ranks.rank == 0:  # the others then find the tokens
-                datamodule.setup("test")
-            self.ranks.gather(None)
-            datamodule.setup("test")
-        layout = "shared" if self.shares_prompts else "plain"
-        return {
-            split: files.of_rows(
-                rows,
-                reference,
-                datamodule.collate(layout),
-                batch_size=datamodule.eval_batch_size or datamodule.rows_per_forward,
-                label=split,
-            )
-            for split, rows in datamodule.splits.rows.items()
-        }
-
-    def _decide_on_sharing(self, reference: Reference | None) -> bool:
-        if self.prefix_sharing is False:
-            return False
-        why_not = self.policy.why_not_shared()
-        if reference is not None and why_not is None:
-            with reference.scoring() as model:
-                why_not = model.why_not_shared()
-        if why_not is None:
-            return True
-        name = type(self.policy.model).__name__
-        if self.prefix_sharing is True:
-            raise InputError(f"model.prefix_sharing: {name} cannot share a prompt: {why_not}; leave the option out.")
-        rank_zero_info(f"Prompts are computed once for each response, as {name} cannot share them: {why_not}.")
-        return False
-
-    @property
-    def _starts_at_reference(self) -> bool:
-        policy = self.policy_config
-        if self.reference_config is None or policy.init != "pretrained":
-            return False
-        loaded = reference_as_policy(policy, self.reference_config)
-        return (loaded.path, loaded.revision) == (policy.path, policy.revision)
+            check_vocabulary(self.policy, model)
+            self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy, model)
+        if not config.cache:
+            return reference
+        self.policy.to(self.trainer.strategy.root_device)  # where an adapter's base is; else it goes there soon anyway
+        layout: Layout = "shared" if self.shares_prompts else "plain"
+        logps = cached_logps(self.trainer, config, reference, self.ranks, layout, with_test=self.caches_test_rows)
+        return CachedReference(logps, load)
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
@@ -242,7 +187,10 @@ class PreferenceModule(PolicyModule):
         if self.reference_config is not None:
             reference = outline_reference(self.policy_config, self.reference_config, self.policy)
             self._reference = (reference,)
-        self.shares_prompts = self._decide_on_sharing(self.reference)
+            with reference.scoring() as model:
+                self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy, model)
+        else:
+            self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy)
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
         """Mean loss of the micro-batch."""
@@ -253,10 +201,11 @@ class PreferenceModule(PolicyModule):
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
         pairs = self._pair_logps(batch, "train")
         if batch_idx == 0 and self.trainer.global_step == 0:
-            self._check_first_step(pairs, batch)
+            reference, numerics = self.reference_config, self.policy_config
+            if reference is not None and starts_at_reference(numerics, reference):
+                check_first_step(pairs, self.loss, numerics, batch.row_ids, self.trainer)
         losses = self._update(self.train_metrics, pairs, batch)
-        self._window_losses.append(losses.detach())
-        self._window_row_ids.append(batch.row_ids)
+        self._window.add(losses, batch.row_ids)
         return losses.mean()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -269,9 +218,8 @@ class PreferenceModule(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the accumulation window once, as a whole, before its gradient is used."""
-        self._check_finite()
-        values = self._log("train", self.train_metrics)
-        self._warn_of_vanishing_weights(values)
+        self._window.check(self.trainer)
+        warn_of_vanishing_weights(self.weighting, self._log("train", self.train_metrics))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values and the histograms of its weights."""
@@ -337,75 +285,6 @@ class PreferenceModule(PolicyModule):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_histogram(tag, values, self.trainer.global_step)
 
-    @torch.no_grad()
-    def _check_first_step(self, pairs: PairLogps, batch: PreferenceBatch) -> None:
-        """Stops a fit whose policy is not its reference although it says so: a wrong mask, packing or dtype.
-
-        Raises:
-            InputError: a log-ratio is not 0 within the numerics' noise.
-        """
-        if not self._starts_at_reference:
-            return
-        # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding a token.
-        tolerance = 1e-3 if self.policy_config.compute_dtype == self.policy_config.dtype == "float32" else 0.02
-        num_tokens = torch.maximum(pairs.chosen_num_tokens, pairs.rejected_num_tokens)
-        off = torch.maximum(pairs.chosen_logratios.abs(), pairs.rejected_logratios.abs())
-        bad = off > tolerance * num_tokens.float().sqrt()
-        loss, expected = self.loss(pairs).mean(), self.loss(pairs.at_reference()).mean()
-        if bad.any():
-            rows = self._row_names(batch.row_ids[bad])
-            raise InputError(
-                f"At the first step the policy is the reference, yet log pi/ref is up to {off.max():.3g} nats and the "
-                f"loss {loss:.4g} instead of {expected:.4g} ({rows}): the model's forward is not "
-                "deterministic, or the two were not loaded alike."
-            )
-
-    def _check_finite(self) -> None:
-        """Stops before a NaN reaches the weights, and names the rows.
-
-        Raises:
-            InputError: a loss of the window is NaN or infinite.
-        """
-        losses, row_ids = torch.cat(self._window_losses), torch.cat(self._window_row_ids)
-        self._window_losses, self._window_row_ids = [], []
-        bad = not torch.isfinite(losses).all()
-        if self.trainer.world_size > 1:  # together, or the others would wait for a rank that has stopped
-            bad = self.trainer.strategy.reduce_boolean_decision(bad, all=False)
-        if bad:
-            rows = self._row_names(row_ids[~torch.isfinite(losses)])
-            raise InputError(
-                f"The loss is NaN or infinite at optimizer step {self.trainer.global_step} for {rows}; "
-                "the weights are as they were before this step. Try a lower learning rate, or look at those rows."
-            )
-
-    def _row_names(self, row_ids: Tensor) -> str:
-        """A few rows in words, as they were read."""
-        some = row_ids.tolist()[:8]
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            return f"training rows {some}"
-        if not some:
-            return "training rows of another rank"
-        return ", ".join(datamodule.row_name("train", row_id) for row_id in some)
-
-    def _warn_of_vanishing_weights(self, values: dict[str, Tensor]) -> None:
-        # Of other weightings a small weight says something else: a negative epsilon, say, is small from the start.
-        if isinstance(self.weighting, ImportanceWeighting) and self.weighting.epsilon >= 0:
-            mean, ess = values["weights/mean"].item(), values["weights/ess"].item()
-            if mean < MEAN_WEIGHT_WARNING:
-                warnings.warn(
-                    f"The mean importance weight fell below {MEAN_WEIGHT_WARNING}: the policy hardly produces the "
-                    "data's pairs any more and learns little from them. A larger model.loss.beta, a lower learning "
-                    "rate or fewer epochs keep it nearer.",
-                    stacklevel=2,
-                )
-            if ess < ESS_WARNING:
-                warnings.warn(
-                    f"The effective sample size fell below {ESS_WARNING:.0%} of the last training pairs: a few pairs "
-                    "hold all the weight.",
-                    stacklevel=2,
-                )
-
 
 def _check_without_reference(loss: PreferenceLoss, weighting: PairWeighting, mu: str) -> None:
     """Raises where no reference is held, and something needs one.
@@ -420,3 +299,26 @@ def _check_without_reference(loss: PreferenceLoss, weighting: PairWeighting, mu:
             f"model.weighting: {type(weighting).__name__} on {type(loss).__name__} without a reference has no mu to "
             "divide by; hold a reference, take mu from the data (model.mu: data), or use UniformWeighting."
         )
+
+
+def _share_prompts(wanted: bool | Literal["auto"], policy: LogProbModel, *others: LogProbModel) -> bool:
+    """Whether a prompt is computed once for both of its responses.
+
+    Args:
+        wanted: ``auto`` where all models can; then a model that cannot is named in the log.
+        policy: the model that is trained.
+        others: models that score the same batches.
+
+    Raises:
+        InputError: it is wanted, and a model cannot.
+    """
+    if wanted is False:
+        return False
+    why_not = next((reason for model in (policy, *others) if (reason := model.why_not_shared()) is not None), None)
+    if why_not is None:
+        return True
+    name = type(policy.model).__name__
+    if wanted is True:
+        raise InputError(f"model.prefix_sharing: {name} cannot share a prompt: {why_not}; leave the option out.")
+    rank_zero_info(f"Prompts are computed once for each response, as {name} cannot share them: {why_not}.")
+    return False

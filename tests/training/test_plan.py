@@ -141,7 +141,7 @@ def test_the_peak_is_the_profilers(
         IsdpoTrainer, "fit", lambda self, *args, **kwargs: (self.callbacks.append(measure), fit(self, *args, **kwargs))
     )
     cli.main(["fit", *arguments, "--trainer.max_steps=2"])
-    assert planned[0].memory.total() == pytest.approx(measure.peak, rel=0.1)
+    assert planned[0].memory.total() == pytest.approx(measure.peak, rel=0.05)
 
 
 def test_what_formulas_say(tiny: list[str], planned: list[Plan], tmp_path: Path) -> None:
@@ -186,6 +186,18 @@ def test_no_weights_are_read_and_the_longest_rows_are_taken(
     cli.main(["plan", *arguments, f"--data.train={tmp_path / 'pairs.jsonl'}", f"--data.val={pairs_file}"])
     assert planned[0] == planned[1]
     assert not list(tmp_path.glob("version_*"))
+
+
+def test_buckets_hold_all_gradients_although_the_peak_is_before_these(
+    tiny: list[str], planned: list[Plan], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", LlamaConfig(**LLAMA))
+    options = ["--model=SFTModule", "--data=SFTDataModule", *(option for option in tiny if "probe" not in option)]
+    options += [f"--model.policy.path={folder}", "--devices=2", "--data.micro_batch_size=4"]
+    options += ["--model.policy.gradient_checkpointing=true"]  # a layer's activations come back among gradients
+    cli.main(["plan", *options])
+    assert 0 < planned[0].memory[GRADIENTS] < planned[0].memory[PARAMETERS]
+    assert planned[0].memory[BUCKETS] == pytest.approx(planned[0].memory[PARAMETERS], rel=0.01)
 
 
 @pytest.mark.parametrize(

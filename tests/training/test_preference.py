@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -17,7 +16,6 @@ from lit_isdpo.data.collation import batch_prompts, collate_pairs
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, RPOLoss, SimPOLoss
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, UniformWeighting, WPOWeighting
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.training.module import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError, PreferenceBatch, TokenizedPair
@@ -103,17 +101,6 @@ def test_mu_of_the_data_is_looked_for_before_anything_runs(
         assert f"the first of them row 0 of {pairs_file}" in message
 
 
-def test_another_revision_of_the_same_path_is_another_reference(module: PreferenceModule) -> None:
-    path = module.policy_config.path
-    assert module._starts_at_reference
-    module.reference_config = ReferenceConfig(path=path)
-    assert module._starts_at_reference
-    module.policy_config = replace(module.policy_config, revision="v2")
-    assert not module._starts_at_reference, "a path without a revision is its main branch"
-    module.reference_config = ReferenceConfig()
-    assert module._starts_at_reference
-
-
 def test_the_datas_weights_multiply_all_of_a_pairs_loss(module: PreferenceModule) -> None:
     module.loss = RPOLoss(0.1, eta=2.0)
     batch = collate_pairs(
@@ -180,19 +167,6 @@ def test_a_loss_that_is_not_finite_names_the_rows(module: PreferenceModule) -> N
     module.training_step(collate_pairs(PAIRS, [3, 14], pad_token_id=0), 1)
     with pytest.raises(InputError, match=r"NaN or infinite at optimizer step 0 for training rows \[14\]"):
         module.on_before_optimizer_step(None)  # type: ignore[arg-type]
-
-
-def test_vanishing_weights_warn(module: PreferenceModule) -> None:
-    values = {"weights/mean": torch.tensor(0.05), "weights/ess": torch.tensor(0.5)}
-    with pytest.warns(UserWarning, match="mean importance weight fell below"):
-        module._warn_of_vanishing_weights(values)
-    values = {"weights/mean": torch.tensor(0.5), "weights/ess": torch.tensor(0.005)}
-    with pytest.warns(UserWarning, match="effective sample size fell below"):
-        module._warn_of_vanishing_weights(values)
-    values = {"weights/mean": torch.tensor(0.05), "weights/ess": torch.tensor(0.005)}
-    for weighting in (WPOWeighting(), ImportanceWeighting(epsilon=-3.0)):  # small for another reason
-        module.weighting = weighting
-        module._warn_of_vanishing_weights(values)
 
 
 def test_prompts_come_back_out_of_a_batch() -> None:

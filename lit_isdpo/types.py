@@ -85,6 +85,8 @@ class TokenBatch(NamedTuple):
         segment_ids: ``(R, T)`` int64 where rows hold pairs: ``3 d`` at the prompt of the row's pair number d,
             ``3 d + 1`` at its chosen and ``3 d + 2`` at its rejected response, -1 at padding. ``None`` in the plain
             layout.
+        num_prompt_positions: with segments, how many positions of every row, from its beginning, are of its first
+            prompt: what is attended to there needs no mask but a causal one.
     """
 
     input_ids: Tensor
@@ -94,10 +96,11 @@ class TokenBatch(NamedTuple):
     completion_mask: Tensor
     logit_positions: Tensor
     segment_ids: Tensor | None = None
+    num_prompt_positions: int = 0
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The batch on a device."""
-        return TokenBatch(*(None if field is None else field.to(device) for field in self))  # type: ignore[arg-type]
+        return TokenBatch(*(field.to(device) if isinstance(field, Tensor) else field for field in self))  # type: ignore[arg-type]
 
 
 class PreferenceBatch(NamedTuple):

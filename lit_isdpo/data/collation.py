@@ -122,7 +122,14 @@ def collate_shared(
                 begin, after = len(prompt), part.stop
             start = after
     return TokenBatch(
-        input_ids, segment_ids >= 0, position_ids, completion_ids, completion_mask, logit_positions, segment_ids
+        input_ids,
+        segment_ids >= 0,
+        position_ids,
+        completion_ids,
+        completion_mask,
+        logit_positions,
+        segment_ids,
+        num_prompt_positions=min(len(pairs[row[0]].prompt_ids) for row in rows),
     )
 
 

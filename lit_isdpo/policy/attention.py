@@ -9,16 +9,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lit_isdpo.types import TokenBatch
 
 KERNELS = ("sdpa", "flex_attention")
 """Attention implementations that take such a mask as it is; an eager one would add a boolean mask to the scores."""
 FLEX_BLOCK = 128  # positions; FlexAttention skips blocks of so many
+SPLIT_FROM = 128  # positions of a prompt; a shorter one is quicker under the mask of its responses
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_PROMPT = "num_prompt_positions"  # attribute of a mask
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
@@ -84,7 +87,42 @@ def attention_masks(tokens: TokenBatch, config: PretrainedConfig) -> Any:
             rows = torch.arange(num_rows, device=tokens.input_ids.device)[:, None, None]
             at = torch.arange(length, device=tokens.input_ids.device)
             masks[kind] = rule(rows, None, at[:, None], at)[:, None]
+            end = tokens.num_prompt_positions
+            if end >= SPLIT_FROM and (window is None or end <= window):
+                setattr(masks[kind], _PROMPT, end)
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def sdpa_in_parts(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The sdpa of transformers, but under masks of :func:`attention_masks` long prompts are attended to without one.
+
+    Kernels compute all that a boolean mask hides and skip what a causal one does. A prompt sees itself alone, so that
+    its part is causal; the responses' part sees all keys.
+
+    Args:
+        module: the attention layer.
+        query: ``(R, heads, T, D)``.
+        key: ``(R, key-value heads, T, D)``.
+        value: likewise.
+        attention_mask: boolean ``(R, 1, T, T)``, or what the model makes of its own.
+        **options: transformers' own.
+
+    Returns:
+        ``(R, T, heads, D)``, and no attention weights.
+    """
+    end = getattr(attention_mask, _PROMPT, 0)
+    if attention_mask is None or not end or options.get("position_bias") is not None or torch.compiler.is_compiling():
+        whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return whole
+    of_prompts = (states[:, :, :end] for states in (query, key, value))
+    prompts, _ = sdpa_attention_forward(module, *of_prompts, None, **options | {"is_causal": True})
+    responses, _ = sdpa_attention_forward(module, query[:, :, end:], key, value, attention_mask[:, :, end:], **options)
+    return torch.cat((prompts, responses), dim=1), None
+
+
+AttentionInterface.register("sdpa", sdpa_in_parts)  # to masks without that attribute it is what it was
 
 
 @cache

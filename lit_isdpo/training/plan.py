@@ -150,7 +150,7 @@ def _longest_batch(module: LanguageModule, datamodule: TextDataModule, rows: int
 def _without_values(batch: PreferenceBatch | SFTBatch, fake: FakeTensorMode) -> tuple[Any, list[tuple[Tensor, int]]]:
     """The batch as fake tensors, with how many tokens its completions have."""
     number = int(batch.tokens.completion_mask.sum())
-    fields = [None if field is None else fake.from_tensor(field) for field in batch.tokens]
+    fields = [fake.from_tensor(field) if isinstance(field, Tensor) else field for field in batch.tokens]
     tokens = type(batch.tokens)(*fields)  # type: ignore[arg-type]
     others: Any = {name: fake.from_tensor(getattr(batch, name)) for name in batch._fields if name != "tokens"}
     return type(batch)(tokens=tokens, **others), [(tokens.completion_mask, number)]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_isdpo.data.collation import collate_pairs
+from lit_isdpo.policy import attention
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import PreferenceBatch, SequenceLogps, TokenizedPair
 
@@ -85,6 +87,39 @@ def test_shared_rows_equal_plain_rows(architecture: str, options: dict[str, Any]
     assert model.why_not_shared() is None
     plain = collate_pairs(PAIRS, range(3), pad_token_id=0)
     assert_same(model, collate_pairs(PAIRS, range(3), pad_token_id=0, layout="shared"), plain)
+
+
+@pytest.mark.parametrize(("architecture", "options"), CASES, ids=NAMES)
+def test_prompts_are_attended_to_without_a_mask(
+    architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[Any] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        masks.append(args[4])
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "SPLIT_FROM", 3)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    pairs = [pair for pair in PAIRS if len(pair.prompt_ids) >= 3]
+    shared = collate_pairs(pairs, range(2), pad_token_id=0, layout="shared")
+    model = make(architecture, options)
+    masks.clear()
+    model(shared.tokens)
+    assert [None if mask is None else mask.shape[2] for mask in masks] == [
+        None,
+        shared.tokens.input_ids.shape[1] - 3,
+    ] * 2
+    assert_same(model, shared, collate_pairs(pairs, range(2), pad_token_id=0))
+
+
+def test_a_prompt_longer_than_the_window_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SPLIT_FROM", 4)
+    pairs = [PAIRS[2], PAIRS[2]._replace(chosen_ids=[5, 2])]
+    shared = collate_pairs(pairs, range(2), pad_token_id=0, layout="shared")
+    assert shared.tokens.num_prompt_positions == 8
+    model = make("gemma3_text", WINDOWED["gemma3_text"])  # a layer of each kind
+    assert_same(model, shared, collate_pairs(pairs, range(2), pad_token_id=0))
 
 
 @pytest.mark.parametrize(("architecture", "options"), [("llama", GATED), ("gemma3_text", WINDOWED["gemma3_text"])])

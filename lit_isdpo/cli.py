@@ -16,12 +16,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.study.study import study
-from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
+from lit_isdpo.training.checkpoint_files import EXTRAS
+from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
 from lit_isdpo.training.labels import PreferenceLabels
@@ -30,8 +32,10 @@ from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
+from lit_isdpo.training.resumption import print_changes
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.sft import SFTModule
+from lit_isdpo.training.strategy import NAME, FSDP2Strategy
 from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
@@ -100,14 +104,23 @@ class IsdpoCLI(LightningCLI):
         if (reference := config.model.init_args.get("reference")) and reference.cache_dir is None:  # shared by runs too
             reference.cache_dir = str(Path(config.trainer.default_root_dir) / "reference_logps")
         if self.subcommand == "plan":  # for another machine than this one
-            for key, value in {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}.items():
+            for key, value in {"accelerator": "cpu", "devices": 1, "num_nodes": 1}.items():
                 config.trainer[key] = value
+            if not is_sharded(config):
+                config.trainer.strategy = "auto"
         if self.subcommand != "test":  # nobody asks them, and a reward model may be as large as the policy
             config.evaluation.reward = config.evaluation.judge = None
+        if is_sharded(config):  # FSDP's tensors are counted in versions, which inference mode does not
+            config.trainer.inference_mode = False
         root = Path(config.trainer.default_root_dir) / "lab"
         _resolve_lab(config.model.init_args, root, default="reference")
         _resolve_lab(config.data.init_args, root, default="pairs")
         super().instantiate_classes()
+
+    def before_fit(self) -> None:
+        """Says what a resumed fit changes."""
+        if ckpt_path := self.config.fit.get("ckpt_path"):
+            print_changes(ckpt_path, self._parser("fit").dump(self.config.fit, skip_none=False))
 
     def before_predict(self) -> None:
         """Refuses a model that does not write."""
@@ -151,9 +164,18 @@ def check(verb: str, config: Namespace) -> None:
             "data.packing_length: packed rows are quick where the attention skips what no token sees; set "
             "model.policy.attn_implementation to flex_attention (on a GPU), or leave the option out."
         )
-    strategy = config.trainer.strategy
-    if not isinstance(strategy, str) or strategy.split("_")[0] not in ("auto", "ddp"):
-        raise InputError(f"trainer.strategy {strategy!r} is not supported: use 'auto' (one device) or 'ddp'.")
+    name, sharded = strategy_name(config), is_sharded(config)
+    if name == "fsdp" or name == "FSDPStrategy":
+        raise InputError(
+            "trainer.strategy 'fsdp' is PyTorch's older FSDP, which is not supported; use 'fsdp2', its successor."
+        )
+    if not sharded and name.split("_")[0] not in ("auto", "ddp"):
+        raise InputError(
+            f"trainer.strategy {name!r} is not supported: use 'auto' (one device), 'ddp' (the whole model on each) or "
+            "'fsdp2' (a part of it on each)."
+        )
+    if sharded:
+        _check_sharded(verb, config)
     if not config.trainer.default_root_dir:
         raise InputError("trainer.default_root_dir: name a folder for the runs.")
     if verb == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
@@ -168,6 +190,42 @@ def check(verb: str, config: Namespace) -> None:
     ckpt_path = config.get("ckpt_path")
     if ckpt_path and not Path(ckpt_path).exists():
         raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
+    if ckpt_path and (Path(ckpt_path) / EXTRAS).is_file() and not sharded:
+        raise InputError(
+            f"ckpt_path: {ckpt_path!r} is a sharded checkpoint; use --trainer.strategy fsdp2, on one device too, or "
+            "export it."
+        )
+
+
+def strategy_name(config: Namespace) -> str:
+    """As it is registered, or of its class."""
+    strategy = config.trainer.strategy
+    return strategy if isinstance(strategy, str) else str(strategy.class_path).rpartition(".")[2]
+
+
+def is_sharded(config: Namespace) -> bool:
+    """Whether each rank holds a part of the model alone."""
+    named = NAME if isinstance(config.trainer.strategy, str) else FSDP2Strategy.__name__
+    return strategy_name(config) == named
+
+
+def _check_sharded(verb: str, config: Namespace) -> None:
+    """Raises for what a sharded model cannot do."""
+    strategy = config.trainer.strategy
+    shard_size = None if isinstance(strategy, str) else strategy.init_args.shard_size
+    if shard_size is not None and shard_size < 1:
+        raise InputError(f"trainer.strategy.shard_size must be at least 1 rank, not {shard_size}.")
+    if config.model.class_path.rpartition(".")[2] == RewardModule.__name__:
+        raise InputError("trainer.strategy: a reward model is not sharded; use 'ddp' or one device.")
+    if config.model.init_args.get("policy.compile"):
+        raise InputError("model.policy.compile is not supported with trainer.strategy fsdp2; leave it out.")
+    samples = config.evaluation.num_prompts if config.evaluation.num_prompts is not None else config.probe.num_prompts
+    if verb == "predict" or (verb == "test" and samples):
+        raise InputError(
+            f"{verb}: a sharded model does not answer many prompts; export it, and use one device or "
+            "--evaluation.engine vllm"
+            + (" (--evaluation.num_prompts 0 computes losses alone)." if verb == "test" else ".")
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -177,7 +235,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: as on the command line, without the program's name; by default those of the process.
 
     Raises:
-        SystemExit: with status 2 after one sentence on bad input.
+        SystemExit: with status 2 after one sentence on bad input; with 75 (EX_TEMPFAIL) where a fit was asked to leave
+            by SIGTERM.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     _quieten()
@@ -207,6 +266,8 @@ def main(args: Sequence[str] | None = None) -> None:
             parser_class=Parser,
             parser_kwargs={"version": __version__, "prog": "lit-isdpo", "description": DESCRIPTION},
         )
+    except SIGTERMException:  # it came before the first step, which LastCheckpoint waits for
+        raise SystemExit(EX_TEMPFAIL) from None
     except Exception as error:
         if (cause := _users_fault(error)) is None:
             raise

@@ -42,7 +42,7 @@ def test_the_first_screen_has_the_two_commands() -> None:
 
 
 def test_every_command_is_of_a_known_kind() -> None:
-    known = ("python -m lit_isdpo ", "pip install -e ", "tensorboard --logdir ")
+    known = ("python -m lit_isdpo ", "pip install -e ", "tensorboard --logdir ", "torchrun ", "sbatch configs/cluster/")
     assert all(command.startswith(known) for command in COMMANDS), COMMANDS
 
 

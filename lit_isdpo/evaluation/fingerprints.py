@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.sharding import whole
 
 # Of a configuration file: where the model came from, and how it is loaded and initialised.
 _NO_ARCHITECTURE = {
@@ -53,7 +54,7 @@ def weights_fingerprint(model: LogProbModel, *, with_adapter: bool = True) -> st
     value = blake2b(digest(about).encode(), digest_size=8)
     for name, tensor in sorted(_tensors(model, with_adapter=with_adapter)):
         value.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        value.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        value.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return value.hexdigest()
 
 

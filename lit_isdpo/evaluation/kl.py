@@ -41,7 +41,7 @@ def sampled_kl(
         tokens = collate_completions(
             prompts[rows], [response.token_ids for response in responses[rows]], pad_token_id=pad_token_id
         )
-        tokens = tokens.to(policy.model.device)
+        tokens = tokens.to(policy.device)
         logits = policy.completion_logits(tokens)  # (N, V)
         with reference.scoring() as model:
             ref_logits = model.completion_logits(tokens)  # (N, V)

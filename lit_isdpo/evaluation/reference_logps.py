@@ -11,6 +11,7 @@ whole under another name first: what was interrupted goes on with the rows that 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 from uuid import uuid4
 
@@ -30,6 +31,7 @@ from lit_isdpo.types import InputError, PreferenceBatch
 
 COLUMNS = ("key", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
 ROWS_PER_FILE = 1024  # what an interruption may lose
+SECONDS_OF_DELAY = 120
 CHECKED_ROWS = 8  # of each split, whenever they are read
 Collate = Callable[[list[tuple[int, Any]]], PreferenceBatch]
 
@@ -78,18 +80,30 @@ class ReferenceLogps:
         """
         keys, lengths = rows.keys(), rows.lengths()
         known = self._read()
-        missing = torch.tensor([key not in known for key in keys.tolist()])
+        missing = self.ranks.gather(torch.tensor([key not in known for key in keys.tolist()]))[0]
         order = lengths.argsort(descending=True, stable=True)
-        todo = order[missing[order]][self.ranks.rank :: self.ranks.size].tolist()
-        if bool(missing.any()):
+        todo = order[missing[order]].tolist()
+        if todo:
             self._compute(rows, keys, todo, reference, collate, batch_size, label)
         self.ranks.gather(None)  # all files are there
-        known = self._read()
+        self.ranks.agree(lambda: self._wait_for(keys, known))
         values = torch.tensor([known[key] for key in keys.tolist()], dtype=torch.float32)
         self.ranks.agree(lambda: self._check(rows, values, reference, collate))
         table = torch.full((len(rows.table), 2), torch.nan)
         table[rows.positions] = values
         return table
+
+    def _wait_for(self, keys: Tensor, known: dict[int, tuple[float, float]]) -> None:
+        """Adds to ``known`` what was written, other nodes' files too, which shared folders show with delay."""
+        for second in range(SECONDS_OF_DELAY):
+            if all(key in known for key in keys.tolist()):
+                return
+            sleep(min(1, second))
+            known.update(self._read())
+        raise InputError(
+            f"model.reference.cache_dir: what other ranks wrote to {str(self.folder)!r} is not seen here; name a "
+            "folder that all nodes share."
+        )
 
     def _compute(
         self,
@@ -101,12 +115,15 @@ class ReferenceLogps:
         batch_size: int,
         label: str,
     ) -> None:
+        own = todo[self.ranks.rank :: self.ranks.size]
         waiting: list[tuple[Any, ...]] = []
         with Progress(transient=True, disable=self.ranks.rank != 0) as progress:
-            bar = progress.add_task(f"Reference log-probs, {label}", total=len(todo))
+            bar = progress.add_task(f"Reference log-probs, {label}", total=len(own))
             try:
-                for start in range(0, len(todo), batch_size):
-                    some = todo[start : start + batch_size]
+                # Every rank makes as many forwards as rank 0, whose share is the largest: a sharded model needs them
+                # all. One whose rows are used up computes one again.
+                for start in range(0, -(-len(todo) // self.ranks.size), batch_size):
+                    some = own[start : start + batch_size] or todo[:1]
                     batch = self._batch(rows, some, collate)
                     logps, counts = reference.logps(batch, label), batch.tokens.completion_mask.sum(dim=1)
                     columns = [keys[some], *logps.cpu().chunk(2), *counts.cpu().chunk(2)]

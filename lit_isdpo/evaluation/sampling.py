@@ -38,7 +38,7 @@ def sample_many(
     Returns:
         P lists.
     """
-    device = policy.model.device
+    device = policy.device
     responses: list[list[Response]] = [[] for _ in prompts]
     # Prompts of like length share a batch, so that little is padding.
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -56,6 +56,7 @@ def sample_many(
             top_p=top_p,
             seed=seed * 100_003 + number,
             compute_dtype=policy.compute_dtype,
+            generate=policy.generate,
         )
         for row, response in zip(rows, drawn, strict=True):
             responses[row].append(response)

@@ -110,6 +110,7 @@ class Adapter:
 
     Args:
         model: a model without adapters, on the CPU; its layers are replaced in place and its own tensors frozen.
+            On the meta device there is nothing to try out, and no fingerprint.
         config: as ``parse_adapter`` makes it.
         revision: of the model, for the adapter's file.
 
@@ -122,10 +123,10 @@ class Adapter:
     """
 
     def __init__(self, model: PreTrainedModel, config: "PeftConfig", *, revision: str | None = None) -> None:
-        before = _logits(model)
+        before = None if model.device.type == "meta" else _logits(model)
         base = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        self.base_fingerprint = fingerprint(model)
+        self.base_fingerprint = "" if before is None else fingerprint(model)
         config.revision = revision
         try:
             self._peft_model = put_in(model, config)
@@ -140,7 +141,8 @@ class Adapter:
                 )
             state = model.state_dict(keep_vars=True)
             self.names = frozenset(name for name, tensor in state.items() if id(tensor) not in base)
-            self._check(before)
+            if before is not None:
+                self._check(before)
         except InputError:
             raise
         except Exception as error:  # PEFT raises whatever its parts raise

@@ -116,8 +116,8 @@ def sdpa_in_parts(
     if attention_mask is None or not end or options.get("position_bias") is not None or torch.compiler.is_compiling():
         whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return whole
-    of_prompts = (states[:, :, :end] for states in (query, key, value))
-    prompts, _ = sdpa_attention_forward(module, *of_prompts, None, **options | {"is_causal": True})
+    own = query[:, :, :end], key[:, :, :end], value[:, :, :end]
+    prompts, _ = sdpa_attention_forward(module, *own, None, **options | {"is_causal": True})
     responses, _ = sdpa_attention_forward(module, query[:, :, end:], key, value, attention_mask[:, :, end:], **options)
     return torch.cat((prompts, responses), dim=1), None
 

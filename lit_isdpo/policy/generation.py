@@ -1,8 +1,10 @@
 """Responses sampled from a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lit_isdpo.policy.loading import eagerly
@@ -34,6 +36,7 @@ def sample_responses(
     top_p: float = 1.0,
     seed: int,
     compute_dtype: torch.dtype = torch.float32,
+    generate: Callable[..., Tensor] | None = None,
 ) -> list[Response]:
     """Draws one response a prompt.
 
@@ -47,6 +50,7 @@ def sample_responses(
         top_p: nucleus; KL estimates need 1.
         seed: the responses are a function of it; the global random state is left as it was.
         compute_dtype: autocast dtype of the model.
+        generate: what is called in place of the model's own ``generate``.
 
     Returns:
         P responses.
@@ -61,16 +65,17 @@ def sample_responses(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = prompts.input_ids.device
+    devices = [device] if device.type == "cuda" else []
     was_training = model.training
     model.eval()  # a model in training mode with gradient checkpointing has no key-value cache
     # The model's own generation config would fill in what is not said here (a chat model's top_k, say).
     own_config, model.generation_config = model.generation_config, config
     try:
-        numerics = autocast(model.device, compute_dtype, keep_weights=True)
+        numerics = autocast(device, compute_dtype, keep_weights=True)
         with torch.random.fork_rng(devices), numerics, eagerly(model):
             torch.manual_seed(seed)
-            output = model.generate(  # type: ignore[operator]
+            output = (generate or cast(Any, model.generate))(
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config
             )
     finally:

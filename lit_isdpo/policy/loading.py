@@ -179,13 +179,18 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """What a model is a stack of, as far as transformers names it so."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compiles each decoder layer in place: names, parameters and checkpoints stay as they are.
 
     Raises:
         InputError: there is no compiler, or there are no layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers:
         raise InputError(f"compile: {type(model).__name__} has no decoder layers that transformers names as such.")
     if model.device.type == "cpu" and not any(map(which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):

@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -45,6 +47,7 @@ class LogProbModel(nn.Module):
         self.adapter = adapter
         self.compute_dtype = compute_dtype
         self.chunk_size = chunk_size
+        self.computes_on: torch.device | None = None  # where that is not where the weights are
         text_config = model.config.get_text_config()
         # The three ways in which published families change their logits: Cohere, Granite, Gemma.
         self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0) / float(
@@ -62,6 +65,26 @@ class LogProbModel(nn.Module):
     def completion_logits(self, tokens: TokenBatch) -> Tensor:
         """Full fp32 logits of the N completion tokens, ``(N, V)``, for measures of whole distributions. Mind N * V."""
         return self.head(completion_hidden_states(self.decode(tokens), tokens))
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """As transformers' own, in here, so that what wraps this module sees it begin and end."""
+        generate: Any = self.model.generate
+        if not self.is_sharded:
+            return cast(Tensor, generate(**arguments))
+        # All ranks are asked the same. Should rounding part them, they still make as many forwards, and go on alike.
+        told: list[Tensor] = [generate(**arguments, synced_gpus=True).cpu()]
+        dist.broadcast_object_list(told)
+        return told[0].to(self.device)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds a part of each tensor alone; then all ranks must make the same calls."""
+        return isinstance(self, FSDPModule)
+
+    @property
+    def device(self) -> torch.device:
+        """That it computes on."""
+        return self.computes_on or self.model.device
 
     @property
     def vocabulary_size(self) -> int:
@@ -109,7 +132,7 @@ class LogProbModel(nn.Module):
             return str(error)
         if self.model.device.type == "meta":
             return None
-        device, vocabulary = self.model.device, self.vocabulary_size
+        device, vocabulary = self.device, self.vocabulary_size
         prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
         shared = TokenBatch(
             input_ids=torch.tensor([[*prompt, *chosen, *rejected]], device=device),
@@ -139,9 +162,11 @@ class LogProbModel(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently."""
-        input_ids = torch.arange(4, device=self.model.device)[None]
-        own = self.model(input_ids=input_ids, use_cache=False).logits.float()
-        decoded = getattr(self.model.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+        input_ids = torch.arange(4, device=self.device)[None]
+        numerics = self.compute_dtype if self.is_sharded else self.model.dtype  # of the layers' weights at hand
+        with autocast(self.device, numerics):
+            own = self.model(input_ids=input_ids, use_cache=False).logits.float()
+            decoded = getattr(self.model.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
         if decoded is None:
             raise InputError(
                 f"model.policy.path: {type(self.model).__name__} has no decoder apart from its head, which is not "
@@ -149,7 +174,7 @@ class LogProbModel(nn.Module):
             )
         ours = self.head(decoded)
         # Half-precision weights round the model's own logits; an unknown scale or cap is off by far more.
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.05
+        tolerance = 1e-3 if numerics == torch.float32 else 0.05
         if not torch.allclose(own, ours, atol=tolerance * float(own.abs().max()) + 1e-6, rtol=0):
             raise InputError(
                 f"model.policy.path: {type(self.model).__name__} changes its logits after the head in a way that is "

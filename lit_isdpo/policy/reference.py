@@ -1,5 +1,6 @@
 """The frozen model that the policy is measured against."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +30,14 @@ class ReferenceConfig:
     revision: str | None = None
     cache: bool = False
     cache_dir: str | None = None
+
+
+class Load(Protocol):
+    """Makes a model of a configuration; messages name ``option``."""
+
+    def __call__(self, config: PolicyConfig, *, option: str) -> LogProbModel:
+        """Whole, or this rank's part of it."""
+        ...
 
 
 class Reference(Protocol):
@@ -74,7 +83,8 @@ class LiveReference:
 
     def to(self, device: torch.device) -> Self:
         """Moves the weights."""
-        self.model.to(device)
+        if not self.model.is_sharded:  # else it was made where it stays
+            self.model.to(device)
         return self
 
     @torch.no_grad()
@@ -174,23 +184,28 @@ class CachedReference:
 
     def release(self) -> None:
         """Frees the model."""
-        self._loaded = None
+        if self._loaded is not None:
+            self._loaded = None
+            gc.collect()  # a sharded model has references to itself
 
 
-def load_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:
+def load_reference(
+    config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel, load: Load = load_logprob_model
+) -> Reference:
     """The reference of a policy, in its numerics: its own base where it has an adapter, else a copy.
 
     Args:
         config: the policy's.
         reference: the reference's; one that names another model, or another revision, is always loaded.
         policy: the model that is trained.
+        load: makes a model of a configuration, whole or in parts.
 
     Raises:
         InputError: as ``load_causal_lm``.
     """
     if policy.adapter is not None and _is_own_base(config, reference):
         return AdapterOffReference(policy)
-    return ResidentReference(load_logprob_model(reference_as_policy(config, reference), option="model.reference.path"))
+    return ResidentReference(load(reference_as_policy(config, reference), option="model.reference.path"))
 
 
 def outline_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:

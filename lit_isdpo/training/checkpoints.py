@@ -1,10 +1,13 @@
 """A fit can always go on: ``last.ckpt`` at every stop, whoever asked for it."""
 
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -13,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.types import InputError
 
+MICRO_BATCHES = "micro_batches_per_step"  # of a checkpoint
+EX_TEMPFAIL = 75  # sysexits.h: "try again later"
 GOLD_KEYS = ("val/gold_reward", "val/win_rate", "val/exact/gold_reward")  # known for the lab's data alone
 
 
@@ -73,7 +78,11 @@ class LastCheckpoint(Callback):
     """Saves ``checkpoints/last.ckpt`` where a fit ends: its last step, ``max_steps``, an interrupt, each epoch's end.
 
     It is written between two optimizer steps only, so that a resumed fit continues as if it had not stopped, and under
-    another name first, so that a crash while saving leaves the previous one whole.
+    another name first, so that a crash while saving leaves the previous one whole. A sharded checkpoint is a folder,
+    which cannot be replaced in one go: there ``last.ckpt`` is a link to it.
+
+    A first Ctrl-C stops the fit so, and so does SIGTERM, by which schedulers and clouds announce that a job must leave:
+    the process then exits with status 75 (EX_TEMPFAIL), which tells a script to start it again.
 
     Args:
         every_n_steps: save every so many optimizer steps too; 0 does not.
@@ -83,7 +92,7 @@ class LastCheckpoint(Callback):
         if every_n_steps < 0:
             raise InputError(f"last.every_n_steps must be at least 0 optimizer steps, not {every_n_steps}.")
         self.every_n_steps = every_n_steps
-        self._interrupted = False
+        self._asked_by: int | None = None  # the signal
         self._saved_at = -1
         self._previous_handler: Any = None
 
@@ -103,10 +112,30 @@ class LastCheckpoint(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves validations, where checkpoints are saved too, to the end of an accumulation window."""
+        """Listens to SIGTERM; moves validations, where checkpoints are saved too, to an accumulation window's end."""
+        # Lightning has put a handler of its own there by now, and takes it back where it puts its own back.
+        signal.signal(signal.SIGTERM, self._on_terminate)
         every = trainer.val_check_batch
         if isinstance(every, int):
             trainer.val_check_batch = -(-every // trainer.accumulate_grad_batches) * trainer.accumulate_grad_batches
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps how many micro-batches made a step."""
+        checkpoint[MICRO_BATCHES] = trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Counts the epoch's micro-batches as this fit makes them, whose ranks may be more or fewer.
+
+        Lightning's loop counts them where optimizer steps are what both fits have in common.
+        """
+        before, now = checkpoint.get(MICRO_BATCHES), trainer.accumulate_grad_batches
+        if before in (None, now) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            for key, number in counts.items():
+                open_ones = -number % before  # the last batch of a step may not be completed yet
+                counts[key] = (number + open_ones) // before * now - open_ones
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -116,15 +145,16 @@ class LastCheckpoint(Callback):
             return  # in the middle of an accumulation window there is gradient that no checkpoint holds
         step = trainer.global_step
         at_max_steps = step == trainer.max_steps
-        interrupted = self._interrupted
-        if trainer.world_size > 1:  # a signal may reach the ranks at different steps
+        terminated, interrupted = self._asked_by == signal.SIGTERM, self._asked_by is not None
+        if trainer.world_size > 1:  # a signal may reach the ranks at different steps, or one of them alone
+            terminated = trainer.strategy.reduce_boolean_decision(terminated, all=False)
             interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
         due = self.every_n_steps and step % self.every_n_steps == 0
         if at_max_steps or interrupted or due or trainer.is_last_batch:
             self._save(trainer)
         if interrupted:
             rank_zero_info(f"\nStopped at optimizer step {step}. Continue with --ckpt_path {self.path(trainer)}")
-            raise KeyboardInterrupt
+            raise SystemExit(_status(trainer)) if terminated else KeyboardInterrupt
         if at_max_steps:
             trainer.should_stop = True  # Lightning then validates the final state before it ends
 
@@ -140,14 +170,44 @@ class LastCheckpoint(Callback):
     def _save(self, trainer: Trainer) -> None:
         path = self.path(trainer)
         temporary = path.with_suffix(".saving")
-        trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
-            temporary.replace(path)
+            shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut off
+        trainer.strategy.barrier("last.ckpt begins")
+        trainer.save_checkpoint(temporary)
+        trainer.strategy.barrier("last.ckpt is written")
+        if trainer.is_global_zero:
+            _put_in_place(temporary, path, f"last-{trainer.global_step}")
         trainer.strategy.barrier("last.ckpt")
         self._saved_at = trainer.global_step
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+        if self._asked_by is not None:
             raise KeyboardInterrupt
-        self._interrupted = True
+        self._asked_by = signum
         rank_zero_info("\nStopping after this optimizer step; press Ctrl-C again to stop at once.")
+
+    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        self._asked_by = signum
+        rank_zero_info("\nAsked to leave (SIGTERM): stopping after this optimizer step.")
+
+
+def _status(trainer: Trainer) -> int:
+    """Lightning's own launcher takes a child that ends first with another status than 0 for one that failed."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+    return 0 if is_child else EX_TEMPFAIL
+
+
+def _put_in_place(written: Path, path: Path, folder_name: str) -> None:
+    """Makes what was written the checkpoint; at every moment there is the old one or the new one."""
+    if not written.is_dir():
+        written.replace(path)
+        return
+    previous = path.resolve() if path.is_symlink() else None
+    folder, link = path.with_name(f"{folder_name}-{uuid4().hex[:8]}"), path.with_suffix(".link")
+    written.rename(folder)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(path)
+    if previous is not None:
+        shutil.rmtree(previous, ignore_errors=True)

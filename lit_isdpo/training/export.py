@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from transformers import (
     AutoConfig,
@@ -15,10 +14,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from lit_isdpo import __version__
-from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, parse_adapter
+from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, check_same_tensors, parse_adapter
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
+from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.module import BASE_KEY, WEIGHTS_PREFIX
 from lit_isdpo.training.reward import REWARD_WEIGHTS_PREFIX
 from lit_isdpo.types import InputError
@@ -114,21 +115,21 @@ def export(
     run = find_run(checkpoint_file, run_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
-    checkpoint = _load(checkpoint_file)
-    scores = _holds(checkpoint, REWARD_WEIGHTS_PREFIX)
-    if not scores and not _holds(checkpoint, WEIGHTS_PREFIX):
+    checkpoint = StoredCheckpoint(checkpoint_file)
+    scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
+    if not scores and not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
     kind = REWARD_MODEL if scores else ADAPTER if as_adapter else POLICY
     if as_adapter:
-        adapter = _adapter(checkpoint_file, checkpoint, run, base_model, trust_remote_code)
+        adapter = _adapter(checkpoint, run, base_model, trust_remote_code)
         adapter.save(output)
         wrote = f"an adapter of {sum(tensor.numel() for tensor in adapter.state().values()):,} values"
     else:
-        model = _whole_model(checkpoint_file, checkpoint, run, base_model, trust_remote_code)
+        model = _whole_model(checkpoint, run, base_model, trust_remote_code)
         model.save_pretrained(output)
         wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
     AutoTokenizer.from_pretrained(run / "model", trust_remote_code=trust_remote_code).save_pretrained(output)
-    (output / "README.md").write_text(_card(run, output.name, int(checkpoint["global_step"]), kind))
+    (output / "README.md").write_text(_card(run, output.name, int(checkpoint.extras["global_step"]), kind))
     print(f"Wrote {output} ({wrote}).")
 
 
@@ -138,10 +139,10 @@ def load_policy(
     """The policy of a checkpoint, in memory, its adapter merged; arguments and errors as those of ``export``."""
     checkpoint_file = Path(ckpt_path)
     run = find_run(checkpoint_file, run_dir)
-    checkpoint = _load(checkpoint_file)
-    if not _holds(checkpoint, WEIGHTS_PREFIX):
+    checkpoint = StoredCheckpoint(checkpoint_file)
+    if not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {str(checkpoint_file)!r} holds no policy of this project.")
-    model = _whole_model(checkpoint_file, checkpoint, run, base_model)
+    model = _whole_model(checkpoint, run, base_model)
     model.eval()
     return model
 
@@ -152,7 +153,7 @@ def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:
     Raises:
         InputError: the checkpoint is missing, or the folder does not hold the model's configuration.
     """
-    if not checkpoint_file.is_file():
+    if not checkpoint_file.exists():
         raise InputError(f"ckpt_path: no such checkpoint: {str(checkpoint_file)!r}.")
     run = Path(run_dir) if run_dir else checkpoint_file.resolve().parent.parent
     if not (run / "model" / "config.json").is_file():
@@ -160,40 +161,25 @@ def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:
     return run
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises whatever its parts raise
-        raise InputError(f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it may be cut short.") from error
-    return checkpoint
-
-
-def _holds(checkpoint: dict[str, Any], prefix: str) -> bool:
-    """Whether a checkpoint has weights of that name: of a policy or of a reward model."""
-    return any(key.startswith(prefix) for key in checkpoint.get("state_dict", {}))
-
-
 def _whole_model(
-    path: Path, checkpoint: dict[str, Any], run: Path, base_model: str | None, trust_remote_code: bool = False
+    checkpoint: StoredCheckpoint, run: Path, base_model: str | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    folder = run / "model"
-    if BASE_KEY in checkpoint:
-        model = _adapter(path, checkpoint, run, base_model, trust_remote_code).merge()
+    folder, path = run / "model", checkpoint.path
+    if BASE_KEY in checkpoint.extras:
+        model = _adapter(checkpoint, run, base_model, trust_remote_code).merge()
     elif base_model is not None:
         raise InputError(f"base_model: {str(path)!r} holds a whole model, which needs no other; leave the option out.")
     else:
-        model = _trained_model(path, checkpoint, folder, trust_remote_code)
+        model = _trained_model(checkpoint, folder, trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _adapter(
-    path: Path, checkpoint: dict[str, Any], run: Path, base_model: str | None, trust_remote_code: bool
-) -> Adapter:
+def _adapter(checkpoint: StoredCheckpoint, run: Path, base_model: str | None, trust_remote_code: bool) -> Adapter:
     """The checkpoint's adapter in its base, which is widened to fp32 after it was loaded as in the run."""
-    file = run / "model" / CONFIG_NAME
-    if BASE_KEY not in checkpoint:
+    file, path = run / "model" / CONFIG_NAME, checkpoint.path
+    if BASE_KEY not in checkpoint.extras:
         raise InputError(f"as_adapter: {str(path)!r} holds a whole model and no adapter; leave the option out.")
     if not file.is_file():
         raise InputError(
@@ -210,35 +196,36 @@ def _adapter(
     )
     model = load_causal_lm(policy, option="base_model (what the adapter was trained on; say where it is)").float()
     adapter = Adapter(model, parse_adapter(options), revision=policy.revision)
-    if adapter.base_fingerprint != checkpoint[BASE_KEY]:
+    if adapter.base_fingerprint != checkpoint.extras[BASE_KEY]:
         raise InputError(
             f"base_model: {policy.path!r} has other weights than the model that the adapter was trained on."
         )
     try:
-        adapter.load_state(_weights(checkpoint, WEIGHTS_PREFIX))
+        adapter.load_state(checkpoint.read(WEIGHTS_PREFIX))
     except ValueError as error:
         raise InputError(f"ckpt_path: {str(path)!r} is no checkpoint of the run {str(run)!r} ({error}).") from error
     return adapter
 
 
-def _weights(checkpoint: dict[str, Any], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
-
-
-def _trained_model(path: Path, checkpoint: dict[str, Any], folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    scores = _holds(checkpoint, REWARD_WEIGHTS_PREFIX)
-    weights = _weights(checkpoint, REWARD_WEIGHTS_PREFIX if scores else WEIGHTS_PREFIX)
+def _trained_model(checkpoint: StoredCheckpoint, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
+    prefix = REWARD_WEIGHTS_PREFIX if scores else WEIGHTS_PREFIX
     factory: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-    model: PreTrainedModel = factory.from_config(
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    stored = checkpoint.under(prefix)
+    with no_init_weights():  # all of them are read
+        model: PreTrainedModel = factory.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
+            dtype=next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point()),
+            trust_remote_code=trust_remote_code,
+        )
+    own = model.state_dict()
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"ckpt_path: the weights in {str(path)!r} do not fit the model of {str(folder)!r}.") from error
+        check_same_tensors(own, stored)
+    except ValueError as error:
+        raise InputError(
+            f"ckpt_path: the weights in {str(checkpoint.path)!r} do not fit the model of {str(folder)!r} ({error})."
+        ) from error
+    checkpoint.read_into(prefix, own)
     return model
 
 

@@ -39,6 +39,9 @@ def find_exact(datamodule: Any, stage: str, policy: LogProbModel, prompts: list[
     found = [exact_evaluation_for(folder) for folder in datamodule.source_folders(stage)]
     if len(found) != 1 or found[0] is None:
         return None
+    if policy.is_sharded:
+        rank_zero_info("No exact values are logged of a sharded model; use --trainer.strategy ddp or one device.")
+        return None
     if not found[0].applies_to(policy, prompts):
         rank_zero_info(
             f"The {stage} prompts, or the model's vocabulary, are not those of the lab's task: no exact values are "

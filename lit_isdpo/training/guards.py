@@ -37,7 +37,10 @@ def check_first_step(
     num_tokens = torch.maximum(pairs.chosen_num_tokens, pairs.rejected_num_tokens)
     off = torch.maximum(pairs.chosen_logratios.abs(), pairs.rejected_logratios.abs())
     bad = off > tolerance * num_tokens.float().sqrt()
-    if bad.any():
+    is_bad = bool(bad.any())
+    if trainer.world_size > 1:  # together, or the others would wait for a rank that has stopped
+        is_bad = trainer.strategy.reduce_boolean_decision(is_bad, all=False)
+    if is_bad:
         raise InputError(
             f"At the first step the policy is the reference, yet log pi/ref is up to {off.max():.3g} nats and the "
             f"loss {loss(pairs).mean():.4g} instead of {loss(pairs.at_reference()).mean():.4g} "

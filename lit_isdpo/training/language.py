@@ -23,6 +23,7 @@ from lit_isdpo.policy.loading import TrainedSource, compile_layers
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
+from lit_isdpo.policy.sharding import whole
 from lit_isdpo.types import InputError
 
 
@@ -224,7 +225,7 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         """Clips by norm, and logs how often: clipping all the time divides small weights away, as Adam does."""
         parameters = [p for p in self.network.parameters() if p.grad is not None]
-        norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf))
         if not torch.isfinite(norm):
             raise InputError(
                 f"The gradient is NaN or infinite at optimizer step {self.trainer.global_step}; the weights are as "

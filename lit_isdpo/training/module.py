@@ -106,8 +106,16 @@ class PolicyModule(LanguageModule, ABC):
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""
         if not hasattr(self, "policy"):
-            self.policy = load_logprob_model(self.policy_config)
+            self.policy = self.load_model(self.policy_config)
             self.policy.train()  # dropout is 0; gradient checkpointing works in training mode alone
+
+    def load_model(self, config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
+        """A model as the trainer's strategy holds it: whole, or this rank's part of it."""
+        sharding = getattr(self.trainer.strategy, "sharding", None)
+        if sharding is None:
+            return load_logprob_model(config, option=option)
+        model: LogProbModel = sharding.load(config, option=option)
+        return model
 
     def configure_outline(self) -> None:
         """Lays out the policy."""

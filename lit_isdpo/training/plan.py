@@ -6,21 +6,27 @@ without being written down here once more.
 """
 
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.loading import DTYPES
 from lit_isdpo.policy.reference import CachedReference, ResidentReference
-from lit_isdpo.training.cost import ACTIVATIONS, CostRecorder
+from lit_isdpo.policy.sharding import Sharding
+from lit_isdpo.training.cost import ACTIVATIONS, GATHERED, CostRecorder, own_part
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.strategy import FSDP2Strategy
 from lit_isdpo.training.throughput import GIB, matmul_rate
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedExample, TokenizedPair
 
@@ -40,6 +46,7 @@ class Plan:
 
     Attributes:
         memory: bytes by kind at the peak of an optimizer step, from the second one on.
+        traffic: bytes that the rank sends to others in an optimizer step, where the model is sharded; else 0.
         forward_flops: of a micro-batch, a live reference's included.
         backward_flops: of a micro-batch, recomputation included.
         micro_batches: of an optimizer step on this rank.
@@ -48,6 +55,7 @@ class Plan:
     """
 
     memory: Counter[str]
+    traffic: int
     forward_flops: int
     backward_flops: int
     micro_batches: int
@@ -79,56 +87,88 @@ def make_plan(
     trainer.strategy.connect(module)
     module.trainer = datamodule.trainer = trainer
     rows, micro_batches = datamodule.split_batch(devices)
-    module.configure_outline()
-    batch = _longest_batch(module, datamodule, rows, lengths)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    batch, masks = _without_values(batch, fake)
-    recorder = CostRecorder(masks)
-    with fake, recorder:
-        forward, backward = _record_step(module, batch, recorder, micro_batches, trainer.gradient_clip_val)
+    strategy = trainer.strategy
+    with _pretended_ranks(devices) if isinstance(strategy, FSDP2Strategy) else nullcontext():
+        module.configure_outline()
+        if isinstance(strategy, FSDP2Strategy):
+            sharding = Sharding.over(devices, strategy.shard_size, torch.device("cpu"))
+            for model in _models(module):
+                sharding.shard(model)
+        batch = _longest_batch(module, datamodule, rows, lengths)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        batch, masks = _without_values(batch, fake)
+        recorder = CostRecorder(masks)
+        with fake, recorder:
+            forward, backward, traffic = _record_step(module, batch, recorder, micro_batches, trainer)
     memory = Counter({kind: size for kind, size in recorder.peak.items() if size})
-    if devices > 1:
+    if devices > 1 and not isinstance(strategy, FSDP2Strategy):
         memory[BUCKETS] = sum(p.nbytes for p in module.network.parameters() if p.requires_grad)  # there from the start
     num_rows, length = batch.tokens.input_ids.shape
-    return Plan(memory, forward, backward, micro_batches, rows, (length, num_rows))
+    return Plan(memory, traffic, forward, backward, micro_batches, rows, (length, num_rows))
+
+
+@contextmanager
+def _pretended_ranks(size: int) -> Generator[None]:
+    """Makes this process rank 0 of ``size`` ranks, of which the others are not there."""
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _models(module: LanguageModule) -> list[Any]:
+    """What is in memory: the trained model, and a reference that is another."""
+    reference = module.reference
+    return [module.network, *([reference.model] if isinstance(reference, ResidentReference) else [])]
 
 
 def _record_step(
-    module: LanguageModule, batch: Any, recorder: CostRecorder, micro_batches: int, clip: float | None
-) -> tuple[int, int]:
-    """An optimizer step whose optimizer has its state. FLOPs of a forward and of a backward."""
+    module: LanguageModule, batch: Any, recorder: CostRecorder, micro_batches: int, trainer: Trainer
+) -> tuple[int, int, int]:
+    """An optimizer step whose optimizer has its state. FLOPs of a forward and of a backward, and traffic in bytes."""
     device = torch.device("cpu")
-    module.network.to(device)
-    module.network.model.tie_weights()
-    recorder.mark(PARAMETERS, [*module.network.parameters(), *module.network.buffers()])
-    reference = module.reference
-    if isinstance(reference, ResidentReference | CachedReference):  # else it is the policy, which is there already
-        reference.to(device)
-    if isinstance(reference, ResidentReference):
-        reference.model.model.tie_weights()
-        recorder.mark(REFERENCE, [*reference.model.parameters(), *reference.model.buffers()])
+    for kind, model in zip((PARAMETERS, REFERENCE), _models(module), strict=False):
+        model.to_empty(device=device)
+        model.model.tie_weights()
+        recorder.mark(kind, [*model.parameters(), *model.buffers()])
+    if isinstance(module.reference, CachedReference):
+        module.reference.to(device)
     trained = [p for p in module.network.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: recorder.mark(GRADIENTS, [p.grad]))
-    optimizer = module.make_optimizer(trained)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
+    # Of this rank's parts; DTensors would try each operation out on whole tensors first.
+    parts = [own_part(parameter).detach() for parameter in trained]
+    optimizer = module.make_optimizer(parts)
+    for part in parts:
+        part.grad = torch.zeros_like(part)
     optimizer.step()
     optimizer.zero_grad()
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     recorder.mark(OPTIMIZER, states)
+    is_sharded = isinstance(module.network, FSDPModule)
+    if is_sharded:
+        module.micro_batch_loss(batch).backward()  # the first time, what is gathered is allocated
+        module.network.zero_grad()
     recorder.reset_peak()
-    forward = backward = 0
-    for _ in range(min(2, micro_batches)):  # from the second on, there are gradients in the forward
-        before = recorder.flops
-        loss = module.micro_batch_loss(batch)
-        forward = recorder.flops - before
-        loss.backward()
+    forward = backward = traffic = 0
+    for number in range(min(2, micro_batches)):  # from the second on, there are gradients in the forward
+        is_last = number == min(2, micro_batches) - 1
+        before, sent_before = recorder.flops, recorder.traffic
+        strategy: Any = trainer.strategy
+        with strategy.block_backward_sync() if is_sharded and not is_last else nullcontext():
+            loss = module.micro_batch_loss(batch)
+            forward = recorder.flops - before
+            loss.backward()
         backward = recorder.flops - before - forward
+        sent = recorder.traffic - sent_before
+        traffic += sent if is_last else sent * (micro_batches - 1)
         del loss
-    torch.nn.utils.clip_grad_norm_(trained, clip or torch.inf)
+    for part, parameter in zip(parts, trained, strict=True):
+        part.grad = None if parameter.grad is None else own_part(parameter.grad)
+    torch.nn.utils.clip_grad_norm_(parts, trainer.gradient_clip_val or torch.inf)
     optimizer.step()
-    return forward, backward
+    return forward, backward, traffic
 
 
 def _longest_batch(module: LanguageModule, datamodule: TextDataModule, rows: int, lengths: Lengths) -> Any:
@@ -159,7 +199,7 @@ def _without_values(batch: PreferenceBatch | SFTBatch, fake: FakeTensorMode) -> 
 def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Lengths) -> None:
     """A table, and what this machine makes of it."""
     table = Table("memory of a rank at its peak", "GiB", title="Plan", title_justify="left")
-    for kind in (PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS):
+    for kind in (PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS):
         if plan.memory[kind]:
             table.add_row(kind, f"{plan.memory[kind] / GIB:,.3f}")
     table.add_section()
@@ -177,6 +217,7 @@ def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Len
         f"{plan.flops_per_step / 1e12:,.4g} TFLOP an optimizer step and rank ({plan.forward_flops / 1e12:,.4g} forward "
         f"and {plan.backward_flops / 1e12:,.4g} backward a micro-batch); at this machine's {rate / 1e12:,.3g} TFLOP/s "
         f"of {module.source.compute_dtype} matrix products at least {plan.flops_per_step / rate:,.3g} s.",
+        *([f"{plan.traffic / GIB:,.4g} GiB are sent to other ranks in that time, by each."] if plan.traffic else []),
         "Not counted: what libraries take for themselves, and validation and sampling. Attention is taken to be fused.",
     ):
         console.print(line, markup=False)

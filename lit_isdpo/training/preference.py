@@ -125,7 +125,7 @@ class PreferenceModule(PolicyModule):
             self._reference = (self._load_reference(self.reference_config),)
 
     def _load_reference(self, config: ReferenceConfig) -> Reference:
-        load = partial(load_reference, self.policy_config, config, self.policy)
+        load = partial(load_reference, self.policy_config, config, self.policy, load=self.load_model)
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
         is_policy = config.cache and self.policy.adapter is None and starts_at_reference(self.policy_config, config)
         reference = LiveReference(self.policy) if is_policy else load()
@@ -134,7 +134,9 @@ class PreferenceModule(PolicyModule):
             self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy, model)
         if not config.cache:
             return reference
-        self.policy.to(self.trainer.strategy.root_device)  # where an adapter's base is; else it goes there soon anyway
+        if not self.policy.is_sharded:
+            # Where an adapter's base is; else it goes there soon anyway.
+            self.policy.to(self.trainer.strategy.root_device)
         layout: Layout = "shared" if self.shares_prompts else "plain"
         logps = cached_logps(self.trainer, config, reference, self.ranks, layout, with_test=self.caches_test_rows)
         return CachedReference(logps, load)
@@ -159,9 +161,7 @@ class PreferenceModule(PolicyModule):
     def on_fit_start(self) -> None:
         """Moves the reference to the policy's device."""
         self.on_validation_start()
-        if self._ess_before_resume is not None:
-            own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
-            self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
+        self._restore_window()
 
     def on_train_start(self) -> None:
         """Compiles both models or none."""
@@ -242,6 +242,13 @@ class PreferenceModule(PolicyModule):
         """Takes the window back at the start of a fit."""
         super().on_load_checkpoint(checkpoint)
         self._ess_before_resume = checkpoint.get("recent_log_weights")
+        if self.trainer.strategy.restore_checkpoint_after_setup:  # and after on_fit_start
+            self._restore_window()
+
+    def _restore_window(self) -> None:
+        if self._ess_before_resume is not None:
+            own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
+            self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
 
     def _pair_logps(self, batch: PreferenceBatch, split: str) -> PairLogps:
         policy: SequenceLogps = self.policy(batch.tokens, alignment=self.weighting.needs_alignment)

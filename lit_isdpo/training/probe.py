@@ -77,12 +77,14 @@ class SamplingProbe(Callback):
         if not self.num_prompts or not isinstance(module, PolicyModule):  # a reward model writes nothing
             return
         of_all_ranks = trainer.datamodule.prompts("val", self.num_prompts)  # type: ignore[attr-defined]
-        if len(of_all_ranks) < trainer.world_size:
+        # Ranks that share the weights sample the same, call by call.
+        num_shares, share = (1, 0) if module.policy.is_sharded else (trainer.world_size, trainer.global_rank)
+        if len(of_all_ranks) < num_shares:
             raise InputError(
-                f"probe.num_prompts: {len(of_all_ranks)} distinct prompts are too few for {trainer.world_size} ranks; "
+                f"probe.num_prompts: {len(of_all_ranks)} distinct prompts are too few for {num_shares} ranks; "
                 "0 switches the probe off."
             )
-        prompts = of_all_ranks[trainer.global_rank :: trainer.world_size]
+        prompts = of_all_ranks[share::num_shares]
         reference = module.reference
         if not self._prepared:
             self._prepared = True
@@ -130,10 +132,11 @@ class SamplingProbe(Callback):
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             num_responses=self.num_responses,
-            seed=seed * 1009 + trainer.global_rank,
+            seed=seed * 1009 + (0 if module.policy.is_sharded else trainer.global_rank),
             reward=self.reward,
         )
-        return values if trainer.world_size == 1 else _gather(values, trainer.world_size)
+        in_shares = trainer.world_size > 1 and not module.policy.is_sharded
+        return _gather(values, trainer.world_size) if in_shares else values
 
 
 def log_texts(trainer: Trainer, stage: str, texts: Sequence[SampledText]) -> None:

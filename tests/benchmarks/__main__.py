@@ -75,7 +75,7 @@ def benchmark(
     results["machine"]["matmul_gflops"] = rate / 1e9
     for name in [*shapes, *data]:
         source = SHAPES[name] if name in SHAPES else Path(name)
-        place = folder / "workloads" / Path(name).name.split(".")[0]
+        place = folder / "workloads" / title(name).replace("/", "_")
         workload = make_workload(place, source, model, num_pairs=batch_size * steps, batch_size=batch_size)
         common: dict[str, Any] = {
             "sharing": False,
@@ -170,6 +170,16 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def title(name: str) -> str:
+    """A shape's name, or a file's with its folder.
+
+    >>> title("tldr"), title("data/hh_harmless/train.jsonl.gz")
+    ('tldr', 'hh_harmless/train')
+    """
+    path = Path(name)
+    return name if name in SHAPES else f"{path.resolve().parent.name}/{path.name.split('.')[0]}"
+
+
 def report(results: dict[str, Any], batch_size: int) -> str:
     """Markdown tables; each contender at its best micro-batch size, and memory at the one that it was fastest with."""
     about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
@@ -183,7 +193,7 @@ def report(results: dict[str, Any], batch_size: int) -> str:
             best[who] = (pairs_per_second(by_micro[micro], batch_size), micro, by_micro[micro])
         trl = {who: rate for who, (rate, _, _) in best.items() if who.startswith("TRL")}
         losses = next(iter(best.values()))[2][0]["losses"]
-        lines.append(f"\n## {Path(name).name}\n")
+        lines.append(f"\n## {title(name)}\n")
         lines.append(
             "| | micro-batch | pairs/s | x TRL | x TRL cached | share of the floor | peak MiB | beyond weights and "
             "optimizer, MiB | largest difference of a step's loss |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"

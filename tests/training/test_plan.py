@@ -13,8 +13,11 @@ from lit_isdpo import cli
 from lit_isdpo.lab.tokenizer import build_tokenizer
 from lit_isdpo.policy.reference import ResidentReference
 from lit_isdpo.training import plan as plan_module
+from lit_isdpo.training.cost import own_part
 from lit_isdpo.training.plan import BUCKETS, GRADIENTS, OPTIMIZER, PARAMETERS, REFERENCE, Plan
+from lit_isdpo.training.strategy import FSDP2Strategy
 from lit_isdpo.training.trainer import IsdpoTrainer
+from tests.ranks import run_on_ranks
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 64,
@@ -38,7 +41,8 @@ class PeakOfSteps(Callback):
         tensors = [*pl_module.network.parameters(), *pl_module.network.buffers(), *state]
         if isinstance(pl_module.reference, ResidentReference):
             tensors += [*pl_module.reference.model.parameters(), *pl_module.reference.model.buffers()]
-        self.before = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        parts = [own_part(tensor) for tensor in tensors]
+        self.before = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in parts}.values())
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profiler.start()
 
@@ -142,6 +146,50 @@ def test_the_peak_is_the_profilers(
     )
     cli.main(["fit", *arguments, "--trainer.max_steps=2"])
     assert planned[0].memory.total() == pytest.approx(measure.peak, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--model.policy.gradient_checkpointing=true", "--data.micro_batch_size=2"],
+        ["--model.policy.compute_dtype=bfloat16"],
+    ],
+    ids=["whole steps", "accumulated, checkpointed", "bfloat16"],
+)
+def test_the_peak_of_a_rank_is_the_profilers(
+    options: list[str], tiny: list[str], pairs_file: str, planned: list[Plan], tmp_path: Path
+) -> None:
+    row = Path(pairs_file).read_text().splitlines()[0]
+    (tmp_path / "pairs.jsonl").write_text(f"{row}\n" * 32)
+    folder = save_model(tmp_path / "model", LlamaConfig(**LLAMA | {"hidden_size": 128, "num_hidden_layers": 6}))
+    data = [f"--data.train={tmp_path / 'pairs.jsonl'}", f"--data.val={tmp_path / 'pairs.jsonl'}"]
+    arguments = [*tiny, *data, f"--model.policy.path={folder}", *options, "--trainer.strategy=fsdp2"]
+    arguments.append(f"--trainer.default_root_dir={tmp_path}")
+    cli.main(["plan", *arguments, "--devices=2"])
+    fit = ["fit", *arguments, "--trainer.devices=2", "--trainer.max_steps=2"]
+    printed = run_on_ranks([fit], module="tests.training.peak_ranks")
+    peak = int(printed.split("PEAK ")[1].split()[0])
+    assert planned[0].memory.total() == pytest.approx(peak, rel=0.1)
+    sent = planned[0].traffic
+    assert sent > 0
+
+
+def test_what_is_sent_is_what_formulas_say(tiny: list[str], planned: list[Plan], tmp_path: Path) -> None:
+    """A micro-batch gathers the policy twice and the reference once, and reduces the gradients."""
+    folder = save_model(tmp_path / "model", LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    path = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
+    options = [*tiny, f"--model.policy.path={folder}", "--lengths=limits", "--devices=4", "--data.micro_batch_size=1"]
+    cli.main(["plan", *options, "--trainer.strategy=fsdp2"])
+    cli.main(["plan", *options, f"--trainer.strategy={path}", "--trainer.strategy.shard_size=2"])
+    whole, copies = planned
+    assert whole.micro_batches == 2
+    assert whole.traffic == pytest.approx(2 * 4 * (2 + 1 + 1) * weights, rel=0.02)  # padded to the number of ranks
+    assert copies.memory[PARAMETERS] == pytest.approx(2 * whole.memory[PARAMETERS], rel=0.02)
+    averaged = 2 * 4 * weights / 2  # there and back, once a step, of a shard
+    assert copies.traffic == pytest.approx(whole.traffic + averaged, rel=0.02)
 
 
 def test_what_formulas_say(tiny: list[str], planned: list[Plan], tmp_path: Path) -> None:

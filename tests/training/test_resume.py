@@ -98,7 +98,10 @@ def test_the_best_checkpoint_resumes_too(workers: int, options: list[str], tmp_p
         assert_same_end(straight, resumed)
 
 
-def test_ctrl_c_saves_and_the_fit_goes_on(options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 75)], ids=["ctrl-c", "pre-emption"]
+)
+def test_a_signal_saves_and_the_fit_goes_on(signum: int, status: int, options: list[str], tmp_path: Path) -> None:
     """A real process, a real signal, at a moment of its own choosing, under a schedule that decays."""
     options = [*options, "--trainer.max_epochs=100", "--model.schedule.decay=cosine"]
     command = [sys.executable, "-m", "lit_isdpo", "fit", *options, f"--trainer.default_root_dir={tmp_path}"]
@@ -110,9 +113,9 @@ def test_ctrl_c_saves_and_the_fit_goes_on(options: list[str], tmp_path: Path) ->
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode not in (0, -signal.SIGINT), output
+    assert process.returncode == status, output
     assert "Traceback" not in output
     last = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
     assert f"Continue with --ckpt_path {last}" in output

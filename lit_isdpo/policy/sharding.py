@@ -1,0 +1,282 @@
+"""A language model in parts (FSDP2): each rank holds its shard of every tensor, and gathers a layer to compute it.
+
+Two ways lead the weights there. Where the safetensors of a folder name tensors as the model does, each rank reads its
+own slices of them. Else (adapters, random weights, checkpoints that transformers converts) rank 0 loads the model as
+one process would, with all that is tried out there, and the others are sent their shards tensor by tensor.
+
+Weights are sharded in their own dtype. With a ``compute_dtype`` of bfloat16 the decoder layers are gathered in it,
+which is what autocast makes of their matrices, at half the traffic (their norms' weights are rounded too, as they are
+not under autocast), while embeddings, last norm and head are gathered as they are: log-probs need a head in fp32, and
+so does the sum of an embedding's gradients. Gradients are reduced in fp32.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from lit_isdpo.policy.adapters import Adapter, parse_adapter
+from lit_isdpo.policy.loading import DTYPES, PolicyConfig, decoder_layers, load_causal_lm
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
+from lit_isdpo.types import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Among whom a model is divided.
+
+    Args:
+        mesh: one dimension: the ranks that share a model; two: copies of it, and the ranks that share each (HSDP).
+        device: that this rank computes on.
+        cpu_offload: whether shards, gradients and optimizer states stay in the memory of the host.
+    """
+
+    mesh: DeviceMesh
+    device: torch.device
+    cpu_offload: bool = False
+
+    @classmethod
+    def over(cls, size: int, shard_size: int | None, device: torch.device, *, cpu_offload: bool = False) -> "Sharding":
+        """All of ``size`` ranks, of which ``shard_size`` share one copy of the weights; by default all do.
+
+        Raises:
+            InputError: the ranks cannot be divided so.
+        """
+        shard_size = shard_size or size
+        if size % shard_size:
+            raise InputError(f"trainer.strategy.shard_size: {shard_size} ranks do not divide {size}.")
+        if shard_size == size:
+            return cls(init_device_mesh(device.type, (size,), mesh_dim_names=("shard",)), device, cpu_offload)
+        mesh = init_device_mesh(device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+        return cls(mesh, device, cpu_offload)
+
+    @property
+    def _home(self) -> torch.device:
+        """Where shards lie."""
+        return torch.device("cpu") if self.cpu_offload else self.device
+
+    def load(self, config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
+        """This rank's part of the model that ``config`` names; every rank must call it.
+
+        Args:
+            config: the model and its numerics.
+            option: that messages name.
+
+        Raises:
+            InputError: as ``load_logprob_model``, on all ranks.
+        """
+        model = _outline(config, option)
+        if not decoder_layers(model.model):
+            raise InputError(
+                f"{option}: {type(model.model).__name__} has no decoder layers that transformers names as such; use "
+                "--trainer.strategy ddp."
+            )
+        buffers = _computed_buffers(model.model)
+        folder = None if buffers is None else _folder_of_slices(config, model.model)
+        folders: list[Path | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(folders, folder)
+        self.shard(model)
+        if folder is not None and buffers is not None and None not in folders:
+            self._allocate(model, buffers)
+            agree(lambda: _read_slices(model.model, folder, config, option))
+        else:
+            self._receive(model, config, option)
+        model.model.tie_weights()
+        for method in ("completion_logits", "generate", "why_not_shared", "_check_head"):
+            register_fsdp_forward_method(model, method)  # each begins with gathered weights, as the forward does
+        model._check_head()
+        return model
+
+    def shard(self, model: LogProbModel) -> None:
+        """Divides a model on the meta device; what is not its own is never allocated."""
+        is_narrower = model.compute_dtype.itemsize < model.model.dtype.itemsize
+        gathered = model.compute_dtype if is_narrower else None
+        # Inputs are not cast: between the layers there is fp32, as under autocast.
+        numerics = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        as_they_are = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        pin_memory = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pin_memory) if self.cpu_offload else OffloadPolicy()
+        for layer in reversed(decoder_layers(model.model)):  # one inside another comes before it
+            fully_shard(layer, mesh=self.mesh, mp_policy=numerics, offload_policy=offload)
+        # By default the root would stay gathered after a forward, also after one that no backward follows; then its
+        # parameters, for an optimizer say, would be the gathered ones.
+        fully_shard(model, mesh=self.mesh, mp_policy=as_they_are, offload_policy=offload, reshard_after_forward=True)
+
+    def _allocate(self, model: LogProbModel, buffers: dict[str, Tensor]) -> None:
+        """Memory for the shards, and the buffers that no file has."""
+        model.to_empty(device=self._home)
+        model.model.tie_weights()
+        for name, buffer in model.model.named_buffers():
+            value = buffers.get(name, buffer).to(self.device)
+            place, _, leaf = name.rpartition(".")
+            model.model.get_submodule(place)._buffers[leaf] = value
+        model.computes_on = self.device
+
+    def _receive(self, model: LogProbModel, config: PolicyConfig, option: str) -> None:
+        """Rank 0 loads the whole model on its CPU, and sends it."""
+        is_source = dist.get_rank() == 0
+        whole = _from_rank_0(lambda: load_logprob_model(config, option=option)) if is_source else _from_rank_0(None)
+        told = [whole.adapter.base_fingerprint if whole is not None and whole.adapter is not None else None]
+        dist.broadcast_object_list(told)
+        if model.adapter is not None:
+            model.adapter.base_fingerprint = str(told[0])
+        self._allocate(model, {})
+        values = {} if whole is None else dict(whole.model.named_parameters()) | dict(whole.model.named_buffers())
+        with torch.no_grad():
+            for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]:
+                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                if is_source:
+                    value.copy_(values[name])
+                if isinstance(tensor, DTensor):
+                    tensor.to_local().copy_(distribute_tensor(value, self.mesh, tensor.placements).to_local())
+                else:
+                    dist.broadcast(value, 0)
+                    tensor.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which a rank may hold a shard; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def read_tensors(tensors: dict[str, Any], reader: StorageReader) -> None:
+    """Fills tensors by name, in place, or what of them is on this rank.
+
+    Each rank plans its own reads, so that one which fails leaves nobody waiting.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        load_tensors(tensors, storage_reader=reader, no_dist=True)
+
+
+def _outline(config: PolicyConfig, option: str) -> LogProbModel:
+    """The model on the meta device, with all that is no weight."""
+    with torch.device("meta"):
+        model = load_causal_lm(replace(config, init="random", peft=None), option=option)
+        adapter = None if config.peft is None else Adapter(model, parse_adapter(config.peft), revision=config.revision)
+    if config.init == "pretrained":
+        with suppress(OSError):  # the model has none of its own
+            revision = config.revision or "main"
+            model.generation_config = GenerationConfig.from_pretrained(config.path, revision=revision)
+    compute_dtype = DTYPES[config.compute_dtype]
+    return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)
+
+
+@torch.no_grad()
+def _computed_buffers(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The buffers that no file has, RoPE's frequencies above all, as the model computes them.
+
+    ``None`` where it does not: what was in the memory before is then still there.
+    """
+    buffers: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        names = sorted(module._non_persistent_buffers_set)
+        outcomes = []
+        for filling in (0, 1):
+            for name in names:
+                buffer = module._buffers[name]
+                module._buffers[name] = None if buffer is None else torch.full_like(buffer, filling, device="cpu")
+            if names:
+                model._init_weights(module)
+            outcomes.append({f"{prefix}.{name}".lstrip("."): module._buffers[name] for name in names})
+        first, second = outcomes
+        known = {name: value for name, value in first.items() if value is not None}
+        if any(not torch.equal(value, cast(Tensor, second[name])) for name, value in known.items()):
+            return None
+        buffers |= known
+    return buffers
+
+
+def _folder_of_slices(config: PolicyConfig, model: PreTrainedModel) -> Path | None:
+    """The folder whose safetensors hold every tensor of the model by its name, if there is one."""
+    if config.init == "random" or config.peft is not None or getattr(model.config, "quantization_config", None):
+        return None
+    folder = Path(config.path)
+    try:
+        if not folder.is_dir():
+            patterns = ["model*.safetensors*", "*.json"]
+            folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        files = {SAFE_WEIGHTS_NAME}
+        if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        if files != {file.name for file in folder.glob("*.safetensors")}:
+            return None  # others lie beside the model's own, and all would be read
+        stored: set[str] = set()
+        for file in files:
+            with safe_open(folder / file, framework="pt") as tensors:
+                stored |= set(tensors.keys())
+    except Exception:  # whatever it is, the other way meets it again, and says so
+        return None
+    return folder if len(_stored_names(model, stored)) == len(_tensors_by_identity(model)) else None
+
+
+def _tensors_by_identity(model: nn.Module) -> dict[int, list[str]]:
+    """Tied tensors have several names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _stored_names(model: nn.Module, stored: set[str]) -> list[str]:
+    """One stored name of each tensor that has one."""
+    found = ([name for name in names if name in stored] for names in _tensors_by_identity(model).values())
+    return [names[0] for names in found if names]
+
+
+def _read_slices(model: PreTrainedModel, folder: Path, config: PolicyConfig, option: str) -> None:
+    reader = HuggingFaceStorageReader(str(folder))
+    stored = set(reader.read_metadata().state_dict_metadata)
+    state = model.state_dict()
+    wanted: dict[str, Any] = {name: state[name] for name in _stored_names(model, stored)}
+    try:
+        read_tensors(wanted, reader)
+    except Exception as error:  # torch wraps whatever its parts raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{option}: the weights in {config.path!r} could not be read: {reason}") from error
+
+
+def agree(compute: Callable[[], T]) -> T:
+    """What this rank computes; where one of them fails for the user's input, all do, and none waits for it."""
+    result = error = None
+    try:
+        result = compute()
+    except InputError as caught:
+        error = caught
+    errors: list[InputError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for failure in errors:
+        if failure is not None:
+            raise failure
+    return result  # type: ignore[return-value]
+
+
+def _from_rank_0(compute: Callable[[], T] | None) -> T | None:
+    """What rank 0 computes, there; ``None`` elsewhere."""
+    return agree(lambda: None if compute is None else compute())

@@ -1,0 +1,82 @@
+"""A checkpoint as it lies on the disk: one file, or a folder to which each rank wrote its part."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lit_isdpo.policy.sharding import read_tensors
+from lit_isdpo.types import InputError
+
+EXTRAS = "meta.pt"  # Lightning's name, in a folder, for all but tensors of the model and the optimizer
+TENSORS = "state_dict."  # before the model's names in a folder
+
+
+class StoredCheckpoint:
+    """Reads a checkpoint of either kind, without any process beside this one.
+
+    Args:
+        path: the file or the folder.
+
+    Raises:
+        InputError: there is none, or it is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            raise InputError(f"ckpt_path: no such checkpoint: {str(path)!r}.")
+        self.is_folder = path.is_dir()
+        try:
+            if self.is_folder:
+                self._metadata = FileSystemReader(path).read_metadata()
+            self.extras: dict[str, Any] = torch.load(
+                path / EXTRAS if self.is_folder else path, map_location="cpu", weights_only=True, mmap=True
+            )
+        except Exception as error:  # torch raises whatever its parts raise
+            raise InputError(
+                f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it may be cut short."
+            ) from error
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Tensor]:
+        """The model's tensors by name; of a folder without values, on the meta device."""
+        if not self.is_folder:
+            tensors: dict[str, Tensor] = self.extras.get("state_dict", {})
+            return tensors
+        return {
+            key.removeprefix(TENSORS): torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if key.startswith(TENSORS) and isinstance(stored, TensorStorageMetadata)
+        }
+
+    def holds(self, prefix: str) -> bool:
+        """Whether there are tensors of that name: of a policy or of a reward model."""
+        return any(name.startswith(prefix) for name in self.shapes)
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, without that beginning; as ``shapes``."""
+        return {name.removeprefix(prefix): t for name, t in self.shapes.items() if name.startswith(prefix)}
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """As ``under``, with values: of a file they stay on the disk until they are used."""
+        tensors = self.under(prefix)
+        if self.is_folder:
+            tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+            self.read_into(prefix, tensors)
+        return tensors
+
+    def read_into(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Fills tensors on the CPU; their names and shapes are those of ``under``."""
+        if not self.is_folder:
+            stored = self.under(prefix)
+            for name, tensor in tensors.items():
+                tensor.copy_(stored[name])
+            return
+        state: dict[str, Any] = {f"{TENSORS}{prefix}{name}": tensor for name, tensor in tensors.items()}
+        read_tensors(state, FileSystemReader(self.path))

@@ -1,0 +1,39 @@
+"""A resumed fit follows its config and not the checkpoint's; what it changes is said."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_info
+
+OF_THE_COMMAND = ("ckpt_path", "trainer.default_root_dir")  # where it comes from and goes to
+
+
+def print_changes(ckpt_path: str, config: str) -> None:
+    """Prints which options differ from those of the run that wrote a checkpoint, where its config is still beside it.
+
+    Args:
+        ckpt_path: the checkpoint, in the ``checkpoints`` folder of its run.
+        config: of this run, as YAML.
+    """
+    file = Path(ckpt_path).resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        return
+    lines = list(changes(yaml.safe_load(file.read_text()), yaml.safe_load(config)))
+    if lines:
+        rank_zero_info("\n  ".join([f"Options that are not those of {file} (the first value is its own):", *lines]))
+
+
+def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Options with two values, a line each.
+
+    >>> list(changes({"model": {"init_args": {"lr": 1, "beta": 2}}}, {"model": {"init_args": {"lr": 2, "beta": 2}}}))
+    ['model.lr: 1 -> 2']
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            inner = name if key == "init_args" else f"{name}.{key}".lstrip(".")
+            yield from changes(before.get(key), now.get(key), inner)
+    elif before != now and name not in OF_THE_COMMAND:
+        yield f"{name}: {before!r} -> {now!r}"

@@ -1,0 +1,129 @@
+"""Fully sharded training, by Lightning's strategy for FSDP2.
+
+Lightning's older ``FSDPStrategy`` (FSDP1) is not used: it refuses gradient clipping by its ordinary options, cannot
+run on a CPU, where this is tested, and PyTorch develops its successor alone.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.fsdp import FSDPModule
+
+from lit_isdpo.policy.adapters import check_same_tensors
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.sharding import Sharding, agree
+from lit_isdpo.training.checkpoint_files import StoredCheckpoint
+from lit_isdpo.types import InputError
+
+NAME = "fsdp2"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Each rank holds a shard of weights, gradients and optimizer states, and reads batches of its own.
+
+    Lightning's ``auto`` sizes would mean tensor parallelism, with the same batch on every rank of a node.
+
+    Args:
+        shard_size: ranks that share one copy of the weights; the copies are averaged as in DDP (HSDP). The ranks of a
+            node, say, where the network between nodes is slow. Default: all ranks share one.
+        cpu_offload: keep shards, gradients and optimizer states in the memory of the host.
+        save_distributed_checkpoint: write checkpoints as folders to which each rank writes its part; else as one file,
+            for which rank 0 assembles all.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        shard_size: int | None = None,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = True,
+        timeout_minutes: int = 30,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.shard_size = shard_size
+        self.cpu_offload = cpu_offload
+        self.sharding: Sharding | None = None
+
+    def setup_environment(self) -> None:
+        """Joins the ranks, and divides them."""
+        size = self.num_nodes * self.num_processes
+        self._data_parallel_size, self._tensor_parallel_size = size, 1
+        super().setup_environment()
+        self.sharding = Sharding.over(size, self.shard_size, self.root_device, cpu_offload=self.cpu_offload)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Between the micro-batches of a step, copies of the model (``shard_size``) do not average gradients yet.
+
+        Those of one copy are reduced in each: whole gradients would have to be kept to put that off.
+        """
+        assert self.model is not None
+        roots = [child for child in self.model.children() if isinstance(child, FSDPModule)]
+        for root in roots:
+            root.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            for root in roots:
+                root.set_requires_all_reduce(True)
+
+    def model_to_device(self) -> None:
+        """Moves what is not sharded: metrics."""
+        assert self.model is not None
+        for child in self.model.children():
+            if not isinstance(child, LogProbModel):
+                child.to(self.root_device)
+
+    def _get_process_group_backend(self) -> str:
+        """With shards in the host's memory, collectives run there too."""
+        is_mixed = self.cpu_offload and self.root_device.type == "cuda"
+        return "cpu:gloo,cuda:nccl" if is_mixed else super()._get_process_group_backend()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes each rank's part, and from rank 0 all else, which other ranks then read without its GPU."""
+        extras = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        checkpoint |= move_data_to_device(extras, torch.device("cpu"))
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads weights and optimizer states, resharded where the ranks are others than those that wrote them.
+
+        Raises:
+            InputError: the checkpoint cannot be read, or is of another model.
+        """
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(checkpoint_path))
+        agree(lambda: self._check(path))
+        # Of a policy with an adapter a checkpoint has the adapter alone; the names were compared above.
+        self.lightning_module.strict_loading = False
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _check(self, path: Path) -> None:
+        stored, module = StoredCheckpoint(path), cast(Any, self.lightning_module)
+        try:
+            check_same_tensors(module.state_dict(), stored.shapes)
+        except ValueError as error:
+            raise InputError(
+                f"ckpt_path: the checkpoint's tensors are not those of {module.tensors_option} ({error}); use the "
+                "config.yaml of its own run."
+            ) from error
+        trained = [parameter.requires_grad for parameter in module.parameters()]
+        for state in stored.extras.get("optimizer_states", ()):
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            if not all(trained) and numbers != [number for number, is_trained in enumerate(trained) if is_trained]:
+                raise InputError(
+                    f"ckpt_path: {str(path)!r} has the optimizer of an adapter that another strategy trained; go on "
+                    "with that one, or export the adapter's policy and begin anew from it."
+                )
+
+
+StrategyRegistry.register(NAME, FSDP2Strategy, description="Fully sharded data parallelism (FSDP2)")

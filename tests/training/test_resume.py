@@ -99,7 +99,11 @@ def test_the_best_checkpoint_resumes_too(workers: int, options: list[str], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 75)], ids=["ctrl-c", "pre-emption"]
+    ("signum", "status"),
+    [
+        pytest.param(signal.SIGINT, 1, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, 75, id="pre-emption", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_fit_goes_on(signum: int, status: int, options: list[str], tmp_path: Path) -> None:
     """A real process, a real signal, at a moment of its own choosing, under a schedule that decays."""

@@ -82,41 +82,37 @@ def save_model(folder: Path, config: Any) -> str:
     return str(folder)
 
 
+SETTINGS: dict[str, tuple[Any, list[str]]] = {
+    "llama": (LlamaConfig(**LLAMA, tie_word_embeddings=False), []),
+    "tied": (LlamaConfig(**LLAMA, tie_word_embeddings=True), ["--data.micro_batch_size=4"]),
+    "plain": (LlamaConfig(**LLAMA), ["--model.prefix_sharing=false"]),
+    "checkpointing": (
+        LlamaConfig(**LLAMA),
+        ["--model.policy.gradient_checkpointing=true", "--data.micro_batch_size=4"],
+    ),
+    "cached": (LlamaConfig(**LLAMA), ["--model.reference.cache=true", "--data.micro_batch_size=2"]),
+    "bfloat16": (LlamaConfig(**LLAMA), ["--model.policy.compute_dtype=bfloat16"]),
+    "bfloat16 checkpointing": (
+        LlamaConfig(**LLAMA),
+        ["--model.policy.compute_dtype=bfloat16", "--model.policy.gradient_checkpointing=true"],
+    ),
+    "chunks": (LlamaConfig(**LLAMA), ["--model.policy.chunk_size=32", "--model.optimizer=torch.optim.SGD"]),
+    "lora": (
+        LlamaConfig(**LLAMA),
+        ["--model.policy.peft={peft_type: LORA, r: 4, target_modules: all-linear}", "--data.micro_batch_size=4"],
+    ),
+    "gpt2": (GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=128), []),
+    "sft": (LlamaConfig(**LLAMA), ["--model=SFTModule", "--data=SFTDataModule"]),
+    "reward": (LlamaConfig(**LLAMA), ["--model=RewardModule"]),
+}
+QUICK = ("tied", "bfloat16 checkpointing", "lora")
+
+
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (LlamaConfig(**LLAMA, tie_word_embeddings=False), []),
-        (LlamaConfig(**LLAMA, tie_word_embeddings=True), ["--data.micro_batch_size=4"]),
-        (LlamaConfig(**LLAMA), ["--model.prefix_sharing=false"]),
-        (LlamaConfig(**LLAMA), ["--model.policy.gradient_checkpointing=true", "--data.micro_batch_size=4"]),
-        (LlamaConfig(**LLAMA), ["--model.reference.cache=true", "--data.micro_batch_size=2"]),
-        (LlamaConfig(**LLAMA), ["--model.policy.compute_dtype=bfloat16"]),
-        (
-            LlamaConfig(**LLAMA),
-            ["--model.policy.compute_dtype=bfloat16", "--model.policy.gradient_checkpointing=true"],
-        ),
-        (LlamaConfig(**LLAMA), ["--model.policy.chunk_size=32", "--model.optimizer=torch.optim.SGD"]),
-        (
-            LlamaConfig(**LLAMA),
-            ["--model.policy.peft={peft_type: LORA, r: 4, target_modules: all-linear}", "--data.micro_batch_size=4"],
-        ),
-        (GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=128), []),
-        (LlamaConfig(**LLAMA), ["--model=SFTModule", "--data=SFTDataModule"]),
-        (LlamaConfig(**LLAMA), ["--model=RewardModule"]),
-    ],
-    ids=[
-        "llama",
-        "tied",
-        "plain",
-        "checkpointing",
-        "cached",
-        "bfloat16",
-        "bfloat16 checkpointing",
-        "chunks",
-        "lora",
-        "gpt2",
-        "sft",
-        "reward",
+        pytest.param(*setting, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, setting in SETTINGS.items()
     ],
 )
 def test_the_peak_is_the_profilers(

@@ -85,7 +85,7 @@ def test_more_epochs(options: list[str], tmp_path: Path) -> None:
     assert_same_log(straight, resumed, since=4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_best_checkpoint_resumes_too(workers: int, options: list[str], tmp_path: Path) -> None:
     """It is saved inside a validation, here in the middle of an epoch (after 2 of 4 steps, in micro-batches: 4)."""
     options = [*options, "--trainer.max_epochs=2", "--trainer.val_check_interval=4", f"--data.num_workers={workers}"]

@@ -22,20 +22,19 @@ from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.study.study import study
-from lit_isdpo.training.checkpoint_files import EXTRAS
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.options import check, is_sharded
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.resumption import print_changes
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.sft import SFTModule
-from lit_isdpo.training.strategy import NAME, FSDP2Strategy
 from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
@@ -141,91 +140,6 @@ class IsdpoCLI(LightningCLI):
         if trainer.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())  # first, so that it ends before the report
         return super().instantiate_trainer(**kwargs)
-
-
-def check(verb: str, config: Namespace) -> None:
-    """Raises for options that are not supported, alone or together.
-
-    Raises:
-        InputError: names the option and what to use instead.
-    """
-    precision = str(config.trainer.precision or "32-true")
-    if precision not in ("32", "32-true"):
-        raise InputError(
-            f"trainer.precision {precision!r} is not supported: log-ratios need fp32 weights and losses. "
-            "For bfloat16 matrix products use --model.policy.compute_dtype bfloat16"
-            + (" (float16 is too narrow for them)." if "16" in precision and "b" not in precision else ".")
-        )
-    if config.trainer.gradient_clip_algorithm == "value":
-        raise InputError("trainer.gradient_clip_algorithm 'value' is not supported: gradients are clipped by norm.")
-    kernel = config.model.init_args.get("policy.attn_implementation")
-    if config.data.init_args.get("packing_length") is not None and kernel != "flex_attention":
-        raise InputError(
-            "data.packing_length: packed rows are quick where the attention skips what no token sees; set "
-            "model.policy.attn_implementation to flex_attention (on a GPU), or leave the option out."
-        )
-    name, sharded = strategy_name(config), is_sharded(config)
-    if name == "fsdp" or name == "FSDPStrategy":
-        raise InputError(
-            "trainer.strategy 'fsdp' is PyTorch's older FSDP, which is not supported; use 'fsdp2', its successor."
-        )
-    if not sharded and name.split("_")[0] not in ("auto", "ddp"):
-        raise InputError(
-            f"trainer.strategy {name!r} is not supported: use 'auto' (one device), 'ddp' (the whole model on each) or "
-            "'fsdp2' (a part of it on each)."
-        )
-    if sharded:
-        _check_sharded(verb, config)
-    if not config.trainer.default_root_dir:
-        raise InputError("trainer.default_root_dir: name a folder for the runs.")
-    if verb == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
-        raise InputError("trainer: set max_epochs or max_steps, so that the fit ends.")
-    single = config.model.init_args.get("sampling.num_responses", 1) < 2
-    if verb == "predict" and config.labels.reward is not None and single:
-        raise InputError("labels.reward: a pair needs two responses; set model.sampling.num_responses to 2 or more.")
-    if verb == "test" and config.evaluation.kl_prompts and config.model.init_args.get("reference") is None:
-        raise InputError(
-            "evaluation.kl_prompts: without model.reference there is nothing to measure KL to; leave it out."
-        )
-    ckpt_path = config.get("ckpt_path")
-    if ckpt_path and not Path(ckpt_path).exists():
-        raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
-    if ckpt_path and (Path(ckpt_path) / EXTRAS).is_file() and not sharded:
-        raise InputError(
-            f"ckpt_path: {ckpt_path!r} is a sharded checkpoint; use --trainer.strategy fsdp2, on one device too, or "
-            "export it."
-        )
-
-
-def strategy_name(config: Namespace) -> str:
-    """As it is registered, or of its class."""
-    strategy = config.trainer.strategy
-    return strategy if isinstance(strategy, str) else str(strategy.class_path).rpartition(".")[2]
-
-
-def is_sharded(config: Namespace) -> bool:
-    """Whether each rank holds a part of the model alone."""
-    named = NAME if isinstance(config.trainer.strategy, str) else FSDP2Strategy.__name__
-    return strategy_name(config) == named
-
-
-def _check_sharded(verb: str, config: Namespace) -> None:
-    """Raises for what a sharded model cannot do."""
-    strategy = config.trainer.strategy
-    shard_size = None if isinstance(strategy, str) else strategy.init_args.shard_size
-    if shard_size is not None and shard_size < 1:
-        raise InputError(f"trainer.strategy.shard_size must be at least 1 rank, not {shard_size}.")
-    if config.model.class_path.rpartition(".")[2] == RewardModule.__name__:
-        raise InputError("trainer.strategy: a reward model is not sharded; use 'ddp' or one device.")
-    if config.model.init_args.get("policy.compile"):
-        raise InputError("model.policy.compile is not supported with trainer.strategy fsdp2; leave it out.")
-    samples = config.evaluation.num_prompts if config.evaluation.num_prompts is not None else config.probe.num_prompts
-    if verb == "predict" or (verb == "test" and samples):
-        raise InputError(
-            f"{verb}: a sharded model does not answer many prompts; export it, and use one device or "
-            "--evaluation.engine vllm"
-            + (" (--evaluation.num_prompts 0 computes losses alone)." if verb == "test" else ".")
-        )
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -110,6 +110,7 @@ def test_what_is_refused(run: Path, options: list[str], tmp_path: Path, capsys: 
         (["fit", *options, root, "--model.centering=-1"], "model.centering must be a finite number of at least 0"),
         (["fit", *options, root, "--model.backbone.path=./nowhere"], "model.backbone.path: no such folder"),
         (["fit", *options, root, "--model.backbone.peft=null"], "peft"),
+        (["fit", *options, root, "--trainer.strategy=fsdp2"], "trainer.strategy: a reward model is not sharded"),
         (["fit", *options, root, "--data=SFTDataModule"], "data: a reward model is trained on pairs"),
         (["export", last, f"--output_dir={tmp_path / 'x'}", "--as_adapter=true"], "holds a whole model and no adapter"),
     ):

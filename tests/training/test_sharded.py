@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
+from lit_isdpo.training.checkpoints import _put_in_place
 from lit_isdpo.training.module import WEIGHTS_PREFIX
 from lit_isdpo.training.strategy import FSDP2Strategy
 from tests.conftest import read_metrics
@@ -132,11 +133,19 @@ STRATEGY = f"--trainer.strategy={FSDP2Strategy.__module__}.{FSDP2Strategy.__name
 COPIES = [STRATEGY, "--trainer.strategy.shard_size=1", "--trainer.devices=2"]
 ONE_FILE = [STRATEGY, "--trainer.strategy.save_distributed_checkpoint=false", "--trainer.devices=2"]
 VARIANTS: dict[str, list[str]] = {
+    "untied": [*SHARDED, "--model.policy.path=UNTIED"],
     "lora": [*SHARDED, f"--model.policy.peft={LORA}"],
-    "cached": [*SHARDED, "--model.reference.cache=true", "--data.length_window=2"],
+    "lora on bfloat16": [
+        *SHARDED,
+        f"--model.policy.peft={LORA}",
+        "--model.policy.dtype=bfloat16",
+        "--model.policy.compute_dtype=bfloat16",
+    ],
+    "cached": [*SHARDED, "--model.reference.cache=true", "--data.length_window=2", "--checkpoint.monitor=val/loss"],
     "bfloat16": [*SHARDED, "--model.policy.compute_dtype=bfloat16", "--model.policy.gradient_checkpointing=true"],
     "workers": [*SHARDED, "--data.num_workers=2"],
     "copies": [*COPIES, "--data.micro_batch_size=1"],
+    "offloaded": [STRATEGY, "--trainer.strategy.cpu_offload=true", "--trainer.devices=2"],
     "one file": ONE_FILE,
     "ddp": ["--trainer.strategy=ddp", "--trainer.devices=2"],
 }
@@ -152,11 +161,25 @@ def end_of(run: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def variants(options: list[str], root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untied_dir(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with a head of its own."""
+    folder = tmp_path_factory.mktemp("untied")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, tie_word_embeddings=False)
+    model.get_output_embeddings().weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def variants(
+    options: list[str], root: Path, untied_dir: str, pairs_file: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Of each variant an unbroken fit, one that stopped in epoch 1, and how it went on; and changes of the ranks."""
     variants = tmp_path_factory.mktemp("variants")
     commands, quiet = [], [*options, "--probe.num_prompts=0"]
-    for name, more in VARIANTS.items():
+    for name, given in VARIANTS.items():
+        more = [option.replace("UNTIED", untied_dir) for option in given]
         for part, steps in (("straight", NUM_STEPS), ("stopped", EPOCH_1), ("resumed", NUM_STEPS)):
             command = ["fit", *quiet, *more, f"--trainer.max_steps={steps}"]
             command += [f"--trainer.default_root_dir={variants / name / part}"]
@@ -183,7 +206,11 @@ def variants(options: list[str], root: Path, tmp_path_factory: pytest.TempPathFa
         commands.append(["fit", *quiet, *SHARDED, f"--trainer.max_steps={NUM_STEPS}", ckpt_path, target])
     evaluate = [*quiet, *SHARDED, f"--ckpt_path={last(root / 'straight' / 'version_0')}"]
     commands.append(["validate", *evaluate, f"--trainer.default_root_dir={variants / 'validate'}"])
-    run_on_ranks(commands)
+    no_samples = ["--evaluation.num_prompts=0", f"--data.test={pairs_file}"]
+    commands.append(["test", *evaluate, *no_samples, f"--trainer.default_root_dir={variants / 'test'}"])
+    sft = ["--model=SFTModule", "--data=SFTDataModule", *quiet, *SHARDED]
+    commands.append(["fit", *sft, "--trainer.max_steps=2", f"--trainer.default_root_dir={variants / 'sft'}"])
+    run_on_ranks(commands, timeout=400)
     return variants
 
 
@@ -200,12 +227,14 @@ def test_every_variant_resumes_bit_for_bit(name: str, variants: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("ddp", "cached")])
-def test_every_variant_is_one_process(name: str, variants: Path, options: list[str], tmp_path: Path) -> None:
-    own = [option for option in VARIANTS[name] if not option.startswith("--trainer")]
+def test_every_variant_is_one_process(
+    name: str, variants: Path, options: list[str], untied_dir: str, tmp_path: Path
+) -> None:
+    own = [option.replace("UNTIED", untied_dir) for option in VARIANTS[name] if not option.startswith("--trainer")]
     steps = [f"--trainer.max_steps={NUM_STEPS}", "--probe.num_prompts=0"]
     main(["fit", *options, *own, *steps, f"--trainer.default_root_dir={tmp_path / 'one'}"])
     sharded, one = newest(variants / name / "straight"), newest(tmp_path / "one")
-    if name == "bfloat16":  # where sums are rounded otherwise, at 8 bits
+    if "bfloat16" in name:  # where sums are rounded otherwise, at 8 bits
         values, expected = (list(read_metrics(run)["train/loss"].values()) for run in (sharded, one))
         assert values == pytest.approx(expected, abs=2e-3)
         assert read_metrics(sharded)["train/logratios/chosen"][0] == 0
@@ -240,6 +269,18 @@ def test_checkpoints_hold_what_they_should(variants: Path, tmp_path: Path) -> No
     assert all("lora_" in name for name in adapter)
     whole = torch.load(last(newest(variants / "one file" / "straight")), weights_only=True)
     assert all(name.startswith(WEIGHTS_PREFIX) for name in whole["state_dict"])
+    main(
+        [
+            "export",
+            f"--ckpt_path={last(newest(variants / 'lora' / 'straight'))}",
+            "--as_adapter=true",
+            f"--output_dir={tmp_path / 'adapter'}",
+        ]
+    )
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    best = sorted(newest(variants / "cached" / "straight").glob("checkpoints/best-*.ckpt"))
+    assert len(best) == 1
+    assert StoredCheckpoint(best[0]).holds(WEIGHTS_PREFIX)
     folder = last(newest(variants / "lora" / "straight"))
     assert folder.is_symlink()
     assert [path.name[:6] for path in folder.parent.iterdir() if not path.is_symlink()] == ["last-6"]
@@ -249,7 +290,37 @@ def test_checkpoints_hold_what_they_should(variants: Path, tmp_path: Path) -> No
 def test_validation_is_one_process(variants: Path, options: list[str], root: Path, tmp_path: Path) -> None:
     """What the fit logged at its end, the verb finds again."""
     validated, fitted = read_metrics(newest(variants / "validate")), read_metrics(newest(root / "straight"))
-    assert validated["val/loss"].values() == pytest.approx([fitted["val/loss"][NUM_STEPS]], abs=1e-6)
+    assert [*validated["val/loss"].values()] == pytest.approx([fitted["val/loss"][NUM_STEPS]], abs=1e-6)
+    assert read_metrics(newest(variants / "test"))["test/loss"]
+
+
+@pytest.mark.slow
+def test_demonstrations_are_learned_in_parts_too(variants: Path, options: list[str], tmp_path: Path) -> None:
+    sft = ["--model=SFTModule", "--data=SFTDataModule", *options, "--probe.num_prompts=0"]
+    main(["fit", *sft, "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"])
+    values, expected = (read_metrics(newest(root))["train/loss"] for root in (variants / "sft", tmp_path))
+    assert values == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(text: str) -> Path:
+        (tmp_path / "last.saving").mkdir()
+        (tmp_path / "last.saving" / "content").write_text(text)
+        return tmp_path / "last.saving"
+
+    path = tmp_path / "last.ckpt"
+    _put_in_place(written("first"), path, "last-1")
+    _put_in_place(written("second"), path, "last-1")  # the same step, once more
+    assert (path / "content").read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 2, "the link and its folder"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # just before the new one counts
+        _put_in_place(written("third"), path, "last-2")
+    assert (path / "content").read_text() == "second"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs, and two of our own, export and study.
+"""The command line: LightningCLI's verbs, two that the trainer adds (precompute, plan), and export and study.
 
 ``main`` serves ``python -m lit_isdpo``, the console script ``lit-isdpo`` and Python.
 """

@@ -4,7 +4,8 @@ Shape legend: B pairs, S sequences (2B in a preference batch: chosen first, then
 input, T positions of a row, C positions of the longest completion, V vocabulary.
 """
 
-from typing import Literal, NamedTuple, TypedDict
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -163,3 +164,34 @@ class Response(NamedTuple):
 
     token_ids: list[int]
     finished: bool
+
+
+class Ranks(NamedTuple):
+    """The processes that share the work. All must make the same calls.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+        gather: takes each rank's object and returns those of all.
+    """
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda own: [own]
+
+    def agree(self, compute: Callable[[], Any]) -> list[Any]:
+        """What each rank computes; where one of them fails for the user's input, all do, and none waits for it.
+
+        Raises:
+            InputError: that of the first rank that failed.
+        """
+        result = error = None
+        try:
+            result = compute()
+        except InputError as caught:
+            error = caught
+        outcomes = self.gather((result, error))
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [outcome for outcome, _ in outcomes]

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
@@ -26,20 +23,6 @@ LONGEST = ("test_readme.py", "test_notebooks.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes begin, so that no core waits for them at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
-def run_on_two_ranks(verb: str, arguments: list[str]) -> str:
-    """The command over gloo on loopback, in two processes; what they printed."""
-    result = subprocess.run(
-        [sys.executable, "-m", "lit_isdpo", verb, *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stderr + result.stdout
 
 
 @pytest.fixture

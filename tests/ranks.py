@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from socket import socket
 from tempfile import TemporaryFile
+from time import monotonic, sleep
 
 import torch
 
 from lit_isdpo.cli import main
+
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
 def run_on_ranks(
@@ -30,7 +33,7 @@ def run_on_ranks(
         timeout: in seconds, for all of it.
 
     Raises:
-        AssertionError: a rank failed; with all that was printed.
+        AssertionError: a rank failed or did not end in time; with all that was printed.
     """
     with socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,9 +52,12 @@ def run_on_ranks(
             )
             for rank, output in enumerate(outputs)
         ]
+        deadline = monotonic() + timeout
         try:
-            statuses = [rank.wait(timeout) for rank in ranks]
+            while monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+                sleep(0.1)
         finally:
+            statuses = [rank.poll() for rank in ranks]
             for rank in ranks:
                 rank.kill()
         printed = []

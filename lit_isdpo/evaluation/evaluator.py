@@ -23,14 +23,14 @@ from lit_isdpo.evaluation.judge import Judge, Verdict
 from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
 from lit_isdpo.evaluation.measures import ResponseValues, compare, describe, flatten, repetition, win_rates
 from lit_isdpo.evaluation.probe import SampledText
-from lit_isdpo.evaluation.responses import RESPONSES, Columns, Ranks, ResponseSet
+from lit_isdpo.evaluation.responses import RESPONSES, Columns, ResponseSet
 from lit_isdpo.evaluation.rewards import LabReward, Reward
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.evaluation.statistics import Interval, bootstrap_interval
 from lit_isdpo.evaluation.vllm_sampler import VLLMSampler
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.types import Response
+from lit_isdpo.types import Ranks, Response
 
 if TYPE_CHECKING:  # its file knows Lightning
     from lit_isdpo.data.datamodule import ProbePrompt

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from lit_isdpo.data.rows import Rows
 from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
-from lit_isdpo.evaluation.responses import Ranks
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.types import InputError, PreferenceBatch
+from lit_isdpo.types import InputError, PreferenceBatch, Ranks
 
 COLUMNS = ("key", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
 ROWS_PER_FILE = 1024  # what an interruption may lose
-SECONDS_OF_DELAY = 120
+SECONDS_OF_DELAY = 120  # until what another rank wrote counts as not there
 CHECKED_ROWS = 8  # of each split, whenever they are read
 Collate = Callable[[list[tuple[int, Any]]], PreferenceBatch]
 

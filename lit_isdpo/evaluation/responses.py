@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,41 +22,10 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.evaluation.fingerprints import digest
-from lit_isdpo.types import InputError, Response
+from lit_isdpo.types import Ranks, Response
 
 Columns = dict[str, list[Any]]
 RESPONSES = "responses"
-
-
-class Ranks(NamedTuple):
-    """The processes that share the work.
-
-    Attributes:
-        rank: of this process.
-        size: how many there are.
-        gather: takes each rank's object and returns those of all.
-    """
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda own: [own]
-
-    def agree(self, compute: Callable[[], Any]) -> list[Any]:
-        """What each rank computes; where one of them fails for the user's input, all do, and none waits for it.
-
-        Raises:
-            InputError: that of the first rank that failed.
-        """
-        result = error = None
-        try:
-            result = compute()
-        except InputError as caught:
-            error = caught
-        outcomes = self.gather((result, error))
-        for _, failure in outcomes:
-            if failure is not None:
-                raise failure
-        return [outcome for outcome, _ in outcomes]
 
 
 class ResponseSet:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head, completion_hidden_states, sequence_logps
-from lit_isdpo.policy.adapters import Adapter, parse_adapter, put_in
+from lit_isdpo.policy.adapters import Adapter, parse_adapter
 from lit_isdpo.policy.attention import FLEX_BLOCK, KERNELS, attention_masks, layer_windows
 from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
@@ -55,7 +55,7 @@ class LogProbModel(nn.Module):
         )
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         if model.device.type != "meta":
-            self._check_head()
+            self.check_head()
 
     def forward(self, tokens: TokenBatch, alignment: bool = False) -> SequenceLogps:
         """Log-probs of each completion given its prompt; with ``alignment``, how likely it is against all others."""
@@ -160,7 +160,7 @@ class LogProbModel(nn.Module):
         return None
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def check_head(self) -> None:
         """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently."""
         input_ids = torch.arange(4, device=self.device)[None]
         numerics = self.compute_dtype if self.is_sharded else self.model.dtype  # of the layers' weights at hand
@@ -192,22 +192,18 @@ def _pad(tokens: TokenBatch, number: int) -> TokenBatch:
     )
 
 
-def outline_logprob_model(config: PolicyConfig) -> LogProbModel:
-    """The model that ``config`` names without its weights: every tensor is on the meta device. Nothing is tried out.
-
-    FlexAttention needs values, so sdpa takes its place.
-    """
-    whole = replace(config, init="random", peft=None, attn_implementation="sdpa")
-    with torch.device("meta"):
-        model = load_causal_lm(whole)
-        if config.peft is not None:
-            put_in(model, parse_adapter(config.peft))
-    return LogProbModel(model, compute_dtype=DTYPES[config.compute_dtype], chunk_size=config.chunk_size)
-
-
 def load_logprob_model(config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
     """Loads the model that ``config`` names, on the CPU, with its adapter; messages name ``option``."""
-    model = load_causal_lm(config, option=option)
+    return _wrapped(load_causal_lm(config, option=option), config)
+
+
+def outline_logprob_model(config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
+    """As ``load_logprob_model``, without weights: every tensor is on the meta device, and nothing is tried out."""
+    with torch.device("meta"):
+        return _wrapped(load_causal_lm(replace(config, init="random", peft=None), option=option), config)
+
+
+def _wrapped(model: PreTrainedModel, config: PolicyConfig) -> LogProbModel:
     adapter = None if config.peft is None else Adapter(model, parse_adapter(config.peft), revision=config.revision)
     compute_dtype = DTYPES[config.compute_dtype]
     return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)

@@ -73,7 +73,7 @@ class LiveReference:
     """A model that is asked: the policy itself, say, which speaks for its reference until it has learned something.
 
     Args:
-        model: a whole model, without an adapter.
+        model: asked as it is, with its adapter where it has one.
     """
 
     is_live = True
@@ -203,25 +203,18 @@ def load_reference(
     Raises:
         InputError: as ``load_causal_lm``.
     """
-    if policy.adapter is not None and _is_own_base(config, reference):
+    is_own_base = reference.path is None and reference.revision in (None, config.revision)
+    if policy.adapter is not None and is_own_base:
         return AdapterOffReference(policy)
     return ResidentReference(load(reference_as_policy(config, reference), option="model.reference.path"))
 
 
 def outline_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:
     """What ``load_reference`` makes, or a cache in its place, for a policy without weights and likewise without."""
-    outline: Reference
-    if config.peft is not None and _is_own_base(config, reference):
-        outline = LiveReference(policy)  # its adapter cannot be switched off, and costs next to nothing
-    else:
-        outline = ResidentReference(outline_logprob_model(reference_as_policy(config, reference)))
+    outline = load_reference(config, reference, policy, load=outline_logprob_model)
     if not reference.cache:
         return outline
     return CachedReference({"train": torch.zeros(1, 2)}, lambda: outline).to(torch.device("meta"))
-
-
-def _is_own_base(config: PolicyConfig, reference: ReferenceConfig) -> bool:
-    return reference.path is None and reference.revision in (None, config.revision)
 
 
 def reference_as_policy(policy: PolicyConfig, reference: ReferenceConfig) -> PolicyConfig:

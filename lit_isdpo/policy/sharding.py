@@ -12,11 +12,10 @@ so does the sum of an embedding's gradients. Gradients are reduced in fp32.
 
 import json
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,12 +37,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lit_isdpo.policy.adapters import Adapter, parse_adapter
-from lit_isdpo.policy.loading import DTYPES, PolicyConfig, decoder_layers, load_causal_lm
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
-from lit_isdpo.types import InputError
-
-T = TypeVar("T")
+from lit_isdpo.policy.loading import PolicyConfig, decoder_layers
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
+from lit_isdpo.types import InputError, Ranks
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,11 @@ class Sharding:
         Raises:
             InputError: as ``load_logprob_model``, on all ranks.
         """
-        model = _outline(config, option)
+        model = outline_logprob_model(config, option=option)
+        if config.init == "pretrained":
+            with suppress(OSError):  # the model has none of its own
+                revision = config.revision or "main"
+                model.model.generation_config = GenerationConfig.from_pretrained(config.path, revision=revision)
         if not decoder_layers(model.model):
             raise InputError(
                 f"{option}: {type(model.model).__name__} has no decoder layers that transformers names as such; use "
@@ -98,18 +98,17 @@ class Sharding:
             )
         buffers = _computed_buffers(model.model)
         folder = None if buffers is None else _folder_of_slices(config, model.model)
-        folders: list[Path | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(folders, folder)
+        folders = all_ranks().gather(folder)
         self.shard(model)
         if folder is not None and buffers is not None and None not in folders:
             self._allocate(model, buffers)
-            agree(lambda: _read_slices(model.model, folder, config, option))
+            all_ranks().agree(lambda: _read_slices(model.model, folder, config, option))
         else:
             self._receive(model, config, option)
         model.model.tie_weights()
-        for method in ("completion_logits", "generate", "why_not_shared", "_check_head"):
+        for method in ("completion_logits", "generate", "why_not_shared", "check_head"):
             register_fsdp_forward_method(model, method)  # each begins with gathered weights, as the forward does
-        model._check_head()
+        model.check_head()
         return model
 
     def shard(self, model: LogProbModel) -> None:
@@ -140,13 +139,18 @@ class Sharding:
     def _receive(self, model: LogProbModel, config: PolicyConfig, option: str) -> None:
         """Rank 0 loads the whole model on its CPU, and sends it."""
         is_source = dist.get_rank() == 0
-        whole = _from_rank_0(lambda: load_logprob_model(config, option=option)) if is_source else _from_rank_0(None)
-        told = [whole.adapter.base_fingerprint if whole is not None and whole.adapter is not None else None]
-        dist.broadcast_object_list(told)
+        loaded: LogProbModel | None = None
+
+        def load() -> str | None:
+            nonlocal loaded
+            loaded = load_logprob_model(config, option=option) if is_source else None
+            return None if loaded is None or loaded.adapter is None else loaded.adapter.base_fingerprint
+
+        base_fingerprint = all_ranks().agree(load)[0]
         if model.adapter is not None:
-            model.adapter.base_fingerprint = str(told[0])
+            model.adapter.base_fingerprint = base_fingerprint
         self._allocate(model, {})
-        values = {} if whole is None else dict(whole.model.named_parameters()) | dict(whole.model.named_buffers())
+        values = {} if loaded is None else dict(loaded.model.named_parameters()) | dict(loaded.model.named_buffers())
         with torch.no_grad():
             for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]:
                 value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
@@ -159,9 +163,26 @@ class Sharding:
                     tensor.copy_(value)
 
 
+def all_ranks() -> Ranks:
+    """The process group's."""
+    size = dist.get_world_size()
+
+    def gather(own: Any) -> list[Any]:
+        parts = [own] * size
+        dist.all_gather_object(parts, own)
+        return parts
+
+    return Ranks(dist.get_rank(), size, gather)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, of which a rank may hold a shard; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def read_tensors(tensors: dict[str, Any], reader: StorageReader) -> None:
@@ -172,19 +193,6 @@ def read_tensors(tensors: dict[str, Any], reader: StorageReader) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         load_tensors(tensors, storage_reader=reader, no_dist=True)
-
-
-def _outline(config: PolicyConfig, option: str) -> LogProbModel:
-    """The model on the meta device, with all that is no weight."""
-    with torch.device("meta"):
-        model = load_causal_lm(replace(config, init="random", peft=None), option=option)
-        adapter = None if config.peft is None else Adapter(model, parse_adapter(config.peft), revision=config.revision)
-    if config.init == "pretrained":
-        with suppress(OSError):  # the model has none of its own
-            revision = config.revision or "main"
-            model.generation_config = GenerationConfig.from_pretrained(config.path, revision=revision)
-    compute_dtype = DTYPES[config.compute_dtype]
-    return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)
 
 
 @torch.no_grad()
@@ -260,23 +268,3 @@ def _read_slices(model: PreTrainedModel, folder: Path, config: PolicyConfig, opt
     except Exception as error:  # torch wraps whatever its parts raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{option}: the weights in {config.path!r} could not be read: {reason}") from error
-
-
-def agree(compute: Callable[[], T]) -> T:
-    """What this rank computes; where one of them fails for the user's input, all do, and none waits for it."""
-    result = error = None
-    try:
-        result = compute()
-    except InputError as caught:
-        error = caught
-    errors: list[InputError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for failure in errors:
-        if failure is not None:
-            raise failure
-    return result  # type: ignore[return-value]
-
-
-def _from_rank_0(compute: Callable[[], T] | None) -> T | None:
-    """What rank 0 computes, there; ``None`` elsewhere."""
-    return agree(lambda: None if compute is None else compute())

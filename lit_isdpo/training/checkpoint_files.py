@@ -23,6 +23,11 @@ class StoredCheckpoint:
     Args:
         path: the file or the folder.
 
+    Attributes:
+        path: likewise.
+        is_folder: whether each rank wrote its part.
+        extras: all that is no tensor of model or optimizer; of a file these too.
+
     Raises:
         InputError: there is none, or it is not whole.
     """

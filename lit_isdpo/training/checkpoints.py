@@ -145,14 +145,13 @@ class LastCheckpoint(Callback):
             return  # in the middle of an accumulation window there is gradient that no checkpoint holds
         step = trainer.global_step
         at_max_steps = step == trainer.max_steps
-        terminated, interrupted = self._asked_by == signal.SIGTERM, self._asked_by is not None
-        if trainer.world_size > 1:  # a signal may reach the ranks at different steps, or one of them alone
-            terminated = trainer.strategy.reduce_boolean_decision(terminated, all=False)
-            interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
+        # A signal may reach the ranks at different steps, or one of them alone.
+        interrupted = trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False)
         due = self.every_n_steps and step % self.every_n_steps == 0
         if at_max_steps or interrupted or due or trainer.is_last_batch:
             self._save(trainer)
         if interrupted:
+            terminated = trainer.strategy.reduce_boolean_decision(self._asked_by == signal.SIGTERM, all=False)
             rank_zero_info(f"\nStopped at optimizer step {step}. Continue with --ckpt_path {self.path(trainer)}")
             raise SystemExit(_status(trainer)) if terminated else KeyboardInterrupt
         if at_max_steps:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from lit_isdpo.policy.sharding import own_part
+
 aten, c10d = torch.ops.aten, torch.ops.c10d
 ACTIVATIONS, GATHERED = "activations", "gathered weights"
 
@@ -146,8 +148,3 @@ class CostRecorder(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self._live[self._kinds.pop(key)] -= self._sizes.pop(key)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -17,14 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig
 
 from lit_isdpo.data.tokenization import load_tokenizer
-from lit_isdpo.evaluation.responses import Ranks
 from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.loading import TrainedSource, compile_layers
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
-from lit_isdpo.policy.sharding import whole
-from lit_isdpo.types import InputError
+from lit_isdpo.policy.sharding import all_ranks, whole
+from lit_isdpo.types import InputError, Ranks
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -148,28 +147,27 @@ class LanguageModule(LightningModule, ABC):
         Raises:
             InputError: the checkpoint is of another model.
         """
+        self.check_tensors(state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def check_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """Compares names and shapes of a checkpoint's tensors with those of ``state_dict``.
+
+        Raises:
+            InputError: the checkpoint is of another model.
+        """
         try:
-            check_same_tensors(self.state_dict(), state_dict)
+            check_same_tensors(self.state_dict(), tensors)
         except ValueError as error:
             raise InputError(
                 f"ckpt_path: the checkpoint's tensors are not those of {self.tensors_option} ({error}); use the "
                 "config.yaml of its own run."
             ) from error
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     @property
     def ranks(self) -> Ranks:
         """The trainer's processes."""
-        size = self.trainer.world_size
-        if size == 1:
-            return Ranks()
-
-        def gather(own: Any) -> list[Any]:
-            parts = [own] * size
-            torch.distributed.all_gather_object(parts, own)
-            return parts
-
-        return Ranks(self.trainer.global_rank, size, gather)
+        return all_ranks() if self.trainer.world_size > 1 else Ranks()
 
     def log_step(self) -> None:
         """Puts a validation inside a fit at the number of optimizer steps taken; Lightning would put it one before."""

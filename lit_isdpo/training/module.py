@@ -1,7 +1,7 @@
 """What supervised and preference training share: the policy, its checkpoints, and how it is sampled."""
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -117,9 +117,14 @@ class PolicyModule(LanguageModule, ABC):
         model: LogProbModel = sharding.load(config, option=option)
         return model
 
+    @property
+    def outline_config(self) -> PolicyConfig:
+        """FlexAttention needs values, so sdpa takes its place."""
+        return replace(self.policy_config, attn_implementation="sdpa")
+
     def configure_outline(self) -> None:
         """Lays out the policy."""
-        self.policy = outline_logprob_model(self.policy_config)
+        self.policy = outline_logprob_model(self.outline_config)
         self.policy.train()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

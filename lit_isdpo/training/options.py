@@ -13,6 +13,10 @@ from lit_isdpo.types import InputError
 def check(verb: str, config: Namespace) -> None:
     """Raises for options that are not supported, alone or together.
 
+    Args:
+        verb: of the command line.
+        config: its options.
+
     Raises:
         InputError: names the option and what to use instead.
     """
@@ -32,7 +36,7 @@ def check(verb: str, config: Namespace) -> None:
             "model.policy.attn_implementation to flex_attention (on a GPU), or leave the option out."
         )
     name, sharded = strategy_name(config), is_sharded(config)
-    if name == "fsdp" or name == "FSDPStrategy":
+    if name.startswith("fsdp_") or name in ("fsdp", "FSDPStrategy"):
         raise InputError(
             "trainer.strategy 'fsdp' is PyTorch's older FSDP, which is not supported; use 'fsdp2', its successor."
         )

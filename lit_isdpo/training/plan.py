@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.loading import DTYPES
 from lit_isdpo.policy.reference import CachedReference, ResidentReference
-from lit_isdpo.policy.sharding import Sharding
-from lit_isdpo.training.cost import ACTIVATIONS, GATHERED, CostRecorder, own_part
+from lit_isdpo.policy.sharding import Sharding, own_part
+from lit_isdpo.training.cost import ACTIVATIONS, GATHERED, CostRecorder
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.strategy import FSDP2Strategy
 from lit_isdpo.training.throughput import GIB, matmul_rate
@@ -38,6 +38,7 @@ PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS, BUCKETS = (
     "gradients",
     "gradient buckets of DDP",
 )
+OFFLOADED = (PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Plan:
         micro_batches: of an optimizer step on this rank.
         rows: pairs or demonstrations of a micro-batch.
         positions: of its longest row of tokens, and how many such rows there are.
+        offloaded: whether ``OFFLOADED`` kinds of memory are the host's.
     """
 
     memory: Counter[str]
@@ -61,6 +63,7 @@ class Plan:
     micro_batches: int
     rows: int
     positions: tuple[int, int]
+    offloaded: bool = False
 
     @property
     def flops_per_step(self) -> int:
@@ -104,7 +107,8 @@ def make_plan(
     if devices > 1 and not isinstance(strategy, FSDP2Strategy):
         memory[BUCKETS] = sum(p.nbytes for p in module.network.parameters() if p.requires_grad)  # there from the start
     num_rows, length = batch.tokens.input_ids.shape
-    return Plan(memory, traffic, forward, backward, micro_batches, rows, (length, num_rows))
+    offloaded = isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload
+    return Plan(memory, traffic, forward, backward, micro_batches, rows, (length, num_rows), offloaded)
 
 
 @contextmanager
@@ -151,11 +155,11 @@ def _record_step(
         module.micro_batch_loss(batch).backward()  # the first time, what is gathered is allocated
         module.network.zero_grad()
     recorder.reset_peak()
+    strategy: Any = trainer.strategy
     forward = backward = traffic = 0
     for number in range(min(2, micro_batches)):  # from the second on, there are gradients in the forward
         is_last = number == min(2, micro_batches) - 1
         before, sent_before = recorder.flops, recorder.traffic
-        strategy: Any = trainer.strategy
         with strategy.block_backward_sync() if is_sharded and not is_last else nullcontext():
             loss = module.micro_batch_loss(batch)
             forward = recorder.flops - before
@@ -218,10 +222,12 @@ def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Len
         f"and {plan.backward_flops / 1e12:,.4g} backward a micro-batch); at this machine's {rate / 1e12:,.3g} TFLOP/s "
         f"of {module.source.compute_dtype} matrix products at least {plan.flops_per_step / rate:,.3g} s.",
         *([f"{plan.traffic / GIB:,.4g} GiB are sent to other ranks in that time, by each."] if plan.traffic else []),
+        *([f"Of these {', '.join(OFFLOADED)} are in the host's memory (cpu_offload)."] if plan.offloaded else []),
         "Not counted: what libraries take for themselves, and validation and sampling. Attention is taken to be fused.",
     ):
         console.print(line, markup=False)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        verdict = "fits" if plan.memory.total() < 0.95 * total else "does not fit"
+        of_gpu = sum(size for kind, size in plan.memory.items() if not (plan.offloaded and kind in OFFLOADED))
+        verdict = "fits" if of_gpu < 0.95 * total else "does not fit"
         console.print(f"It {verdict} into this GPU's {total / GIB:.1f} GiB.", markup=False)

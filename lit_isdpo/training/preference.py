@@ -185,7 +185,7 @@ class PreferenceModule(PolicyModule):
         """Lays out both models; whether they share prompts is told from the configuration alone."""
         super().configure_outline()
         if self.reference_config is not None:
-            reference = outline_reference(self.policy_config, self.reference_config, self.policy)
+            reference = outline_reference(self.outline_config, self.reference_config, self.policy)
             self._reference = (reference,)
             with reference.scoring() as model:
                 self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy, model)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lit_isdpo.data.collation import Layout
 from lit_isdpo.evaluation.reference_logps import ReferenceLogps
-from lit_isdpo.evaluation.responses import Ranks
 from lit_isdpo.policy.reference import Reference, ReferenceConfig
+from lit_isdpo.types import Ranks
 
 
 def cached_logps(

@@ -15,10 +15,10 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import FSDPModule
 
-from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.sharding import Sharding, agree
+from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError
 
 NAME = "fsdp2"
@@ -54,7 +54,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.sharding: Sharding | None = None
 
     def setup_environment(self) -> None:
-        """Joins the ranks, and divides them."""
+        """Joins the ranks, and divides them.
+
+        Raises:
+            InputError: ``shard_size`` does not divide their number.
+        """
         size = self.num_nodes * self.num_processes
         self._data_parallel_size, self._tensor_parallel_size = size, 1
         super().setup_environment()
@@ -100,22 +104,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             InputError: the checkpoint cannot be read, or is of another model.
         """
-        assert self.lightning_module is not None
+        assert isinstance(self.lightning_module, LanguageModule)
         path = Path(self.broadcast(checkpoint_path))
-        agree(lambda: self._check(path))
+        self.lightning_module.ranks.agree(lambda: self._check(path))
         # Of a policy with an adapter a checkpoint has the adapter alone; the names were compared above.
         self.lightning_module.strict_loading = False
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _check(self, path: Path) -> None:
-        stored, module = StoredCheckpoint(path), cast(Any, self.lightning_module)
-        try:
-            check_same_tensors(module.state_dict(), stored.shapes)
-        except ValueError as error:
-            raise InputError(
-                f"ckpt_path: the checkpoint's tensors are not those of {module.tensors_option} ({error}); use the "
-                "config.yaml of its own run."
-            ) from error
+        stored, module = StoredCheckpoint(path), cast(LanguageModule, self.lightning_module)
+        module.check_tensors(stored.shapes)
+        # A file numbers the parameters of its optimizer: as they are in the whole model where FSDP2 wrote it, else as
+        # they are among those that are trained.
         trained = [parameter.requires_grad for parameter in module.parameters()]
         for state in stored.extras.get("optimizer_states", ()):
             numbers = [number for group in state["param_groups"] for number in group["params"]]

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lit_isdpo.evaluation.responses import RESPONSES, Columns, Ranks, ResponseSet
-from lit_isdpo.types import InputError, Response
+from lit_isdpo.evaluation.responses import RESPONSES, Columns, ResponseSet
+from lit_isdpo.types import InputError, Ranks, Response
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10], [1, 11]]  # by length: 1, 3, 2, 0
 ABOUT = {"weights": "a", "seed": 0}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lit_isdpo.cli import main
-from tests.conftest import run_on_two_ranks
+from tests.ranks import DDP, run_on_ranks
 
 REWARD = ["--evaluation.reward=LabReward", "--evaluation.reward.task=lab:posts"]
 
@@ -89,6 +89,6 @@ def test_two_ranks_are_one(options: list[str], tmp_path: Path) -> None:
     """Responses are those of shards, whoever draws them: 7 prompts, two a shard."""
     options = [*options, *REWARD, "--evaluation.num_prompts=7", "--evaluation.batch_size=4", "--data.batch_size=8"]
     main(["test", *options, f"--trainer.default_root_dir={tmp_path / 'one'}"])
-    run_on_two_ranks("test", [*options, f"--trainer.default_root_dir={tmp_path / 'two'}"])
+    run_on_ranks([["test", *options, f"--trainer.default_root_dir={tmp_path / 'two'}", *DDP]])
     one, two = (evaluation(tmp_path / name / "version_0")["metrics"] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-5)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lit_isdpo.cli import main
-from tests.conftest import read_metrics, run_on_two_ranks
+from tests.conftest import read_metrics
+from tests.ranks import DDP, run_on_ranks
 
 STEPS = ["--trainer.max_steps=5", "--trainer.gradient_clip_val=1.0"]
 
@@ -55,7 +56,7 @@ def test_evaluation_batches_of_any_size_log_the_same(tiny: list[str], tmp_path: 
 def one_rank_is_two(options: list[str], folder: Path) -> None:
     """A fit in this process, and the same over gloo with two, in ``one`` and ``two`` of the folder."""
     main(["fit", *options, f"--trainer.default_root_dir={folder / 'one'}"])
-    run_on_two_ranks("fit", [*options, f"--trainer.default_root_dir={folder / 'two'}"])
+    run_on_ranks([["fit", *options, f"--trainer.default_root_dir={folder / 'two'}", *DDP]])
     assert_alike(folder / "one" / "version_0", folder / "two" / "version_0", tolerance=1e-5)
 
 

@@ -11,7 +11,8 @@ from lit_isdpo.cli import main
 from lit_isdpo.lab.posts import gold_reward, render_prompt, sample_post
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.types import InputError
-from tests.conftest import read_metrics, run_on_two_ranks
+from tests.conftest import read_metrics
+from tests.ranks import DDP, run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_text_and_conversations_do_not_go_into_one_file(
 def test_two_ranks_write_one_file(arguments: list[str], tmp_path: Path) -> None:
     """Over gloo, 12 rows in batches of 3 and 2 a rank; each row is labelled once, and the file is in their order."""
     options = ["--labels.pairing=all", "--data.batch_size=6", f"--trainer.default_root_dir={tmp_path}"]
-    printed = run_on_two_ranks("predict", [*arguments, *options])
+    printed = run_on_ranks([["predict", *arguments, *options, *DDP]])
     run = tmp_path / "version_0"
     ranks = [read(run / f"predictions-{rank}.jsonl") for rank in range(2)]
     assert [sorted({row["row_id"] for row in rows}) for rows in ranks] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from lit_isdpo import cli
 from lit_isdpo.lab.tokenizer import build_tokenizer
 from lit_isdpo.policy.reference import ResidentReference
+from lit_isdpo.policy.sharding import own_part
 from lit_isdpo.training import plan as plan_module
-from lit_isdpo.training.cost import own_part
 from lit_isdpo.training.plan import BUCKETS, GRADIENTS, OPTIMIZER, PARAMETERS, REFERENCE, Plan
 from lit_isdpo.training.strategy import FSDP2Strategy
 from lit_isdpo.training.trainer import IsdpoTrainer
@@ -168,8 +168,6 @@ def test_the_peak_of_a_rank_is_the_profilers(
     printed = run_on_ranks([fit], module="tests.training.peak_ranks")
     peak = int(printed.split("PEAK ")[1].split()[0])
     assert planned[0].memory.total() == pytest.approx(peak, rel=0.1)
-    sent = planned[0].traffic
-    assert sent > 0
 
 
 def test_what_is_sent_is_what_formulas_say(tiny: list[str], planned: list[Plan], tmp_path: Path) -> None:

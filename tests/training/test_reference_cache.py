@@ -16,7 +16,8 @@ from lit_isdpo.cli import main
 from lit_isdpo.evaluation import reference_logps
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.training.preference import PreferenceModule
-from tests.conftest import read_metrics, run_on_two_ranks
+from tests.conftest import read_metrics
+from tests.ranks import DDP, run_on_ranks
 
 STEPS = ["--trainer.max_steps=4", "--data.batch_size=8", "--data.micro_batch_size=4"]
 CACHE = ["--model.reference.cache=true"]
@@ -143,7 +144,7 @@ def test_a_resumed_fit_reads_the_untrained_references_values(
 @pytest.mark.slow
 def test_two_ranks_share_the_work(tiny: list[str], tmp_path: Path) -> None:
     one = fit([*tiny, *CACHE], tmp_path / "one")
-    run_on_two_ranks("fit", [*tiny, *CACHE, *STEPS, f"--trainer.default_root_dir={tmp_path / 'two'}"])
+    run_on_ranks([["fit", *tiny, *CACHE, *STEPS, f"--trainer.default_root_dir={tmp_path / 'two'}", *DDP]])
     assert_same_fit(tmp_path / "two" / "version_0", one, tolerance=1e-4)
     assert {file.name[0] for file in files(tmp_path / "two")} == {"0", "1"}
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lit_isdpo.cli import main
+from lit_isdpo.training.checkpoints import _put_in_place
 from tests.conftest import read_metrics
 
 NUM_STEPS = 10  # of 4 to an epoch
@@ -148,3 +149,24 @@ def test_a_fit_that_fails_gives_ctrl_c_back(tiny: list[str], tmp_path: Path) -> 
     with pytest.raises(SystemExit):  # found out when the loader is made, within the fit
         main(["fit", *tiny, *fails, "--model.prefix_sharing=false", f"--trainer.default_root_dir={tmp_path}"])
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(text: str) -> Path:
+        (tmp_path / "last.saving").mkdir()
+        (tmp_path / "last.saving" / "content").write_text(text)
+        return tmp_path / "last.saving"
+
+    path = tmp_path / "last.ckpt"
+    _put_in_place(written("first"), path, "last-1")
+    _put_in_place(written("second"), path, "last-1")  # the same step, once more
+    assert (path / "content").read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 2, "the link and its folder"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # just before the new one counts
+        _put_in_place(written("third"), path, "last-2")
+    assert (path / "content").read_text() == "second"

@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
-from lit_isdpo.training.checkpoints import _put_in_place
 from lit_isdpo.training.module import WEIGHTS_PREFIX
 from lit_isdpo.training.strategy import FSDP2Strategy
 from tests.conftest import read_metrics
-from tests.ranks import run_on_ranks
+from tests.ranks import DDP, run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp_to_torch_save's
 NUM_STEPS = 6  # of 4 to an epoch
@@ -147,7 +146,7 @@ VARIANTS: dict[str, list[str]] = {
     "copies": [*COPIES, "--data.micro_batch_size=1"],
     "offloaded": [STRATEGY, "--trainer.strategy.cpu_offload=true", "--trainer.devices=2"],
     "one file": ONE_FILE,
-    "ddp": ["--trainer.strategy=ddp", "--trainer.devices=2"],
+    "ddp": DDP,
 }
 EPOCH_1 = 5  # where the fits of the variants stop
 
@@ -155,7 +154,8 @@ EPOCH_1 = 5  # where the fits of the variants stop
 def end_of(run: Path, tmp_path: Path) -> dict[str, Any]:
     """Tensors of the last checkpoint, of either kind."""
     if last(run).is_dir():
-        return {key: tensors(last(run), tmp_path)[key] for key in EXACT}
+        whole = tensors(last(run), tmp_path)
+        return {key: whole[key] for key in EXACT}
     state = torch.load(last(run), weights_only=True)
     return {key: state[key] for key in ("state_dict", "optimizer_states")}
 
@@ -300,27 +300,6 @@ def test_demonstrations_are_learned_in_parts_too(variants: Path, options: list[s
     main(["fit", *sft, "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"])
     values, expected = (read_metrics(newest(root))["train/loss"] for root in (variants / "sft", tmp_path))
     assert values == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def written(text: str) -> Path:
-        (tmp_path / "last.saving").mkdir()
-        (tmp_path / "last.saving" / "content").write_text(text)
-        return tmp_path / "last.saving"
-
-    path = tmp_path / "last.ckpt"
-    _put_in_place(written("first"), path, "last-1")
-    _put_in_place(written("second"), path, "last-1")  # the same step, once more
-    assert (path / "content").read_text() == "second"
-    assert len(list(tmp_path.iterdir())) == 2, "the link and its folder"
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):  # just before the new one counts
-        _put_in_place(written("third"), path, "last-2")
-    assert (path / "content").read_text() == "second"
 
 
 @pytest.mark.slow

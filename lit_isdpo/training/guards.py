@@ -37,10 +37,8 @@ def check_first_step(
     num_tokens = torch.maximum(pairs.chosen_num_tokens, pairs.rejected_num_tokens)
     off = torch.maximum(pairs.chosen_logratios.abs(), pairs.rejected_logratios.abs())
     bad = off > tolerance * num_tokens.float().sqrt()
-    is_bad = bool(bad.any())
-    if trainer.world_size > 1:  # together, or the others would wait for a rank that has stopped
-        is_bad = trainer.strategy.reduce_boolean_decision(is_bad, all=False)
-    if is_bad:
+    # Together, or the others would wait for a rank that has stopped.
+    if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
         raise InputError(
             f"At the first step the policy is the reference, yet log pi/ref is up to {off.max():.3g} nats and the "
             f"loss {loss(pairs).mean():.4g} instead of {loss(pairs.at_reference()).mean():.4g} "
@@ -69,10 +67,8 @@ class LossWindow:
         """
         losses, row_ids = torch.cat(self._losses), torch.cat(self._row_ids)
         self._losses, self._row_ids = [], []
-        bad = not torch.isfinite(losses).all()
-        if trainer.world_size > 1:  # together, or the others would wait for a rank that has stopped
-            bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
-        if bad:
+        bad = not bool(torch.isfinite(losses).all())
+        if trainer.strategy.reduce_boolean_decision(bad, all=False):  # together, as above
             raise InputError(
                 f"The loss is NaN or infinite at optimizer step {trainer.global_step} for "
                 f"{_row_names(trainer, row_ids[~torch.isfinite(losses)])}; the weights are as they were before this "

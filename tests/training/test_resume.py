@@ -75,6 +75,19 @@ def test_resume_is_bit_for_bit(stop: int, straight: Path, options: list[str], tm
     assert_same_log(straight, resumed, since=stop)
 
 
+@pytest.mark.parametrize("stop", [3, 4])  # mid-epoch, its end
+def test_other_micro_batches_make_whole_steps(stop: int, straight: Path, options: list[str], tmp_path: Path) -> None:
+    """Two to a step before, four after: the same steps, to rounding."""
+    stopped = fit(tmp_path, [*options, f"--trainer.max_steps={stop}"])
+    last = stopped / "checkpoints" / "last.ckpt"
+    smaller = ["--data.micro_batch_size=2", f"--trainer.max_steps={NUM_STEPS}", f"--ckpt_path={last}"]
+    resumed = fit(tmp_path, [*options, *smaller])
+    losses, expected = (read_metrics(run)["train/loss"] for run in (resumed, straight))
+    assert losses == pytest.approx({step: loss for step, loss in expected.items() if step >= stop}, abs=1e-5)
+    for name, value in checkpoint(straight)["state_dict"].items():
+        torch.testing.assert_close(checkpoint(resumed)["state_dict"][name], value, atol=1e-5, rtol=0, msg=name)
+
+
 def test_more_epochs(options: list[str], tmp_path: Path) -> None:
     straight = fit(tmp_path / "straight", [*options, "--trainer.max_epochs=3"])
     one = fit(tmp_path / "parts", [*options, "--trainer.max_epochs=1"])

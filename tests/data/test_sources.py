@@ -110,7 +110,7 @@ def test_splits_are_chosen_by_name_by_use_or_because_there_is_one(tmp_path, writ
         ("bad.jsonl.gz", b"nonsense", r"cannot read .*bad\.jsonl\.gz as json: Not a gzipped file"),
         (
             "cut.jsonl.gz",
-            gzip.compress(b'{"a": 1}\n' * 99)[:-9],
+            gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9],
             r"cannot read .*cut\.jsonl\.gz as json: Compressed file",
         ),
         ("a.jsonl", b"", "is an empty data set"),

@@ -12,7 +12,7 @@ from tests.training.test_plan import PeakOfSteps
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    measure = PeakOfSteps()
+    measure = PeakOfSteps(num_steps=5)
     fit = IsdpoTrainer.fit
 
     def measured(self: IsdpoTrainer, *args: Any, **kwargs: Any) -> None:

@@ -109,6 +109,11 @@ def pair_logps(
     return PairLogps(chosen, rejected, *others)
 
 
+def newest_run(root: Path) -> Path:
+    """The folder of the last run under a root."""
+    return max(root.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+
+
 def read_metrics(run: Path) -> dict[str, dict[int, float]]:
     """The run's CSV log: key -> optimizer step -> value."""
     values: dict[str, dict[int, float]] = {}

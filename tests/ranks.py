@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from socket import socket
 from tempfile import TemporaryFile
 from time import monotonic, sleep
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
 def run_on_ranks(
-    commands: Sequence[Sequence[str]], *, size: int = 2, module: str = "tests.ranks", timeout: int = 300
+    commands: Sequence[Sequence[Any]], *, size: int = 2, module: str = "tests.ranks", timeout: int = 300
 ) -> str:
     """Runs commands on all ranks at once; what rank 0 printed.
 

@@ -202,11 +202,11 @@ def _put_in_place(written: Path, path: Path, folder_name: str) -> None:
     if not written.is_dir():
         written.replace(path)
         return
-    previous = path.resolve() if path.is_symlink() else None
     folder, link = path.with_name(f"{folder_name}-{uuid4().hex[:8]}"), path.with_suffix(".link")
     written.rename(folder)
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     link.replace(path)
-    if previous is not None:
-        shutil.rmtree(previous, ignore_errors=True)
+    for other in path.parent.glob("last-*"):  # the one before, and what a kill has left
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Models in parts, on two ranks: every way in which weights get there, on several architectures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -44,5 +43,5 @@ def test_models_in_parts_are_the_whole_ones(tmp_path: Path) -> None:
         folder = save(tmp_path / architecture, architecture, ARCHITECTURES[architecture])
         # Checkpoints of experts are not named as the model's tensors are.
         cases.append((architecture, {"path": folder}, "rank 0" if architecture == "mixtral" else "slices"))
-    printed = run_on_ranks([json.loads(json.dumps(case)) for case in cases], module="tests.policy.sharded_ranks")
+    printed = run_on_ranks(cases, module="tests.policy.sharded_ranks")
     assert printed.count("the same") == len(cases) + 1

@@ -91,6 +91,13 @@ def save_model(folder: Path, config: Any) -> str:
     return str(folder)
 
 
+def equal_rows(pairs_file: str, folder: Path) -> list[str]:
+    """Data whose first micro-batch is as long as its longest."""
+    row = Path(pairs_file).read_text().splitlines()[0]
+    (folder / "pairs.jsonl").write_text(f"{row}\n" * 32)
+    return [f"--data.{split}={folder / 'pairs.jsonl'}" for split in ("train", "val")]
+
+
 SETTINGS: dict[str, tuple[Any, list[str]]] = {
     "llama": (LlamaConfig(**LLAMA, tie_word_embeddings=False), []),
     "tied": (LlamaConfig(**LLAMA, tie_word_embeddings=True), ["--data.micro_batch_size=4"]),
@@ -134,14 +141,12 @@ def test_the_peak_is_the_profilers(
     monkeypatch: Any,
 ) -> None:
     """On rows that are all equally long, so that the longest micro-batch is the one that is measured."""
-    row = Path(pairs_file).read_text().splitlines()[0]
-    (tmp_path / "pairs.jsonl").write_text(f"{row}\n" * 32)
     folder = save_model(tmp_path / "model", config)
     kind = [option for option in options if option.startswith(("--model=", "--data="))]
     options = [option for option in options if option not in kind]
     path = "--model.backbone.path" if "RewardModule" in str(kind) else "--model.policy.path"
     shared = [option for option in tiny if "policy.path" not in option]
-    data = [f"--data.train={tmp_path / 'pairs.jsonl'}", f"--data.val={tmp_path / 'pairs.jsonl'}"]
+    data = equal_rows(pairs_file, tmp_path)
     arguments = [*kind, *shared, *data, f"{path}={folder}", *options, f"--trainer.default_root_dir={tmp_path}"]
     cli.main(["plan", *arguments])
     measure = PeakOfSteps()
@@ -165,10 +170,8 @@ def test_the_peak_is_the_profilers(
 def test_the_peak_of_a_rank_is_the_profilers(
     options: list[str], tiny: list[str], pairs_file: str, planned: list[Plan], tmp_path: Path
 ) -> None:
-    row = Path(pairs_file).read_text().splitlines()[0]
-    (tmp_path / "pairs.jsonl").write_text(f"{row}\n" * 32)
     folder = save_model(tmp_path / "model", LlamaConfig(**LLAMA | {"hidden_size": 128, "num_hidden_layers": 6}))
-    data = [f"--data.train={tmp_path / 'pairs.jsonl'}", f"--data.val={tmp_path / 'pairs.jsonl'}"]
+    data = equal_rows(pairs_file, tmp_path)
     arguments = [*tiny, *data, f"--model.policy.path={folder}", *options, "--trainer.strategy=fsdp2"]
     arguments.append(f"--trainer.default_root_dir={tmp_path}")
     cli.main(["plan", *arguments, "--devices=2"])

@@ -16,7 +16,7 @@ from lit_isdpo.cli import main
 from lit_isdpo.evaluation import reference_logps
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.training.preference import PreferenceModule
-from tests.conftest import read_metrics
+from tests.conftest import newest_run, read_metrics
 from tests.ranks import DDP, run_on_ranks
 
 STEPS = ["--trainer.max_steps=4", "--data.batch_size=8", "--data.micro_batch_size=4"]
@@ -25,7 +25,7 @@ CACHE = ["--model.reference.cache=true"]
 
 def fit(options: list[str], root: Path) -> Path:
     main(["fit", *options, *STEPS, f"--trainer.default_root_dir={root}"])
-    return max((root).glob("version_*"), key=lambda run: int(run.name.split("_")[1]))
+    return newest_run(root)
 
 
 def assert_same_fit(run: Path, other: Path, *, tolerance: float) -> None:

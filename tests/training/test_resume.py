@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoints import _put_in_place
-from tests.conftest import read_metrics
+from tests.conftest import newest_run, read_metrics
 
 NUM_STEPS = 10  # of 4 to an epoch
 
@@ -32,7 +32,7 @@ class StopAt(Callback):
 def fit(root: Path, arguments: list[str]) -> Path:
     """Runs a fit and returns its newest run's folder."""
     main(["fit", *arguments, f"--trainer.default_root_dir={root}"])
-    return max(root.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+    return newest_run(root)
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
@@ -183,3 +183,7 @@ def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):  # just before the new one counts
         _put_in_place(written("third"), path, "last-2")
     assert (path / "content").read_text() == "second"
+    monkeypatch.undo()
+    _put_in_place(written("fourth"), path, "last-3")
+    assert (path / "content").read_text() == "fourth"
+    assert len(list(tmp_path.iterdir())) == 2, "nothing is left of the third"

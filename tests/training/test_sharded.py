@@ -17,7 +17,7 @@ from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.module import WEIGHTS_PREFIX
 from lit_isdpo.training.strategy import FSDP2Strategy
-from tests.conftest import read_metrics
+from tests.conftest import newest_run, read_metrics
 from tests.ranks import DDP, run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp_to_torch_save's
@@ -25,10 +25,6 @@ NUM_STEPS = 6  # of 4 to an epoch
 SHARDED = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
 EXACT = ("state_dict", "optimizer_0")  # of a sharded checkpoint
 TRAINED = ("train/loss", "train/grad_norm", "train/weights/mean", "train/logratios/chosen", "train/rewards/margins")
-
-
-def newest(root: Path) -> Path:
-    return max(root.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
 
 
 def last(run: Path) -> Path:
@@ -107,16 +103,16 @@ def root(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_sharded_ranks_are_one_process(root: Path, options: list[str], tmp_path: Path) -> None:
     """The same global batch in other shares; the first step is exactly at the reference."""
-    sharded = newest(root / "straight")
+    sharded = newest_run(root / "straight")
     main(["fit", *options, f"--trainer.max_steps={NUM_STEPS}", f"--trainer.default_root_dir={tmp_path / 'one'}"])
-    one = newest(tmp_path / "one")
+    one = newest_run(tmp_path / "one")
     assert_same_values(sharded, one)
     assert read_metrics(sharded)["train/logratios/chosen"][0] == 0
     assert_close(weights(sharded, tmp_path), weights(one, tmp_path))
 
 
 def test_two_sharded_ranks_resume_bit_for_bit(root: Path, tmp_path: Path) -> None:
-    straight, resumed = newest(root / "straight"), newest(root / "resumed")
+    straight, resumed = newest_run(root / "straight"), newest_run(root / "resumed")
     ours, expected = tensors(last(resumed), tmp_path), tensors(last(straight), tmp_path)
     for key in EXACT:
         assert_identical(ours[key], expected[key], key)
@@ -216,7 +212,7 @@ def variants(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_resumes_bit_for_bit(name: str, variants: Path, tmp_path: Path) -> None:
-    straight, resumed = (newest(variants / name / part) for part in ("straight", "resumed"))
+    straight, resumed = (newest_run(variants / name / part) for part in ("straight", "resumed"))
     ours, expected = end_of(resumed, tmp_path), end_of(straight, tmp_path)
     assert_identical(ours, expected)
     values, unbroken = read_metrics(resumed), read_metrics(straight)
@@ -232,7 +228,7 @@ def test_every_variant_is_one_process(
     own = [option.replace("UNTIED", untied_dir) for option in VARIANTS[name] if not option.startswith("--trainer")]
     steps = [f"--trainer.max_steps={NUM_STEPS}", "--probe.num_prompts=0"]
     main(["fit", *options, *own, *steps, f"--trainer.default_root_dir={tmp_path / 'one'}"])
-    sharded, one = newest(variants / name / "straight"), newest(tmp_path / "one")
+    sharded, one = newest_run(variants / name / "straight"), newest_run(tmp_path / "one")
     if "bfloat16" in name:  # where sums are rounded otherwise, at 8 bits
         values, expected = (list(read_metrics(run)["train/loss"].values()) for run in (sharded, one))
         assert values == pytest.approx(expected, abs=2e-3)
@@ -245,7 +241,7 @@ def test_every_variant_is_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two to one", "one to two", "plain to two"])
 def test_a_checkpoint_goes_on_with_other_ranks(name: str, variants: Path, root: Path, tmp_path: Path) -> None:
-    resumed, straight = newest(variants / name), newest(root / "straight")
+    resumed, straight = newest_run(variants / name), newest_run(root / "straight")
     values, unbroken = read_metrics(resumed), read_metrics(straight)
     for key in TRAINED:
         expected = {step: value for step, value in unbroken[key].items() if step >= 3}
@@ -255,32 +251,32 @@ def test_a_checkpoint_goes_on_with_other_ranks(name: str, variants: Path, root: 
 
 @pytest.mark.slow
 def test_one_file_goes_on_without_ranks(variants: Path, options: list[str], tmp_path: Path) -> None:
-    stopped, straight = (newest(variants / "one file" / part) for part in ("stopped", "straight"))
+    stopped, straight = (newest_run(variants / "one file" / part) for part in ("stopped", "straight"))
     steps = [f"--trainer.max_steps={NUM_STEPS}", "--probe.num_prompts=0", f"--ckpt_path={last(stopped)}"]
     main(["fit", *options, *steps, f"--trainer.default_root_dir={tmp_path / 'one'}"])
-    assert_close(weights(newest(tmp_path / "one"), tmp_path), weights(straight, tmp_path))
+    assert_close(weights(newest_run(tmp_path / "one"), tmp_path), weights(straight, tmp_path))
 
 
 @pytest.mark.slow
 def test_checkpoints_hold_what_they_should(variants: Path, tmp_path: Path) -> None:
-    adapter = end_of(newest(variants / "lora" / "straight"), tmp_path)["state_dict"]
+    adapter = end_of(newest_run(variants / "lora" / "straight"), tmp_path)["state_dict"]
     assert adapter
     assert all("lora_" in name for name in adapter)
-    whole = torch.load(last(newest(variants / "one file" / "straight")), weights_only=True)
+    whole = torch.load(last(newest_run(variants / "one file" / "straight")), weights_only=True)
     assert all(name.startswith(WEIGHTS_PREFIX) for name in whole["state_dict"])
     main(
         [
             "export",
-            f"--ckpt_path={last(newest(variants / 'lora' / 'straight'))}",
+            f"--ckpt_path={last(newest_run(variants / 'lora' / 'straight'))}",
             "--as_adapter=true",
             f"--output_dir={tmp_path / 'adapter'}",
         ]
     )
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
-    best = sorted(newest(variants / "cached" / "straight").glob("checkpoints/best-*.ckpt"))
+    best = sorted(newest_run(variants / "cached" / "straight").glob("checkpoints/best-*.ckpt"))
     assert len(best) == 1
     assert StoredCheckpoint(best[0]).holds(WEIGHTS_PREFIX)
-    folder = last(newest(variants / "lora" / "straight"))
+    folder = last(newest_run(variants / "lora" / "straight"))
     assert folder.is_symlink()
     assert [path.name[:6] for path in folder.parent.iterdir() if not path.is_symlink()] == ["last-6"]
 
@@ -288,16 +284,16 @@ def test_checkpoints_hold_what_they_should(variants: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_validation_is_one_process(variants: Path, options: list[str], root: Path, tmp_path: Path) -> None:
     """What the fit logged at its end, the verb finds again."""
-    validated, fitted = read_metrics(newest(variants / "validate")), read_metrics(newest(root / "straight"))
+    validated, fitted = read_metrics(newest_run(variants / "validate")), read_metrics(newest_run(root / "straight"))
     assert [*validated["val/loss"].values()] == pytest.approx([fitted["val/loss"][NUM_STEPS]], abs=1e-6)
-    assert read_metrics(newest(variants / "test"))["test/loss"]
+    assert read_metrics(newest_run(variants / "test"))["test/loss"]
 
 
 @pytest.mark.slow
 def test_demonstrations_are_learned_in_parts_too(variants: Path, options: list[str], tmp_path: Path) -> None:
     sft = ["--model=SFTModule", "--data=SFTDataModule", *options, "--probe.num_prompts=0"]
     main(["fit", *sft, "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"])
-    values, expected = (read_metrics(newest(root))["train/loss"] for root in (variants / "sft", tmp_path))
+    values, expected = (read_metrics(newest_run(root))["train/loss"] for root in (variants / "sft", tmp_path))
     assert values == pytest.approx(expected, abs=1e-5)
 
 
@@ -318,10 +314,10 @@ def test_one_rank_that_must_leave_stops_all(options: list[str], tmp_path: Path) 
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75, (tmp_path / "output").read_text()
     assert "Traceback" not in (tmp_path / "output").read_text()
-    run = newest(tmp_path)
+    run = newest_run(tmp_path)
     stopped = StoredCheckpoint(last(run)).extras["global_step"]
     more = [f"--trainer.max_steps={stopped + 1}", *SHARDED]
     target = [f"--ckpt_path={last(run)}", f"--trainer.default_root_dir={tmp_path / 'resumed'}"]
     printed = run_on_ranks([["fit", *options, *more, "--probe.num_prompts=0", *target]])
     assert f"trainer.max_steps: -1 -> {stopped + 1}" in printed
-    assert StoredCheckpoint(last(newest(tmp_path / "resumed"))).extras["global_step"] == stopped + 1
+    assert StoredCheckpoint(last(newest_run(tmp_path / "resumed"))).extras["global_step"] == stopped + 1

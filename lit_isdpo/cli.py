@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's verbs, two that the trainer adds (precompute, plan), and export and study.
+"""The command line: LightningCLI's verbs, the trainer's own (precompute, inspect, plan), and export and study.
 
 ``main`` serves ``python -m lit_isdpo``, the console script ``lit-isdpo`` and Python.
 """
@@ -85,7 +85,8 @@ class IsdpoCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs, and the trainer's own."""
-        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in ("precompute", "plan")}
+        own = ("precompute", "inspect", "plan")
+        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in own}
 
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
@@ -102,7 +103,7 @@ class IsdpoCLI(LightningCLI):
             config.evaluation.folder = str(Path(config.trainer.default_root_dir) / "evaluations")
         if (reference := config.model.init_args.get("reference")) and reference.cache_dir is None:  # shared by runs too
             reference.cache_dir = str(Path(config.trainer.default_root_dir) / "reference_logps")
-        if self.subcommand == "plan":  # for another machine than this one
+        if self.subcommand in ("inspect", "plan"):  # for another machine than this one
             for key, value in {"accelerator": "cpu", "devices": 1, "num_nodes": 1}.items():
                 config.trainer[key] = value
             if not is_sharded(config):

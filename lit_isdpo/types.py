@@ -4,7 +4,7 @@ Shape legend: B pairs, S sequences (2B in a preference batch: chosen first, then
 input, T positions of a row, C positions of the longest completion, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -25,6 +25,9 @@ class Message(TypedDict):
     content: str
 
 
+Prompt = str | list[Message]
+
+
 class PreferenceExample(NamedTuple):
     """One preference pair as text: what ``data.formats`` makes of a row.
 
@@ -34,7 +37,7 @@ class PreferenceExample(NamedTuple):
     ``weight`` (at least 0), and its scaled preference must exceed ``margin``, both where the user names a column.
     """
 
-    prompt: str | list[Message]
+    prompt: Prompt
     chosen: str
     rejected: str
     chosen_behavior_logps: float | None = None
@@ -46,12 +49,15 @@ class PreferenceExample(NamedTuple):
 class SFTExample(NamedTuple):
     """One demonstration as text."""
 
-    prompt: str | list[Message]
+    prompt: Prompt
     completion: str
 
 
 class TokenizedPair(NamedTuple):
-    """A pair as token ids. The prompt is one list shared by both responses, so that they cannot disagree about it."""
+    """A pair as token ids. The prompt is one list shared by both responses, so that they cannot disagree about it.
+
+    ``changes`` says what was cut of the text, in the words of ``data.truncation.Change``.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -60,13 +66,15 @@ class TokenizedPair(NamedTuple):
     rejected_behavior_logps: float | None = None
     weight: float = 1.0
     margin: float = 0.0
+    changes: Sequence[str] = ()
 
 
 class TokenizedExample(NamedTuple):
-    """A demonstration as token ids."""
+    """A demonstration as token ids; ``changes`` as in :class:`TokenizedPair`."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    changes: Sequence[str] = ()
 
 
 class TokenBatch(NamedTuple):

@@ -19,19 +19,21 @@ from typing import Any, NamedTuple, cast, get_args
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lit_isdpo.data import accounts
+from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.formats import FORMATS, check_pairing
 from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, RowType, TokenizedSource, tokenize_rows
 from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder
 from lit_isdpo.data.sources import OpenSource, Sources, as_sources
-from lit_isdpo.data.splits import Split, Splits
-from lit_isdpo.data.tokenization import ChatTemplate, Prompt, TruncationMode, load_tokenizer, pad_token_id
-from lit_isdpo.types import InputError
+from lit_isdpo.data.splits import Duplicates, Splits
+from lit_isdpo.data.tokenization import ChatTemplate, load_tokenizer, pad_token_id
+from lit_isdpo.data.truncation import TruncationMode
+from lit_isdpo.types import InputError, Prompt
 
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
@@ -70,7 +72,8 @@ class TextDataModule(LightningDataModule, ABC):
             no accumulation.
         max_length: of a prompt and its response together, in tokens; longer responses are cut and get no EOS.
         max_prompt_length: of a prompt, in tokens. Default: half of ``max_length``.
-        truncation_mode: which end of a prompt that is too long is kept.
+        truncation_mode: which end of a prompt that is too long is kept, where leaving out the first messages of a
+            conversation does not help (``keep_end``); ``drop`` leaves the row out.
         chat_template: auto uses the tokenizer's chat template for conversations where there is one, always for string
             prompts too, never writes plain transcripts.
         val_size: how much of the training rows is held out where there are no validation rows: a fraction, or a number
@@ -84,6 +87,10 @@ class TextDataModule(LightningDataModule, ABC):
         num_workers: processes that collate batches in the background.
         eval_batch_size: rows of a forward on one rank in evaluations. Default: ``micro_batch_size``.
         num_proc: processes that tokenize. Default: one a core where there are many rows.
+        max_dropped_fraction: of a source's rows. Where more must be left out, because they are malformed or empty, the
+            run stops: a format, column or chat template may be wrong.
+        duplicates: what becomes of rows whose tokens are all those of an earlier one. They are counted, and kept by
+            default: pairs that were sampled may rightly come twice.
         predict_split: train, val or test: whose prompts ``predict`` responds to. Default: the test rows, or the
             validation rows where there are none. What is held out for validation is not among the training rows.
 
@@ -119,6 +126,8 @@ class TextDataModule(LightningDataModule, ABC):
         num_workers: int = 0,
         eval_batch_size: int | None = None,
         num_proc: int | None = None,
+        max_dropped_fraction: float = 0.25,
+        duplicates: Duplicates = "keep",
         predict_split: Split | None = None,
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
@@ -143,10 +152,21 @@ class TextDataModule(LightningDataModule, ABC):
         self.predict_split = predict_split
         self.read_options: dict[str, Any] = {}  # of row_type.read
         self._check_arguments()
+        if not 0 <= max_dropped_fraction <= 1:
+            raise InputError(f"data.max_dropped_fraction is {max_dropped_fraction}; it must lie between 0 and 1")
+        if duplicates not in get_args(Duplicates):
+            raise InputError(f"data.duplicates is {duplicates!r}; known: {', '.join(get_args(Duplicates))}")
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
         plain = {split: [asdict(source) for source in sources] or None for split, sources in self.sources.items()}
         self.save_hyperparameters({**arguments, **plain}, logger=False)
-        self.splits = Splits(self.sources, self.row_type, val_size=self.val_size, read=self._read)
+        self.splits = Splits(
+            self.sources,
+            self.row_type,
+            val_size=self.val_size,
+            max_dropped_fraction=max_dropped_fraction,
+            duplicates=duplicates,
+            read=self._read,
+        )
         self._order: TrainingOrder | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -237,7 +257,8 @@ class TextDataModule(LightningDataModule, ABC):
         missing = [split for split in self._stage_splits(stage) if split not in self.splits.rows]
         for split in missing:
             self.splits.load(split)
-        self._print([line for split in missing for line in self.splits.report(split)])
+        if missing:
+            self._print_counts(missing)
 
     def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
         """A split of a source, tokenized; messages call it ``label``."""
@@ -257,10 +278,9 @@ class TextDataModule(LightningDataModule, ABC):
         )
 
     @rank_zero_only
-    def _print(self, lines: Sequence[str]) -> None:
-        console = Console(highlight=False, soft_wrap=True)
-        for line in lines:
-            console.print(line, markup=False)
+    def _print_counts(self, splits: Sequence[Split]) -> None:
+        counts = {split: self.splits.counts[split] for split in splits}
+        accounts.console().print(accounts.table(counts, unit=self.row_type.kind), markup=False)
 
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:
         if stage != "predict":

@@ -23,11 +23,13 @@ class Reason(StrEnum):
     TWO_PROMPTS = "two different prompts"
     NO_PREFERENCE = "no two responses with different scores"
     EMPTY_PROMPT = "empty prompt"
+    LONG_PROMPT = "over-long prompt"
     EMPTY_RESPONSE = "empty response"
     IDENTICAL = "identical pair"
     IDENTICAL_TOKENS = "identical after truncation"
     CUT_BEHAVIOR = "truncated, so that its behavior log-probs do not hold"
     TEMPLATE = "refused by the chat template"
+    DUPLICATE = "duplicated row"
 
 
 class RowError(ValueError):

@@ -4,9 +4,9 @@ The table keeps a line for every row that was read, also for one that is dropped
 a line for each pair that is made of it. A row's or pair's id is its line, and ``row`` is its place in the data. For the
 rows of ``strings`` in formats.py, of which the second has an empty response:
 
-    prompt_ids         chosen_ids   rejected_ids   weight  margin  dropped           prompt_key              row
-    [1, 17, 10, 17]    [19, 2]      [20, 2]        1.0     0.0     None              -8054872367124087219    0
-    []                 []           []             None    None    empty response    0                       1
+    prompt_ids        chosen_ids  rejected_ids  weight  margin  changes  dropped         prompt_key            row
+    [1, 17, 10, 17]   [19, 2]     [20, 2]       1.0     0.0     []       None            -8054872367124087219  0
+    []                []          []            None    None    []       empty response  0                     1
 
 Besides ``prompt_key``, a hash of the prompt's ids, there is ``row_key``, one of all of a pair's ids.
 """
@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ from lit_isdpo.data.tokenization import tokenize_example, tokenize_pair
 from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 # Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
-_TOKENS_VERSION = 3
+_TOKENS_VERSION = 4
 _NUMBERS = ("prompt_key", "row_key", "row")
 _ROWS_PER_PROCESS = 25_000  # fewer are tokenized before another process has begun
 _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
@@ -99,11 +100,24 @@ class Rows(Dataset[tuple[int, Any]]):
         """``(N,)`` int64; rows have the same key when all of their tokens are the same, prompt and responses."""
         return torch.tensor(self.table.data.column("row_key").to_numpy())[self.positions]
 
+    def repeated(self) -> Tensor:
+        """``(N,)`` bool, true at rows whose tokens are all those of an earlier row."""
+        repeated = torch.ones(len(self), dtype=torch.bool)
+        repeated[torch.from_numpy(np.unique(self.keys().numpy(), return_index=True)[1])] = False
+        return repeated
+
     def lengths(self) -> Tensor:
         """``(N,)`` int64, tokens of each row: the prompt's, once, and the responses'."""
-        names = [name for name in self.row_type.item._fields if name.endswith("_ids")]
-        counts = [pc.list_value_length(self.table.data.column(name)).to_numpy() for name in names]
-        return torch.from_numpy(sum(counts).astype("int64"))[self.positions]
+        return torch.stack(list(self.num_tokens().values())).sum(0)
+
+    def num_tokens(self) -> dict[str, Tensor]:
+        """``(N,)`` int64 tokens of each part of the rows: prompt, chosen and rejected, or prompt and completion."""
+        parts = [name for name in self.row_type.item._fields if name.endswith("_ids")]
+        counts = {name: pc.list_value_length(self.table.data.column(name)).to_numpy() for name in parts}
+        return {
+            name.removesuffix("_ids"): torch.from_numpy(count.astype("int64"))[self.positions]
+            for name, count in counts.items()
+        }
 
     def without_behavior_logps(self) -> Tensor:
         """Ids of the pairs whose behavior log-probs are not known, int64."""
@@ -127,6 +141,14 @@ class TokenizedSource(NamedTuple):
     rows: Any
     kept: Tensor
     dropped: dict[str, int]
+
+    def changes(self, lines: Tensor) -> dict[str, int]:
+        """Number of these ``(N,)`` lines by what was changed in them, the commonest first."""
+        return _counted(pc.list_flatten(self.table.data.column("changes").take(lines.numpy())))
+
+
+def _counted(words: Any) -> dict[str, int]:
+    return dict(Counter(words.to_pylist()).most_common())
 
 
 def tokenize_rows(
@@ -154,7 +176,7 @@ def tokenize_rows(
 
     Raises:
         InputError: the format or the chat template does not fit, a column that was named is not there, the text is not
-            UTF-8, no row can be used, or all weights are 0.
+            UTF-8, or all weights are 0.
     """
     read_options = read_options or {}
     try:
@@ -173,11 +195,8 @@ def tokenize_rows(
         raise InputError(f"{name}: the text is not UTF-8: {error.reason}") from error
     reasons = table.data.column("dropped")
     kept = torch.from_numpy(pc.is_null(reasons).to_numpy().nonzero()[0])
-    dropped = dict(Counter(reasons.drop_null().to_pylist()).most_common())
-    if not len(kept):
-        why = ", ".join(f"{number} x {reason}" for reason, number in dropped.items())
-        raise InputError(f"{name}: none of the {len(rows)} rows can be used: {why}")
-    if read_options.get("weight_column") and not pc.max(table.data.column("weight")).as_py():
+    dropped = _counted(reasons.drop_null())
+    if len(kept) and read_options.get("weight_column") and not pc.max(table.data.column("weight")).as_py():
         raise InputError(
             f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
             "nothing to learn"
@@ -198,9 +217,9 @@ def _map(
     content = rows._fingerprint  # of the rows, or of the file that they were read into
     how = [row_type.kind, format, sorted(read_options.items()), _tokenizer_key(tokenizer), sorted(options.items())]
     key = [_TOKENS_VERSION, content, *how]
-    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("float64")
+    ids, number, words = (datasets.List(datasets.Value("int32")), datasets.Value("float64"), datasets.Value("string"))
     features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
-    features |= {"dropped": datasets.Value("string")} | dict.fromkeys(_NUMBERS, datasets.Value("int64"))
+    features |= {"changes": datasets.List(words), "dropped": words} | dict.fromkeys(_NUMBERS, datasets.Value("int64"))
     # Some public data sets hold their tokens too: what is not read need not be unpacked.
     named = {"prompt", *BEHAVIOR_COLUMNS, *read_options.values()}
     named.update(required_columns(format, row_type.kind, rows.column_names))
@@ -301,7 +320,7 @@ def _key(numbers: Sequence[int]) -> int:
 
 
 def _dropped(error: RowError, fields: Sequence[str]) -> dict[str, Any]:
-    blank: dict[str, Any] = {field: [] if field.endswith("_ids") else None for field in fields}
+    blank: dict[str, Any] = {field: [] if field.endswith("_ids") or field == "changes" else None for field in fields}
     return blank | {"dropped": error.reason.value, "prompt_key": 0, "row_key": 0}
 
 

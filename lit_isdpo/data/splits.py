@@ -5,42 +5,24 @@ neither are held out of the training rows.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import datasets
 import torch
+from torch import Tensor
 
+from lit_isdpo.data.accounts import SourceCounts, Split, check_dropped
 from lit_isdpo.data.formats import read_prompt
+from lit_isdpo.data.readers import Reason
 from lit_isdpo.data.rows import Rows, RowType, TokenizedSource, hold_out
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
-from lit_isdpo.data.tokenization import Prompt
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, Prompt
 
-Split = Literal["train", "val", "test"]
+Duplicates = Literal["keep", "drop"]
 _PUBLIC_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
-
-
-class SourceCounts(NamedTuple):
-    """What became of the rows of one source.
-
-    ``kept``, ``held_out`` and those ``dropped``, by reason, add up to ``lines``: the rows that were read, but where a
-    row holds several responses, the pairs that were made of them.
-    """
-
-    source: str
-    format: str
-    read: int
-    kept: int
-    held_out: int
-    dropped: dict[str, int]
-
-    @property
-    def lines(self) -> int:
-        """Lines of the table."""
-        return self.kept + self.held_out + sum(self.dropped.values())
 
 
 class Splits:
@@ -50,6 +32,9 @@ class Splits:
         sources: what was named for each split.
         row_type: whether rows are pairs or demonstrations.
         val_size: how much is held out where there are no validation rows, as in :func:`~lit_isdpo.data.rows.hold_out`.
+        max_dropped_fraction: of a source's rows; where more must be left out, nothing is read. ``None``: read all the
+            same, be there no row left.
+        duplicates: what becomes of a row whose tokens are all those of an earlier one of its split.
         read: tokenizes a split of a source; its arguments are the source, its own name of the split, and what messages
             call it.
 
@@ -64,14 +49,18 @@ class Splits:
         row_type: RowType,
         *,
         val_size: int | float,
+        max_dropped_fraction: float | None,
+        duplicates: Duplicates,
         read: Callable[[OpenSource, str, str], TokenizedSource],
     ) -> None:
         self.sources, self.row_type, self.val_size = sources, row_type, val_size
         self.rows: dict[Split, Rows] = {}
         self.counts: dict[Split, list[SourceCounts]] = {}
+        self.max_dropped_fraction, self.duplicates = max_dropped_fraction, duplicates
         self._read = read
         self._raw: dict[Split, list[Any]] = {}
         self._opened: dict[Split, list[OpenSource]] = {}
+        self._repeated: dict[Split, Tensor] = {}  # row ids
 
     def parts(self, split: Split) -> list[tuple[OpenSource, str]]:
         """The sources of a split, and what each of them calls it; none where there is nothing to read."""
@@ -110,20 +99,41 @@ class Splits:
         if not parts:  # and split == "val"
             self._hold_out()
             return
-        tables, positions, counts, offset = [], [], [], 0
-        self._raw[split] = []
+        sources = []
         for source, name in parts:
             path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
-            tokenized = self._read(source, name, f"data.{split}: {path}")
-            tables.append(tokenized.table)
-            positions.append(tokenized.kept + offset)
-            kept, read = len(tokenized.kept), len(tokenized.rows)
-            counts.append(SourceCounts(path, tokenized.format, read, kept, 0, tokenized.dropped))
-            self._raw[split].append(tokenized.rows)
-            offset += len(tokenized.table)
+            sources.append((path, self._read(source, name, f"data.{split}: {path}")))
+        tables = [source.table for _, source in sources]
         table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-        self.rows[split] = Rows(table, torch.cat(positions), self.row_type)
+        offsets = accumulate((len(part) for part in tables[:-1]), initial=0)
+        positions = [source.kept + offset for (_, source), offset in zip(sources, offsets, strict=True)]
+        rows = Rows(table, torch.cat(positions), self.row_type)
+        repeated = rows.repeated()
+        counts = [
+            self._count(path, source, part)
+            for (path, source), part in zip(sources, repeated.split([len(part) for part in positions]), strict=True)
+        ]
+        if self.max_dropped_fraction is not None:
+            for part in counts:
+                check_dropped(part, split, self.max_dropped_fraction)
+        self._raw[split] = [source.rows for _, source in sources]
+        self._repeated[split] = rows.positions[repeated]
         self.counts[split] = counts
+        if self.duplicates == "drop":
+            rows = Rows(table, rows.positions[~repeated], self.row_type)
+        self.rows[split] = rows
+
+    def _count(self, path: str, source: TokenizedSource, repeated: Tensor) -> SourceCounts:
+        """Counts what became of a source, of whose ``(N,)`` kept lines some repeat others."""
+        number = int(repeated.sum())
+        counted = {Reason.DUPLICATE.value: number} if number else {}
+        if self.duplicates == "drop":
+            kept = source.kept[~repeated]
+            dropped, changed = source.dropped | counted, source.changes(kept)
+        else:
+            kept = source.kept
+            dropped, changed = source.dropped, source.changes(kept) | counted
+        return SourceCounts(path, source.format, len(source.rows), len(kept), 0, dropped, changed)
 
     def _hold_out(self) -> None:
         """Moves a part of the training rows to the validation rows."""
@@ -139,18 +149,29 @@ class Splits:
             for source, number in zip(counts, held_out, strict=True)
         ]
         self.counts["val"] = [
-            SourceCounts("held out of data.train", counts[0].format, sum(held_out), sum(held_out), 0, {})
+            SourceCounts("held out of data.train", counts[0].format, sum(held_out), sum(held_out), 0, {}, {})
         ]
 
-    def report(self, split: Split) -> list[str]:
-        """A line for each source of a split: what was read, kept and left out, and why."""
-        lines = []
-        for source in self.counts[split]:
-            left_out = source.dropped | ({"held out": source.held_out} if source.held_out else {})
-            why = "".join(f", {number:,} {reason}" for reason, number in left_out.items())
-            pairs = " pairs" if source.lines != source.read else ""
-            lines.append(f"data.{split}: {source.source}: {source.read:,} rows read, {source.kept:,}{pairs} kept{why}")
-        return lines
+    def noted(self, split: Split) -> Iterator[dict[str, Any]]:
+        """The rows of a split that are left out, were changed or repeat another: what became of each, and the row.
+
+        Of rows that were held out, those of the training rows are given.
+        """
+        read_as = self._read_as(split)
+        table, repeated = self.rows[split].table, set(self._repeated[read_as].tolist())
+        columns = [table.data.column(name).to_pylist() for name in ("row", "dropped", "changes")]
+        for line, (row, dropped, changes) in enumerate(zip(*columns, strict=True)):
+            because = [dropped] if dropped else [*changes, *([Reason.DUPLICATE.value] if line in repeated else [])]
+            if because:
+                source, _, raw = self._find(split, line)
+                yield {
+                    "split": read_as,
+                    "source": source.source,
+                    "row": row,
+                    "left_out": bool(dropped) or (line in repeated and self.duplicates == "drop"),
+                    "because": because,
+                    "content": raw[row],
+                }
 
     def row_name(self, split: Split, row_id: int) -> str:
         """A row in words, for messages: ``row 17 of pairs.jsonl``, counted from 0 as it was read."""

@@ -6,22 +6,24 @@ What is encoded, for a conversation with one turn and the response "4":
     a chat template      "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"   "4<|im_end|>"
     without a template   "\n\nHuman: 2 + 2?\n\nAssistant:"  (with BOS)        " 4" + EOS
 
-A prompt that is too long loses its beginning (or its end); a response that is too long loses its end, EOS included, so
-that the model does not learn to stop where the data was merely cut.
+A prompt that is too long loses its first messages, else its beginning (or its end), see ``truncation``; a response that
+is too long loses its end, EOS included, so that the model does not learn to stop where the data was merely cut.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample, TokenizedExample, TokenizedPair
+from lit_isdpo.data.truncation import Change, Fitted, TruncationMode, fit_length
+from lit_isdpo.types import InputError, Message, PreferenceExample, Prompt, SFTExample, TokenizedExample, TokenizedPair
 
-TruncationMode = Literal["keep_end", "keep_start"]
 ChatTemplate = Literal["auto", "always", "never"]
-Prompt = str | list[Message]
+_OPENING = "\n\nAssistant:"  # of a plain transcript's answer
+_ANCHOR = "\n"
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -79,18 +81,18 @@ def tokenize_pair(
         tokenizer: with an EOS token.
         max_length: of the prompt and a response together, in tokens.
         max_prompt_length: in tokens, at least 1 and less than ``max_length``.
-        truncation_mode: which end of a prompt that is too long is kept.
+        truncation_mode: which end of a prompt that is too long is kept, or ``drop``.
         chat_template: ``auto`` uses the tokenizer's template for message lists, ``always`` for strings too (as one user
             turn), ``never`` writes conversations as a plain transcript.
 
     Raises:
-        RowError: the prompt has no tokens, a response is empty, the responses are the same, or they were cut although
-            they have behavior log-probs, which are those of the whole response.
+        RowError: the prompt has no tokens or may not be cut, a response is empty, the responses are the same, or they
+            were cut although they have behavior log-probs, which are those of the whole response.
         InputError: the template does not render a prompt as the beginning of prompt and response.
     """
     if example.chosen == example.rejected:
         raise RowError(Reason.IDENTICAL)
-    prompt_ids, (chosen_ids, rejected_ids), was_cut = _tokenize(
+    prompt_ids, (chosen_ids, rejected_ids), changes = _tokenize(
         example.prompt,
         [example.chosen, example.rejected],
         tokenizer,
@@ -101,7 +103,7 @@ def tokenize_pair(
     )
     if chosen_ids == rejected_ids:
         raise RowError(Reason.IDENTICAL_TOKENS)
-    if was_cut and example.chosen_behavior_logps is not None:
+    if example.chosen_behavior_logps is not None and not {Change.INNER_TERMINATOR}.issuperset(changes):
         raise RowError(Reason.CUT_BEHAVIOR)
     return TokenizedPair(
         prompt_ids,
@@ -111,6 +113,7 @@ def tokenize_pair(
         example.rejected_behavior_logps,
         example.weight,
         example.margin,
+        changes,
     )
 
 
@@ -124,7 +127,7 @@ def tokenize_example(
     chat_template: ChatTemplate = "auto",
 ) -> TokenizedExample:
     """Encodes a demonstration; arguments and errors as in :func:`tokenize_pair`."""
-    prompt_ids, (completion_ids,), _ = _tokenize(
+    prompt_ids, (completion_ids,), changes = _tokenize(
         example.prompt,
         [example.completion],
         tokenizer,
@@ -133,7 +136,7 @@ def tokenize_example(
         truncation_mode=truncation_mode,
         chat_template=chat_template,
     )
-    return TokenizedExample(prompt_ids, completion_ids)
+    return TokenizedExample(prompt_ids, completion_ids, changes)
 
 
 def tokenize_response(
@@ -160,15 +163,26 @@ def tokenize_response(
         chat_template: likewise.
 
     Raises:
-        RowError: the prompt has no tokens, or the chat template refuses it.
+        RowError: the prompt has no tokens or may not be cut, or the chat template refuses it.
         InputError: as in :func:`tokenize_pair`.
     """
     if not isinstance(prompt, str) and _templated(prompt, tokenizer, chat_template) is None:
         response = response.removeprefix(" ")  # a policy writes the transcript's space itself
-    prompt_ids, (ids,) = _encode_parts(prompt, [response], tokenizer, chat_template)
-    ids = ids if finished else ids[:-1]
-    prompt_ids, (ids,), _ = _cut(prompt_ids, [ids], tokenizer, max_length, max_prompt_length, truncation_mode)
-    return TokenizedExample(prompt_ids, ids)
+
+    def encode(prompt: Prompt) -> tuple[list[int], list[list[int]]]:
+        prompt_ids, (ids,) = _encode_parts(prompt, [response], tokenizer, chat_template)
+        return prompt_ids, [ids if finished else ids[:-1]]
+
+    prompt_ids, (ids,), changes = fit_length(
+        prompt,
+        encode,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        bos_token_id=tokenizer.bos_token_id,
+        header=partial(_header, prompt, tokenizer, chat_template),
+    )
+    return TokenizedExample(prompt_ids, ids, changes)
 
 
 def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> str:
@@ -191,7 +205,7 @@ def transcript(messages: Sequence[Message]) -> str:
     """
     names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: "}
     text = "".join(names.get(turn["role"], "\n\n" if i else "") + turn["content"] for i, turn in enumerate(messages))
-    return text + "\n\nAssistant:"
+    return text + _OPENING
 
 
 def _tokenize(
@@ -203,14 +217,26 @@ def _tokenize(
     max_prompt_length: int,
     truncation_mode: TruncationMode,
     chat_template: ChatTemplate,
-) -> tuple[list[int], list[list[int]], bool]:
-    """Encodes a prompt with its responses, and cuts them; also says whether anything was cut."""
+) -> Fitted:
+    """Encodes a prompt with its responses, and makes them fit."""
     if not all(response.strip() for response in responses):
         raise RowError(Reason.EMPTY_RESPONSE)
-    prompt_ids, completions = _encode_parts(prompt, responses, tokenizer, chat_template)
-    if any(len(ids) == 1 for ids in completions):  # the terminator alone
-        raise RowError(Reason.EMPTY_RESPONSE)
-    return _cut(prompt_ids, completions, tokenizer, max_length, max_prompt_length, truncation_mode)
+
+    def encode(prompt: Prompt) -> tuple[list[int], list[list[int]]]:
+        prompt_ids, completions = _encode_parts(prompt, responses, tokenizer, chat_template)
+        if any(len(ids) == 1 for ids in completions):  # the terminator alone
+            raise RowError(Reason.EMPTY_RESPONSE)
+        return prompt_ids, completions
+
+    return fit_length(
+        prompt,
+        encode,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        bos_token_id=tokenizer.bos_token_id,
+        header=partial(_header, prompt, tokenizer, chat_template),
+    )
 
 
 def _encode_parts(
@@ -224,32 +250,20 @@ def _encode_parts(
         # A transcript's turns begin with a space; a string's own spaces are the user's.
         space = "" if isinstance(prompt, str) else " "
         prompt_ids = _encode_prompt(render_prompt(prompt, tokenizer, "never"), tokenizer)
-        completions = [_with_eos(_encode(space + response, tokenizer), tokenizer) for response in responses]
+        completions = [_with_eos(_encode_inside(space + response, tokenizer), tokenizer) for response in responses]
     if not prompt_ids:
         raise RowError(Reason.EMPTY_PROMPT)
     return prompt_ids, completions
 
 
-def _cut(
-    prompt_ids: list[int],
-    completions: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: TruncationMode,
-) -> tuple[list[int], list[list[int]], bool]:
-    """Cuts a prompt and its completions; also says whether anything was cut."""
-    assert 1 <= max_prompt_length < max_length
-    kept = prompt_ids
-    if len(prompt_ids) > max_prompt_length:
-        if truncation_mode == "keep_start":
-            kept = prompt_ids[:max_prompt_length]
-        else:
-            head = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
-            kept = head + prompt_ids[len(prompt_ids) - max_prompt_length + len(head) :]
-    room = max_length - len(kept)
-    was_cut = len(kept) < len(prompt_ids) or any(len(ids) > room for ids in completions)
-    return kept, [ids[:room] for ids in completions], was_cut
+def _header(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list[int]:
+    """The ids with which a prompt opens the assistant's turn; a plain text has none."""
+    messages = _templated(prompt, tokenizer, chat_template)
+    if messages is None:
+        return [] if isinstance(prompt, str) else _encode_inside(_OPENING, tokenizer)
+    opened = _render(messages, tokenizer, add_generation_prompt=True)
+    before = _render(messages, tokenizer, add_generation_prompt=False)
+    return _encode_inside(opened[len(before) :], tokenizer) if opened.startswith(before) else []
 
 
 def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTemplate) -> list[Message] | None:
@@ -265,17 +279,42 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTem
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # verbose would warn of texts longer than the model takes; they are cut later
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair
+        raise RowError(Reason.MALFORMED) from error
 
 
 def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Encodes with the tokenizer's own special tokens before the text, but none after it: the response follows."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    while len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        ids.pop()
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text had one already
-        ids.pop(0)
-    return ids
+    ids, leading = _encode(text, tokenizer), _leading_ids(tokenizer)
+    has_bos = ids[:1] == [tokenizer.bos_token_id] and leading[-1:] == ids[:1]
+    return [*(leading[:-1] if has_bos else leading), *ids]
+
+
+def _encode_inside(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encodes what follows other text.
+
+    SentencePiece puts a blank before every text, which would stand between a prompt and its response.
+    """
+    anchor = _anchor(tokenizer)
+    ids = _encode(_ANCHOR + text, tokenizer) if anchor else []
+    return ids[len(anchor) :] if anchor and ids[: len(anchor)] == anchor else _encode(text, tokenizer)
+
+
+@lru_cache(maxsize=8)
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    plain, full = _encode("a", tokenizer), list(tokenizer("a")["input_ids"])
+    starts = (at for at in range(len(full)) if full[at : at + len(plain)] == plain)
+    return full[: next(starts, 0)]
+
+
+@lru_cache(maxsize=8)
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of ``_ANCHOR`` where the tokenizer puts a blank before a text; none where it does not."""
+    alone, inside = _encode("b", tokenizer), _encode(_ANCHOR + "b", tokenizer)
+    return [] if inside[len(inside) - len(alone) :] == alone else _encode(_ANCHOR, tokenizer)
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -323,8 +362,8 @@ def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -
 
     Templates write more after that token, mostly a line break, which the model is never asked for.
     """
-    ids = _encode(text.rstrip(), tokenizer)
+    ids = _encode_inside(text.rstrip(), tokenizer)
     # A special token vanishes in decoding. Not every terminator is among tokenizer.all_special_ids: <|eot_id|> is not.
     if ids and tokenizer.decode(ids[-1:], skip_special_tokens=True) == "":
         return _ended_once(ids)
-    return _with_eos(_encode(text, tokenizer) if text.endswith(response) else ids, tokenizer)
+    return _with_eos(_encode_inside(text, tokenizer) if text.endswith(response) else ids, tokenizer)

@@ -33,10 +33,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from lit_isdpo.data.tokenization import Prompt, transcript
+from lit_isdpo.data.tokenization import transcript
 from lit_isdpo.evaluation.answers import Answers
 from lit_isdpo.evaluation.endpoint import Endpoint, NoAnswerError, RefusedError, StoppedError
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, Prompt
 
 TEMPLATES = Path(__file__).parent / "judge_prompts"
 PLACEHOLDERS = ("{prompt}", "{response_a}", "{response_b}")

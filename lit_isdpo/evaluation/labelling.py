@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.pairing import Pairing, choose_pairs
 from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import ChatTemplate, Prompt, tokenize_example
+from lit_isdpo.data.tokenization import ChatTemplate, tokenize_example
 from lit_isdpo.evaluation.kl import LOGITS_BUDGET
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Message, Response, SFTExample
+from lit_isdpo.types import InputError, Message, Prompt, Response, SFTExample
 
 _WHOLE = 2**31  # tokens: nothing is cut
 

@@ -11,14 +11,8 @@ import torch
 
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import (
-    ChatTemplate,
-    Prompt,
-    TruncationMode,
-    load_tokenizer,
-    terminator_ids,
-    tokenize_response,
-)
+from lit_isdpo.data.tokenization import ChatTemplate, load_tokenizer, terminator_ids, tokenize_response
+from lit_isdpo.data.truncation import TruncationMode
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.adapters import fingerprint
 from lit_isdpo.policy.reward_model import (
@@ -28,7 +22,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.types import InputError, TokenizedExample
+from lit_isdpo.types import InputError, Prompt, TokenizedExample
 
 
 class Reward(Protocol):

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard.summary import hparams
 
+from lit_isdpo.data import accounts
 from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import Prediction
@@ -63,6 +64,8 @@ class RunReport(Callback):
         folder = run_dir(trainer)
         if trainer.is_global_zero:
             write_model_folder(pl_module, folder / "model")
+        for logger in trainer.loggers:
+            logger.log_metrics(accounts.metrics(trainer.datamodule.splits.counts), step=trainer.global_step)  # type: ignore[attr-defined]
         if trainer.global_step == 0 and trainer.enable_validation:
             _validate(trainer)
             self.before = _numbers(trainer)

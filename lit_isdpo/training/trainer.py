@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.training.inspection import inspect_data
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.plan import make_plan, print_plan
 from lit_isdpo.training.preference import PreferenceModule
@@ -35,6 +37,32 @@ class IsdpoTrainer(Trainer):
         untyped.callbacks = []
         self.fit_loop.epoch_loop.max_steps = 0
         self.fit(model, datamodule=datamodule)
+
+    def inspect(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        split: Split = "train",
+        num_pairs: int = 3,
+        rows: list[int] | None = None,
+        listing: str | None = None,
+    ) -> None:
+        """Shows the data as a fit will see it: counts, lengths, what the labels prefer, and pairs token by token.
+
+        Args:
+            model: whose tokenizer is used; no weights are loaded.
+            datamodule: the rows.
+            split: train, val or test: whose rows are shown.
+            num_pairs: how many are shown token by token.
+            rows: which are shown instead, by their number in the data as messages tell it.
+            listing: file to write, as JSON lines, with the rows that are left out, were changed or repeat another.
+
+        Raises:
+            InputError: whatever is wrong with the data, but not that much of it must be left out.
+        """
+        assert isinstance(model, LanguageModule)
+        assert isinstance(datamodule, TextDataModule)
+        inspect_data(model, datamodule, self, split=split, num_pairs=num_pairs, rows=rows, listing=listing)
 
     def plan(
         self,

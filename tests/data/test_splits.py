@@ -55,12 +55,16 @@ def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys):
     data = make(train=sources, val=str(folder))
     data.setup("fit")
     second = data.splits.counts["train"][1]
-    assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1})
+    assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1}, {})
     assert data.steps_per_epoch == (22 + 2 * 6) // 4
-    assert capsys.readouterr().out.splitlines() == [
-        f"data.train: {folder / 'train.jsonl'}: 22 rows read, 22 kept",
-        f"data.train: {tmp_path / 'b.jsonl'}: 8 rows read, 6 kept, 1 identical pair, 1 empty response",
-        f"data.val: {folder} [validation]: 5 rows read, 5 kept",
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.replace("\n/", " /").splitlines()]
+    assert lines == [
+        "data pairs share",
+        f"train: {folder / 'train.jsonl'} (strings), kept 22 100.0%",
+        f"train: {tmp_path / 'b.jsonl'} (strings), kept 6 75.0%",
+        "left out: identical pair 1 12.5%",
+        "left out: empty response 1 12.5%",
+        f"val: {folder} [validation] (strings), kept 5 100.0%",
     ]
     assert data.splits.rows["train"].positions.tolist() == list(range(28))
     assert data.row_name("train", 24) == f"row 2 of {tmp_path / 'b.jsonl'}"
@@ -91,14 +95,17 @@ def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder
     ):
         data.setup("fit")
     others = [write_rows(tmp_path / name, RANKED) for name in ("b.jsonl", "c.jsonl")]
-    data = make(train=[file, *others], val=file, pairing="all", margin_column="scores")
+    data = make(train=[file, *others], val=file, pairing="all", margin_column="scores", max_dropped_fraction=1)
     data.setup("fit")
     counts = data.splits.counts["train"][1]
-    assert counts[2:] == (4, 5, 0, {"empty response": 2, "no two responses with different scores": 1})
+    assert counts[2:] == (4, 5, 0, {"empty response": 2, "no two responses with different scores": 1}, {})
     assert counts.lines == 8
-    assert capsys.readouterr().out.splitlines()[3] == (
-        f"data.val: {file}: 4 rows read, 5 pairs kept, 2 empty response, 1 no two responses with different scores"
-    )
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-3:] == [
+        f"val: {file} (ranked) of 4 rows, kept 5 62.5%",
+        "left out: empty response 2 25.0%",
+        "left out: no two responses with different scores 1 12.5%",
+    ]
     rows = data.splits.rows["train"]
     assert [data.row_name("train", row_id).split()[1] for row_id in range(16)] == list("0001222300012223")
     assert [data.row_name("train", row_id) for row_id in (7, 8, 15, 16)] == [
@@ -114,7 +121,9 @@ def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder
 
 
 def test_pairs_of_one_prompt_are_held_out_together(make, tmp_path, write_rows):
-    data = make(train=write_rows(tmp_path / "a.jsonl", RANKED), pairing="all", val_size=1, batch_size=1)
+    data = make(
+        train=write_rows(tmp_path / "a.jsonl", RANKED), pairing="all", val_size=1, batch_size=1, max_dropped_fraction=1
+    )
     data.setup("fit")
     names = [
         {data.row_name(split, i) for i in data.splits.rows[split].positions.tolist()} for split in ("train", "val")

@@ -153,7 +153,7 @@ def test_what_truncation_can_spoil_is_left_out(make_tokenizer):
 
 def test_a_pairs_numbers_are_handed_on(make_tokenizer):
     pair = tokenize_pair(PreferenceExample("a", "b", "c", -1.0, -2.0, 0.5, 3.0), make_tokenizer(), **LENGTHS)
-    assert pair[3:] == (-1.0, -2.0, 0.5, 3.0)
+    assert pair[3:7] == (-1.0, -2.0, 0.5, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lit_isdpo.data.formats import detect_format, to_pairs
-from lit_isdpo.data.tokenization import Prompt, tokenize_pair
+from lit_isdpo.data.tokenization import tokenize_pair
 from lit_isdpo.evaluation.labelling import Labeller, SampledRow, nucleus_logps, sampled_logps, to_rows
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Message, Response
+from lit_isdpo.types import InputError, Message, Prompt, Response
 from tests.data.conftest import _make_tokenizer
 
 CHATML = (

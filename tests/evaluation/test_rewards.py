@@ -10,12 +10,12 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_isdpo.data.tokenization import Prompt, tokenize_pair
+from lit_isdpo.data.tokenization import tokenize_pair
 from lit_isdpo.evaluation.rewards import LabReward, Reward, RewardModel
 from lit_isdpo.lab.folder import MARKER
 from lit_isdpo.lab.posts import GoldReward, render_prompt, sample_post
 from lit_isdpo.policy.reward_model import BackboneConfig, load_score_model
-from lit_isdpo.types import InputError, PreferenceExample
+from lit_isdpo.types import InputError, PreferenceExample, Prompt
 
 POST = render_prompt(sample_post(Random(0), "test"))
 

@@ -1,0 +1,117 @@
+"""What became of the rows that were read: counted by reason, as metrics and as a table."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_isdpo.types import InputError
+
+Split = Literal["train", "val", "test"]
+_LOG_WIDTH = 120  # columns of a table that goes to a file
+
+
+class SourceCounts(NamedTuple):
+    """What became of the rows of one source.
+
+    ``kept``, ``held_out`` and those ``dropped``, by reason, add up to ``lines``: the rows that were read, but where a
+    row holds several responses, the pairs that were made of them. ``changed`` counts, of those that are kept or held
+    out, what was cut or is odd; a line may be there more than once.
+    """
+
+    source: str
+    format: str
+    read: int
+    kept: int
+    held_out: int
+    dropped: dict[str, int]
+    changed: dict[str, int]
+
+    @property
+    def lines(self) -> int:
+        """Lines of the table."""
+        return self.kept + self.held_out + self.num_dropped
+
+    @property
+    def num_dropped(self) -> int:
+        """Lines that are left out."""
+        return sum(self.dropped.values())
+
+
+def check_dropped(counts: SourceCounts, split: Split, limit: float) -> None:
+    """Stops where more of a source is left out than the user expects: a wrong column, format or template.
+
+    Args:
+        counts: of the source.
+        split: that it was read for.
+        limit: the share of its lines that may be left out, between 0 and 1.
+
+    Raises:
+        InputError: it is more, or all; names the reasons.
+    """
+    why = ", ".join(f"{number:,} x {reason}" for reason, number in counts.dropped.items())
+    if counts.num_dropped == counts.lines:
+        raise InputError(f"data.{split}: {counts.source}: none of the {counts.lines:,} rows can be used: {why}")
+    if counts.num_dropped > limit * counts.lines:
+        raise InputError(
+            f"data.{split}: {counts.source}: {counts.num_dropped:,} of {counts.lines:,} rows must be left out ({why}), "
+            f"more than data.max_dropped_fraction allows, which is {limit:g}; `lit-isdpo inspect --listing rows.jsonl` "
+            "with the same config lists them"
+        )
+
+
+def metrics(counts: Mapping[Split, Sequence[SourceCounts]]) -> dict[str, float]:
+    """The counts of each split over all of its sources, by log key.
+
+    >>> metrics({"test": [SourceCounts("a.jsonl", "strings", 4, 3, 0, {"identical pair": 1}, {})]})["data/test/kept"]
+    3.0
+    """
+    values: dict[str, float] = {}
+    for split, sources in counts.items():
+        for name in ("read", "kept", "held_out"):
+            values[f"data/{split}/{name}"] = float(sum(getattr(source, name) for source in sources))
+        dropped = sum(source.num_dropped for source in sources)
+        values[f"data/{split}/dropped_fraction"] = dropped / max(1, sum(source.lines for source in sources))
+        for name in ("dropped", "changed"):
+            reasons: Counter[str] = sum((Counter(getattr(source, name)) for source in sources), Counter())
+            for reason, number in reasons.items():
+                values[f"data/{split}/{name}/{reason.replace(',', '').replace(' ', '_')}"] = float(number)
+    return values
+
+
+def table(counts: Mapping[Split, Sequence[SourceCounts]], unit: str) -> Table:
+    """The same for reading, source by source.
+
+    Args:
+        counts: of the splits to show.
+        unit: what a line is, ``pairs`` say.
+    """
+    grid = Table(box=None, pad_edge=False)
+    grid.add_column("data", overflow="fold")
+    grid.add_column(unit, justify="right")
+    grid.add_column("share", justify="right")
+    for split, sources in counts.items():
+        for source in sources:
+
+            def add(label: str, number: int, lines: int = source.lines) -> None:
+                grid.add_row(label, f"{number:,}", f"{number / max(1, lines):.1%}")
+
+            several = f" of {source.read:,} rows" if source.read != source.lines else ""
+            add(f"{split}: {source.source} ({source.format}){several}, kept", source.kept)
+            if source.held_out:
+                add("  held out for validation", source.held_out)
+            for reason, number in source.dropped.items():
+                add(f"  left out: {reason}", number)
+            for change, number in source.changed.items():
+                add(f"  kept, but {change}", number)
+    return grid
+
+
+def console() -> Console:
+    """Prints tables as wide as the terminal, and not squeezed where there is none."""
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = max(out.width, _LOG_WIDTH)
+    return out

@@ -78,6 +78,9 @@ def test_tensorboard_has_scalars_histograms_texts_and_the_table_of_runs(run: Pat
 def test_csv_has_the_same(run: Path) -> None:
     values = read_metrics(run)
     assert {f"{stage}/{key}" for stage in ("train", "val") for key in LOGGED} <= set(values)
+    assert values["data/train/read"] == {0: 40}
+    assert values["data/train/kept"] == {0: 32}
+    assert values["data/val/dropped_fraction"] == {0: 0}
     assert values["val/kl/rao_blackwell"][0] == 0
     assert values["val/loss"][0] == pytest.approx(0.693147, abs=1e-5)
     assert values["train/loss"][0] == pytest.approx(0.693147, abs=1e-5)

@@ -86,7 +86,7 @@ def fit_length(
 
 
 def _last_messages(prompt: Prompt, encode: Encode, max_length: int) -> tuple[list[int], list[list[int]]] | None:
-    """The longest end of a conversation that fits, from a user's turn on; the system's words stay before it."""
+    """The longest end of a conversation that fits, from a user's turn on; the system's words go last."""
     if isinstance(prompt, str):
         return None
     for messages in _ends(prompt):
@@ -101,9 +101,11 @@ def _last_messages(prompt: Prompt, encode: Encode, max_length: int) -> tuple[lis
 
 def _ends(messages: list[Message]) -> Iterator[list[Message]]:
     first = next((at for at, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
-    for at in range(first + 1, len(messages)):
-        if messages[at]["role"] == "user":
-            yield messages[:first] + messages[at:]
+    users = [at for at in range(first + 1, len(messages)) if messages[at]["role"] == "user"]
+    for at in users:
+        yield messages[:first] + messages[at:]
+    if first:
+        yield messages[max([first, *users]) :]
 
 
 def _cut(ids: list[int], header: list[int], length: int, mode: TruncationMode, bos_token_id: int | None) -> list[int]:

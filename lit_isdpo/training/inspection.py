@@ -188,7 +188,9 @@ def _chosen_rows(datamodule: TextDataModule, split: Split, number: int, wanted: 
     found = [int(line) for line in rows.positions.tolist() if numbers[line] in wanted]
     missing = sorted(set(wanted) - {int(numbers[line]) for line in found})
     if missing:
-        raise InputError(f"rows: {missing} are not among the {split} rows that are kept; --listing FILE says why.")
+        raise InputError(
+            f"rows: {missing} are no {split} rows: they are held out (--split val) or left out (--listing FILE says why)."
+        )
     return found
 
 

@@ -1,7 +1,9 @@
 """Which rows belong to which split, and what is said of those that belong to none."""
 
 import pytest
+import torch
 
+from lit_isdpo.data import accounts
 from lit_isdpo.data.datamodule import SFTDataModule
 from lit_isdpo.types import InputError
 from tests.data.conftest import RANKED, pairs
@@ -98,7 +100,9 @@ def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder
     data = make(train=[file, *others], val=file, pairing="all", margin_column="scores", max_dropped_fraction=1)
     data.setup("fit")
     counts = data.splits.counts["train"][1]
-    assert counts[2:] == (4, 5, 0, {"empty response": 2, "no two responses with different scores": 1}, {})
+    assert counts[2:4] == (4, 5)
+    assert counts.dropped == {"empty response": 2, "no two responses with different scores": 1}
+    assert counts.changed == {"duplicated row": 5}, "those of the file before"
     assert counts.lines == 8
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[-3:] == [
@@ -159,3 +163,71 @@ def test_a_prompt_is_read_again_as_its_source_has_it(make, tmp_path, folder, wri
     demonstrations = make(SFTDataModule, val=chats)
     demonstrations.setup("validate")
     assert demonstrations.prompts("val", 1)[0].source == turns[:1]
+
+
+REPEATED = [*pairs(6), *pairs(2), {"prompt": "999", "chosen": " 9", "rejected": " 9"}]
+
+
+@pytest.mark.parametrize(("duplicates", "kept", "num_dropped"), [("keep", 8, 1), ("drop", 6, 3)])
+def test_repeated_rows_are_counted_and_dropped_where_that_is_wanted(
+    make, tmp_path, write_rows, duplicates, kept, num_dropped
+):
+    file = write_rows(tmp_path / "a.jsonl", REPEATED)
+    data = make(train=file, val_size=1, batch_size=1, duplicates=duplicates, max_dropped_fraction=0.5)
+    data.setup("fit")
+    (counts,) = data.splits.counts["train"]
+    assert (counts.kept + counts.held_out, counts.num_dropped, counts.lines) == (kept, num_dropped, 9)
+    assert (counts.dropped if duplicates == "drop" else counts.changed)["duplicated row"] == 2
+    ids = torch.cat([data.splits.rows[split].positions for split in ("train", "val")])
+    assert sorted(ids.tolist()) == list(range(kept))
+    noted = list(data.splits.noted("train"))
+    assert [(row["row"], row["because"], row["left_out"]) for row in noted] == [
+        (6, ["duplicated row"], duplicates == "drop"),
+        (7, ["duplicated row"], duplicates == "drop"),
+        (8, ["identical pair"], True),
+    ]
+    assert noted[0]["content"] == REPEATED[6]
+    assert noted[0]["source"] == file
+
+
+def test_more_left_out_than_is_allowed_stops(make, tmp_path, write_rows):
+    file = write_rows(tmp_path / "a.jsonl", REPEATED)
+    allowed = {"train": file, "val_size": 1, "batch_size": 1, "max_dropped_fraction": 1 / 9}
+    make(**allowed).setup("fit")
+    with pytest.raises(
+        InputError,
+        match=r"a\.jsonl: 1 of 9 rows must be left out \(1 x identical pair\), more than data\.max_dropped_fraction "
+        r"allows, which is 0\.11; .*inspect --listing",
+    ):
+        make(**allowed | {"max_dropped_fraction": 0.11}).setup("fit")
+    for options, message in (
+        ({"max_dropped_fraction": 1.5}, "must lie between 0 and 1"),
+        ({"max_dropped_fraction": float("nan")}, "must lie between 0 and 1"),
+        ({"duplicates": "both"}, "known: keep, drop"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(**options)
+
+
+def test_every_line_has_one_fate_and_the_metrics_say_it(make, tmp_path, write_rows):
+    rows = [
+        *pairs(20),
+        {"prompt": "p" * 40, "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a" * 60, "rejected": "b"},
+        {"prompt": "p", "chosen": "a<eos>b", "rejected": "b"},
+        {"prompt": "p", "chosen": "a" * 60 + "b", "rejected": "a" * 60 + "c"},
+        {"prompt": "p", "chosen": None, "rejected": "c"},
+    ]
+    data = make(train=write_rows(tmp_path / "a.jsonl", rows), val_size=2, max_length=60, max_prompt_length=30)
+    data.setup("fit")
+    (counts,) = data.splits.counts["train"]
+    assert counts.dropped == {"identical after truncation": 1, "malformed row": 1}
+    assert counts.changed == {"prompt cut": 1, "response cut": 1, "terminator inside a response": 1}
+    assert counts.kept + counts.held_out + counts.num_dropped == counts.lines == counts.read == 25
+    values = accounts.metrics(data.splits.counts)
+    assert values["data/train/read"] == 25
+    assert values["data/train/kept"] + values["data/train/held_out"] == 23
+    assert values["data/train/dropped_fraction"] == 2 / 25
+    assert values["data/train/dropped/identical_after_truncation"] == 1
+    assert values["data/train/changed/terminator_inside_a_response"] == 1
+    assert values["data/val/kept"] == values["data/train/held_out"]

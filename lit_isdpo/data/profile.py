@@ -3,8 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,9 +73,12 @@ def num_shared_prompts(rows: Rows, others: Rows) -> int:
 
 def _responses(rows: Rows, column: str) -> Iterator[tuple[bytes, int]]:
     """A hash of each row's tokens, and the last one."""
-    chunks: list[Any] = rows.table.data.column(column).take(rows.positions.numpy()).chunks
-    for chunk in chunks:
+    start = 0
+    for chunk in rows.table.data.column(column).chunks:  # one by one: a table may hold more tokens than one array can
         values: NDArray[np.int32] = chunk.values.to_numpy()
         offsets = chunk.offsets.to_numpy()
-        for start, end in pairwise(offsets):
-            yield hashlib.blake2b(values[start:end].tobytes(), digest_size=8).digest(), int(values[end - 1])
+        inside = rows.positions[(rows.positions >= start) & (rows.positions < start + len(chunk))] - start
+        for at in inside.tolist():
+            tokens = values[offsets[at] : offsets[at + 1]]
+            yield hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), int(tokens[-1])
+        start += len(chunk)

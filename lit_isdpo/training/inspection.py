@@ -189,7 +189,7 @@ def _chosen_rows(datamodule: TextDataModule, split: Split, number: int, wanted: 
     missing = sorted(set(wanted) - {int(numbers[line]) for line in found})
     if missing:
         raise InputError(
-            f"rows: {missing} are no {split} rows: they are held out (--split val) or left out (--listing FILE says why)."
+            f"rows: {missing} are no {split} rows: held out (--split val) or left out (--listing FILE says why)."
         )
     return found
 

@@ -70,7 +70,7 @@ def test_a_row_is_shown_by_its_number(tiny, dirty, pairs_file, capsys):
     with pytest.raises(SystemExit):
         inspect(tiny, *sources, "--rows=[41, 0]")
     assert capsys.readouterr().err == (
-        "error: rows: [41] are no train rows: they are held out (--split val) or left out (--listing FILE says why).\n"
+        "error: rows: [41] are no train rows: held out (--split val) or left out (--listing FILE says why).\n"
     )
 
 

@@ -248,8 +248,14 @@ def _part(name: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, separat
             continue
         if separator and text.plain:
             text.append(separator, "dim")
-        text.append(piece.replace("\n", "⏎\n"), SPECIAL if special else SHADES[name][number % 2])
+        text.append(_visible(piece), SPECIAL if special else SHADES[name][number % 2])
     return [Text(heading, "bold " + SHADES[name][0]), text]
+
+
+def _visible(text: str) -> str:
+    """Line breaks get a sign, and control characters, which a terminal would obey, are written out."""
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown).replace("\n", "⏎\n")
 
 
 def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:

@@ -128,3 +128,21 @@ def test_roles_have_colors(pairs_file, model_dir):
 def test_bars():
     assert bars(torch.tensor([1, 1, 1, 1, 9]), 10, num_bins=5) == "█   ▂"
     assert bars(torch.tensor([5]), 5, num_bins=3) == "  █"
+
+
+def test_control_characters_are_written_out(write_pair, model_dir):
+    data = PreferenceDataModule(train=write_pair("a\x1b[2J\tb"), val=write_pair("c"), tokenizer=model_dir, batch_size=1)
+    data.setup("fit")
+    text = "\n".join(line.plain for line in show_row(data, "train", 0))
+    assert "a\\x1b[2J\\tb" in text
+    assert text.isprintable() or set(filter(lambda c: not c.isprintable(), text)) == {"\n"}
+
+
+@pytest.fixture
+def write_pair(tmp_path):
+    def write(response):
+        file = tmp_path / f"{len(response)}.jsonl"
+        file.write_text(json.dumps({"prompt": "POST:", "chosen": response, "rejected": "d"}) + "\n")
+        return str(file)
+
+    return write

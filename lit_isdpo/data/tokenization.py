@@ -65,6 +65,13 @@ def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([eos, ids[-1]]))
 
 
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that are no text; not all of them are among ``all_special_ids``: Llama 3's <|eot_id|> is not."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
 def tokenize_pair(
     example: PreferenceExample,
     tokenizer: PreTrainedTokenizerBase,
@@ -363,7 +370,6 @@ def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -
     Templates write more after that token, mostly a line break, which the model is never asked for.
     """
     ids = _encode_inside(text.rstrip(), tokenizer)
-    # A special token vanishes in decoding. Not every terminator is among tokenizer.all_special_ids: <|eot_id|> is not.
-    if ids and tokenizer.decode(ids[-1:], skip_special_tokens=True) == "":
+    if ids and ids[-1] in special_ids(tokenizer) and ids[-1] != tokenizer.unk_token_id:
         return _ended_once(ids)
     return _with_eos(_encode_inside(text, tokenizer) if text.endswith(response) else ids, tokenizer)

@@ -18,7 +18,7 @@ from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.profile import num_shared_prompts, profile_labels
 from lit_isdpo.data.rows import PAIRS, Rows
-from lit_isdpo.data.tokenization import terminator_ids
+from lit_isdpo.data.tokenization import special_ids, terminator_ids
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -267,7 +267,7 @@ def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_ids(tokenizer)
     group: list[int] = []  # of a character, as far as it has come
     before: list[int] = []  # the group before it
     for at, token in enumerate(ids):

@@ -28,7 +28,7 @@ CORPUS = [
     "a post about a car, its color and its price. TL;DR: the color is great",
     "be brief. short answers, long answers, quick answers",
 ] * 8
-SPECIALS = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+SPECIALS = ["<unk>", "<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 FAMILIES = ("byte-level BPE", "unigram", "unigram, always a blank", "legacy unigram", "WordPiece")
 
 
@@ -41,7 +41,7 @@ def backend(family: str) -> Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet)
     elif family == "WordPiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="<pad>"))
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece(cleanup=False)
@@ -55,9 +55,12 @@ def backend(family: str) -> Tokenizer:
             vocab_size=160, special_tokens=SPECIALS, unk_token="<pad>", show_progress=False
         )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    if family == "legacy unigram":  # Llama 2's: the blank is the normalizer's
-        description = json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}
+    if "unigram" in family:  # whose trainer takes another special token for the unknown one
+        description = json.loads(tokenizer.to_str())
+        description["model"]["unk_id"] = 0
         tokenizer = Tokenizer.from_str(json.dumps(description))
+    if family == "legacy unigram":  # Llama 2's: the blank is the normalizer's
+        tokenizer.pre_tokenizer = None
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -73,10 +76,8 @@ def make(
     form = "<bos> " * bos + "$A" + " <eos>" * eos
     specials = [(token, tokenizer.token_to_id(token)) for token in ("<bos>", "<eos>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=specials)
-    pad = "<eos>" if pad_is_eos else "<pad>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token=pad, chat_template=template
-    )
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>" if pad_is_eos else "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", chat_template=template, **names)
 
 
 PAIR = PreferenceExample("the answer is: what is", " the quick answer", " the lazy dog, over the fox")
@@ -233,3 +234,13 @@ def test_tokens_shown_one_by_one_are_the_text(family):
         assert shown[-1] == ("<eos>", True)
         text = "".join(piece for piece, _ in shown[1:-1])
         assert text.removeprefix(" ") == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["unigram", "WordPiece"])
+def test_a_response_that_ends_in_an_unknown_character_still_gets_its_terminator(family):
+    """The unknown token is special, and yet it ends nothing."""
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    opened = template + "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = make(family, template=opened)
+    pair = tokenize_pair(ANSWERS._replace(chosen="the color \u65e5"), tokenizer, **LENGTHS)
+    assert pair.chosen_ids[-2:] == [tokenizer.unk_token_id, tokenizer.eos_token_id]

@@ -196,9 +196,9 @@ def completions(logits: list[Array], ids: list[list[int]]) -> Completions:
     """From the logits ``(C, V)`` that predict each completion's C tokens."""
     logps, alignment, by_logits, token_logps = [], [], [], []
     for rows, tokens in zip(logits, ids, strict=True):
-        exponentials = np.exp(rows - rows.max(axis=1, keepdims=True))
-        probs = exponentials / exponentials.sum(axis=1, keepdims=True)
-        own = np.log(probs[np.arange(len(tokens)), tokens])
+        relative = rows - rows.max(axis=1, keepdims=True)
+        logs = relative - np.log(np.exp(relative).sum(axis=1, keepdims=True))
+        probs, own = np.exp(logs), logs[np.arange(len(tokens)), tokens]
         logps.append(own.sum())
         alignment.append((own - np.log((probs**2).sum(axis=1))).mean())
         by_logits.append(np.eye(rows.shape[1])[tokens] - probs)

@@ -88,7 +88,8 @@ def tensors(pairs: Pairs, dtype: torch.dtype) -> PairLogps:
     fields = [torch.tensor(field, dtype=dtype) for field in pairs]
     fields[0].requires_grad_()
     fields[1].requires_grad_()
-    return PairLogps(*fields)
+    lengths = [torch.tensor(field, dtype=torch.int64) for field in (pairs.chosen_num_tokens, pairs.rejected_num_tokens)]
+    return PairLogps(*fields)._replace(chosen_num_tokens=lengths[0], rejected_num_tokens=lengths[1])
 
 
 def assert_equal(actual: Tensor, expected: Array | float, tolerance: float) -> None:
@@ -312,7 +313,7 @@ def completion_batch() -> TokenBatch:
 @pytest.mark.parametrize("chunk_size", [2, 100])
 @pytest.mark.parametrize("size", [1.0, 30.0], ids=["small", "large"])
 @pytest.mark.parametrize(
-    ("scale", "softcap", "with_bias"), [(1.0, None, False), (0.3, None, True), (0.5, 2.0, True)], ids=str
+    ("scale", "softcap", "with_bias"), [(1.0, None, False), (2.0, None, True), (0.5, 2.0, True)], ids=str
 )
 def test_sequence_logps_and_their_gradients(
     chunk_size: int, size: float, scale: float, softcap: float | None, with_bias: bool
@@ -334,7 +335,8 @@ def test_sequence_logps_and_their_gradients(
     by_plain *= scale
 
     inputs = [torch.tensor(values, dtype=torch.float32, requires_grad=True) for values in (hidden, weight, bias)]
-    head = Head(inputs[1], inputs[2] if with_bias else None, scale, softcap)
+    options = {key: value for key, value in (("scale", scale), ("softcap", softcap)) if value not in (1.0, None)}
+    head = Head(inputs[1], inputs[2] if with_bias else None, **options)
     out = sequence_logps(
         inputs[0].unflatten(0, (2, 7)), completion_batch(), head, chunk_size=chunk_size, alignment=True
     )

@@ -60,15 +60,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 preference pairs as JSON lines, readable by the tiny model's tokenizer."""
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    write_pairs(file, 40)
+    return str(file)
+
+
+def write_pairs(file: Path, number: int) -> None:
+    """Preference pairs in the words of the lab's posts, the same on every machine."""
     rng = Random(0)
     rows = []
-    for _ in range(40):
+    for _ in range(number):
         post = sample_post(rng, "train")
         rejected = render_facts(rng.sample(list(post.items()), 2)) + " awful"
         rows.append({"prompt": render_prompt(post), "chosen": sample_demonstration(rng, post), "rejected": rejected})
-    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lit_isdpo.evaluation.statistics import Interval, bootstrap_interval, length_controlled_win_rate, win_scores
+from lit_isdpo.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    length_controlled_win_rate,
+    win_rate_interval,
+    win_scores,
+)
 
 
 class ResponseValues(NamedTuple):
@@ -66,7 +72,7 @@ def compare(values: ResponseValues, others: ResponseValues) -> dict[str, Interva
 def win_rates(scores: Tensor, length_differences: Tensor) -> dict[str, Interval]:
     """The win rate of ``(P, n)`` scores, NaN where there is none, and the length-controlled one."""
     return {
-        "win_rate": bootstrap_interval(scores),
+        "win_rate": win_rate_interval(scores),
         "win_rate_lc": length_controlled_win_rate(scores, length_differences),
     }
 

@@ -157,7 +157,8 @@ class KLValues(NamedTuple):
     Attributes:
         rao_blackwell: sum over the response of the exact next-token KL (arXiv 2504.10637): the headline, least noisy.
         k1: ``log pi(y|x) - log ref(y|x)``.
-        k3: ``r - 1 - log r`` with ``r = ref/pi``: never negative, heavy-tailed at sequence level.
+        k3: ``r - 1 - log r`` with ``r = ref/pi``: never negative, heavy-tailed at sequence level. Its standard error is
+            too small: of 30 prompts at 0.15 nats, off by 1.5 of its own on the average, where the others' are right.
     """
 
     rao_blackwell: Tensor

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from lit_isdpo.evaluation.statistics import Interval, bootstrap_interval, length_controlled_win_rate, win_scores
+from lit_isdpo.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    length_controlled_win_rate,
+    win_rate_interval,
+    win_scores,
+)
 
 
 def test_the_mean_is_over_prompts_and_so_is_the_standard_error() -> None:
@@ -133,3 +139,94 @@ def test_each_prompt_weighs_the_same() -> None:
     scores = torch.tensor([[1.0, 0.0], [1.0, math.nan]])
     lengths = torch.tensor([[1.0, 1.0], [1.0, 9.0]])
     assert length_controlled_win_rate(scores, lengths).mean == pytest.approx(0.75, abs=1e-6)
+
+
+def wins(num_prompts: int, num_responses: int, logit: float, ties: float, trials: int) -> tuple[torch.Tensor, float]:
+    """Scores ``(trials, P, n)`` of prompts that differ by a normal draw in their logit, and the true win rate."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(trials, num_prompts, 1, generator=generator) + logit
+    scores = torch.bernoulli(logits.sigmoid().expand(-1, -1, num_responses), generator=generator)
+    scores[torch.rand(scores.shape, generator=generator) < ties] = 0.5
+    normal = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(10_000) + 0.5) / 10_000)
+    return scores, (1 - ties) * (normal + logit).sigmoid().mean().item() + ties / 2
+
+
+@pytest.mark.parametrize("num_prompts", [3, 10, 30, 100])
+@pytest.mark.parametrize(
+    ("num_responses", "logit", "ties"),
+    [(1, 0.0, 0.0), (4, 0.0, 0.0), (1, 2.7, 0.0), (4, 2.7, 0.0), (4, 5.0, 0.0), (4, -5.0, 0.0), (4, 0.5, 0.3)],
+    ids=["half", "half_of_4", "0.91", "0.91_of_4", "0.99_of_4", "0.01_of_4", "ties"],
+)
+def test_a_win_rates_interval_covers_at_least_as_often_as_it_says(
+    num_prompts: int, num_responses: int, logit: float, ties: float
+) -> None:
+    trials = 600
+    scores, rate = wins(num_prompts, num_responses, logit, ties, trials)
+    intervals = [win_rate_interval(trial) for trial in scores]
+    covered = sum(interval.low <= rate <= interval.high for interval in intervals) / trials
+    # 3 standard errors of a share of 600, and 1 % for what lattices of a few scores do
+    assert covered > 0.95 - 3 * math.sqrt(0.95 * 0.05 / trials) - 0.01
+    if num_prompts == 100 and abs(logit) < 5 and not ties:
+        assert covered < 0.95 + 3 * math.sqrt(0.95 * 0.05 / trials)  # nor is it wide for nothing
+
+
+def test_a_bootstrap_of_win_rates_near_one_covers_far_too_seldom() -> None:
+    """Why win rates have an interval of their own: most samples of 30 comparisons hold no loss, and so no spread."""
+    scores, rate = wins(30, 1, 5.0, 0.0, trials=200)
+    intervals = [bootstrap_interval(trial, num_resamples=100) for trial in scores]
+    assert sum(interval.low <= rate <= interval.high for interval in intervals) / 200 < 0.4
+    wilson = [win_rate_interval(trial) for trial in scores]
+    assert sum(interval.low <= rate <= interval.high for interval in wilson) / 200 > 0.9
+
+
+def test_a_win_rates_interval_against_wilsons_by_hand() -> None:
+    """8 wins of 10, t of 9 degrees 2.2622: n = 0.8 * 0.2 / (s^2 / 10) = 9, as s^2 = 1.6 / 9."""
+    scores = torch.tensor([1.0] * 8 + [0.0] * 2)
+    t2 = 2.2621572**2
+    middle = (0.8 + t2 / 18) / (1 + t2 / 9)
+    half = math.sqrt(t2 * 0.16 / 9 + t2**2 / 324) / (1 + t2 / 9)
+    interval = win_rate_interval(scores)
+    assert interval == pytest.approx((0.8, math.sqrt(1.6 / 90), middle - half, middle + half), rel=1e-6)
+    narrower = win_rate_interval(scores, level=0.8)
+    assert interval.low < narrower.low < 0.8 < narrower.high < interval.high
+
+
+def test_a_win_rates_interval_counts_prompts_and_verdicts() -> None:
+    eight_times = win_rate_interval(torch.tensor([1.0, 0.0, 1.0])[:, None].expand(-1, 8))
+    assert eight_times == pytest.approx(win_rate_interval(torch.tensor([1.0, 0.0, 1.0])))
+    nan = math.nan
+    unknown = torch.tensor([[1.0, nan], [nan, nan], [0.5, 0.0]])
+    assert win_rate_interval(unknown).mean == 0.625
+    # Ties have little spread, but there are no more than 4 comparisons: n is 4, and not 0.5 * 0.5 / stderr^2 = 36.
+    ties = win_rate_interval(torch.tensor([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [0.5, 1.0]])[:, :1])
+    assert ties.low == pytest.approx(win_rate_interval(torch.tensor([0.5, 0.75, 0.75, 0.5])).low)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_where_all_verdicts_agree_a_win_rate_is_still_not_certain(rate: float) -> None:
+    """10 of 10: with t^2 = 5.117, ``1 / (1 + 5.117 / 10)`` from the end; within 0 and 1."""
+    interval = win_rate_interval(torch.full((10, 1), rate))
+    assert (interval.mean, interval.stderr) == (rate, 0)
+    reach = 1 / (1 + 2.2621572**2 / 10)
+    if rate == 0.5:
+        assert interval.low == pytest.approx(1 - interval.high)
+        assert 0.1 < interval.low < 0.25
+    else:
+        assert (interval.low, interval.high) == pytest.approx((reach, 1) if rate else (0, 1 - reach), abs=1e-6)
+
+
+def test_a_win_rate_of_one_prompt_or_none() -> None:
+    assert win_rate_interval(torch.tensor([[0.0, 1.0]])) == Interval(0.5, math.inf, -math.inf, math.inf)
+    assert math.isnan(win_rate_interval(torch.full((3, 2), math.nan)).mean)
+
+
+def test_the_length_controlled_interval_covers_as_often_as_it_says() -> None:
+    """60 prompts of the model itself, theta 0.8 and phi -1.5; the bootstrap fits anew in each draw."""
+    generator = torch.Generator().manual_seed(5)
+    trials, covered = 100, 0
+    for seed in range(trials):
+        lengths = torch.randn(60, 2, generator=generator, dtype=torch.float64) + 1
+        scores = torch.bernoulli((0.8 - 1.5 * lengths.tanh()).sigmoid(), generator=generator)
+        interval = length_controlled_win_rate(scores, lengths, num_resamples=150, seed=seed)
+        covered += interval.low <= 1 / (1 + math.exp(-0.8)) <= interval.high
+    assert abs(covered / trials - 0.95) < 3 * math.sqrt(0.95 * 0.05 / trials)

@@ -51,3 +51,18 @@ def test_means_are_over_counted_pairs_and_ties_are_one_half() -> None:
             "rewards/mean": 7 / 6,
         }
     )
+
+
+def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> None:
+    """2^24 + 1 is no fp32 number: within a batch, over batches, and over ranks the ones are not lost."""
+    rank, other = RewardMetrics(), RewardMetrics()
+    large = torch.tensor([2.0**24, 1.0, 1.0, 1.0])
+    every = torch.ones(4, dtype=torch.bool)
+    rewards = [torch.zeros(4, requires_grad=True) for _ in range(2)]
+    rank.update(large.clone().requires_grad_(), *rewards, every)
+    rank.update(torch.ones(4), *rewards, every)
+    other.update(torch.ones(4), *rewards, every)
+    assert not rank.sums.requires_grad
+    rank.merge_state(other)
+    assert (rank.sums[0].item(), rank.num_pairs.item()) == (2**24 + 11, 12)
+    assert {value.dtype for value in rank.compute().values()} == {torch.float32}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lit_isdpo.objective.logprobs import Head, token_logps
+from lit_isdpo.objective.logprobs import Head, sequence_logps, token_logps
+from lit_isdpo.types import TokenBatch
 
 N, H, V = 7, 4, 11
 
@@ -54,3 +55,33 @@ def test_memory_of_the_logits_is_a_chunks() -> None:
         values.sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 1.2e6 <= largest < 2.4e6
+
+
+def test_half_precision_is_only_how_values_are_kept() -> None:
+    """Products, sums and softmax are fp32, on a CPU whatever ``dtype`` says; gradients come back as they are kept."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [torch.randn(shape, generator=generator).bfloat16() for shape in ((N, H), (V, H), (V,))]
+    hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in kept)
+    head = Head(weight, bias, dtype=torch.bfloat16)
+    targets = torch.arange(N)
+    logits = kept[0].float() @ kept[1].float().T + kept[2].float()
+    torch.testing.assert_close(head(hidden), logits, atol=1e-6, rtol=1e-6)
+    values, _ = token_logps(hidden, targets, head, chunk_size=3)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, logits.log_softmax(1)[targets, targets], atol=1e-6, rtol=1e-6)
+    gradients = torch.autograd.grad(values.sum(), (hidden, weight, bias))
+    assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
+
+
+def test_gradients_of_the_head_are_summed_in_fp32() -> None:
+    """600 equal tokens, one at a time, each worth 1/2 of gradient: a bfloat16 sum would stop growing at 128."""
+    weight, bias = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((2, 1), (2,)))
+    values, _ = token_logps(torch.ones(600, 1), torch.zeros(600, dtype=torch.long), Head(weight, bias), chunk_size=1)
+    values.sum().backward()
+    assert weight.grad.flatten().tolist() == bias.grad.tolist() == [300, -300]
+
+
+def test_alignment_is_computed_where_it_is_asked_for_alone() -> None:
+    one = torch.zeros(1, 1, dtype=torch.long)
+    tokens = TokenBatch(one, one >= 0, one, one, one >= 0, one)
+    assert sequence_logps(torch.ones(1, 1, 2), tokens, Head(torch.eye(2)), chunk_size=1).alignment.isnan().all()

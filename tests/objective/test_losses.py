@@ -181,18 +181,51 @@ def test_chi_po_without_a_chi_squared_part_is_dpo_and_far_out_it_is_finite() -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CDPOLoss(0.1, 0.5), r"label_smoothing must be a finite number at least 0 and below 0\.5, not 0\.5"),
-        (lambda: RobustDPOLoss(0.1, -0.1), r"label_smoothing"),
-        (lambda: RPOLoss(0.1, -1.0), r"eta must be a finite number at least 0"),
-        (lambda: RPOLoss(0.1, math.inf), r"eta"),
-        (lambda: IRPOLoss(0.1, math.nan), r"alpha"),
-        (lambda: ChiPOLoss(0.1, alpha=0.0), r"alpha must be a finite number above 0"),
-        (lambda: ChiPOLoss(0.1, gamma=-1.0), r"gamma"),
-        (lambda: ChiPOLoss(0.1, reward_bound=0.0), r"reward_bound must be a number above 0"),
-        (lambda: LengthRegularizedDPOLoss(0.1, -1.0), r"alpha"),
-        (lambda: SimPOLoss(2.0, -0.1), r"gamma_beta_ratio"),
+        (
+            lambda: CDPOLoss(0.1, 0.5),
+            r"loss\.label_smoothing must be a finite number at least 0 and below 0\.5, not 0\.5",
+        ),
+        (lambda: RobustDPOLoss(0.1, -0.1), r"loss\.label_smoothing must be a finite number"),
+        (lambda: RPOLoss(0.1, -1.0), r"loss\.eta must be a finite number at least 0"),
+        (lambda: RPOLoss(0.1, math.inf), r"loss\.eta must be a finite number"),
+        (lambda: IRPOLoss(0.1, -1.0), r"loss\.alpha must be a finite number at least 0"),
+        (lambda: IRPOLoss(0.1, math.nan), r"loss\.alpha must be a finite number at least 0"),
+        (lambda: ChiPOLoss(0.1, alpha=0.0), r"loss\.alpha must be a finite number above 0"),
+        (lambda: ChiPOLoss(0.1, gamma=-1.0), r"loss\.gamma must be a finite number at least 0"),
+        (lambda: ChiPOLoss(0.1, reward_bound=0.0), r"loss\.reward_bound must be a number above 0"),
+        (lambda: LengthRegularizedDPOLoss(0.1, -1.0), r"loss\.alpha must be a finite number at least 0"),
+        (lambda: SimPOLoss(2.0, -0.1), r"loss\.gamma_beta_ratio must be a finite number at least 0"),
     ],
 )
 def test_what_is_out_of_range_is_refused(make: Callable[[], PreferenceLoss], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("loss", "numbers"),
+    [
+        (DPOLoss(), {"beta": 0.1}),
+        (IPOLoss("sum"), {"beta": 0.1, "logratio": "sum"}),
+        (SLiCLoss(), {"beta": 0.1}),
+        (CDPOLoss(), {"beta": 0.1, "label_smoothing": 0.1}),
+        (RobustDPOLoss(), {"beta": 0.1, "label_smoothing": 0.1}),
+        (RPOLoss(), {"beta": 0.1, "eta": 0.005}),
+        (IRPOLoss(), {"beta": 0.1, "alpha": 1.0}),
+        (ChiPOLoss(), {"beta": 0.1, "alpha": 1.0, "gamma": 1.0, "reward_bound": math.inf}),
+        (LengthRegularizedDPOLoss(), {"beta": 0.1, "alpha": 0.01}),
+        (SimPOLoss(), {"beta": 2.0, "gamma_beta_ratio": 0.25}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_defaults_are_those_that_are_documented(loss: PreferenceLoss, numbers: dict[str, object]) -> None:
+    assert vars(loss) == numbers
+    assert loss.needs_reference == (not isinstance(loss, SimPOLoss))
+
+
+def test_bounds_that_are_allowed_themselves() -> None:
+    """Where nothing is left of a method but DPO."""
+    for loss in (CDPOLoss(0.5, 0.0), RobustDPOLoss(0.5, 0.0), RPOLoss(0.5, 0.0), IRPOLoss(0.5, 0.0)):
+        torch.testing.assert_close(loss(EXAMPLE) + loss.auxiliary(EXAMPLE), DPOLoss(0.5)(EXAMPLE))
+    torch.testing.assert_close(LengthRegularizedDPOLoss(0.5, 0.0)(EXAMPLE), DPOLoss(0.5)(EXAMPLE))
+    assert ChiPOLoss(0.5, gamma=0.0).gamma == SimPOLoss(2.0, 0.0).gamma_beta_ratio == 0

@@ -144,3 +144,47 @@ def test_kl_estimators_agree_within_their_standard_errors_on_samples() -> None:
     for estimate in map(Estimate.of, values):
         assert abs(estimate.mean - exact) < 4 * estimate.stderr
     assert Estimate.of(values.rao_blackwell).stderr < Estimate.of(values.k1).stderr
+
+
+def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> None:
+    """2^24 + 1 is no fp32 number: within a batch, over batches, and over ranks the ones are not lost."""
+    rank, other = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
+    for number, metrics in enumerate((rank, rank, other)):
+        pairs = pair_logps(torch.full((4,), -number / 2, requires_grad=True), torch.zeros(4, requires_grad=True))
+        losses = torch.tensor([2.0**24 if number == 0 else 1.0, 1.0, 1.0, 1.0], requires_grad=True)
+        metrics.update(losses, pairs, ImportanceWeighting()(pairs), torch.ones(4, dtype=torch.bool))
+    assert not rank.sums.requires_grad
+    assert other.max_log_weight == -1
+    other.merge_state(rank)
+    values = other.compute()
+    assert (other.sums[0].item(), other.num_pairs.item()) == (2**24 + 11, 12)
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    log_weights = [-0.0] * 4 + [-0.5] * 4 + [-1.0] * 4
+    assert sorted(other.recent_log_weights.tolist(), reverse=True) == log_weights
+    assert values["weights/max"] == 1
+    assert values["weights/ess"] == pytest.approx(effective_sample_size(torch.tensor(log_weights)).item() / 12)
+
+
+def test_a_batch_of_fillers_alone_adds_nothing() -> None:
+    metrics = PairMetrics(DPOLoss(0.1))
+    feed(metrics, random_pairs(3))
+    before = metrics.compute()
+    feed(metrics, random_pairs(5), torch.zeros(5, dtype=torch.bool))
+    assert metrics.compute() == before
+
+
+def test_without_a_window_a_reset_forgets_all() -> None:
+    metrics = PairMetrics(DPOLoss(0.1))
+    feed(metrics, random_pairs(3))
+    metrics.reset()
+    assert len(metrics.recent_log_weights) == 0
+    assert metrics.num_pairs == 0
+
+
+def test_what_is_left_out_where_it_is_not_known() -> None:
+    assert OF_REFERENCE == ("logratios/chosen", "logratios/rejected", "logratios/chosen_fell")
+    assert OF_BEHAVIOR == ("logratios/importance",)
+
+
+def test_two_values_have_a_standard_error() -> None:
+    assert Estimate.of(torch.tensor([1.0, 3.0])).stderr == pytest.approx(1.0)

@@ -11,6 +11,7 @@ from lit_isdpo.objective.metrics import effective_sample_size
 from lit_isdpo.objective.weights import (
     BatchMeanImportanceWeighting,
     ImportanceWeighting,
+    PairWeighting,
     ProductWeighting,
     ShuffledImportanceWeighting,
     UniformWeighting,
@@ -180,3 +181,26 @@ def test_a_product_multiplies_and_asks_for_what_its_factors_need() -> None:
     torch.testing.assert_close(nested(pairs).log_weights, product(pairs).log_weights - 0.75)
     with pytest.raises(InputError, match="at least two weightings, not 1"):
         ProductWeighting([WPOWeighting()])
+
+
+def test_what_weightings_ask_for() -> None:
+    def asked(weighting: PairWeighting) -> tuple[int, bool, bool]:
+        return weighting.min_pairs, weighting.needs_mu, weighting.needs_alignment
+
+    importance, wpo, shuffled = ImportanceWeighting(), WPOWeighting(), ShuffledImportanceWeighting()
+    assert vars(importance) == {"epsilon": 1.0, "cap": "joint", "floor": 0.0}
+    assert asked(UniformWeighting()) == (1, False, False)
+    assert asked(importance) == (1, True, False)
+    assert asked(shuffled) == asked(BatchMeanImportanceWeighting()) == (2, True, False)
+    assert asked(wpo) == (1, False, True)
+    assert asked(ProductWeighting([wpo, shuffled])) == (2, True, True)
+    assert asked(ProductWeighting([importance, UniformWeighting()])) == (1, True, False)
+    assert asked(ProductWeighting([wpo, UniformWeighting()])) == (1, False, True)
+
+
+def test_the_floors_bounds_are_allowed_themselves() -> None:
+    """At its upper bound every pair weighs ``exp(2 epsilon)``; to fp32, in which the bound is computed."""
+    assert ImportanceWeighting(0.5, floor=0.0).floor == 0
+    highest = torch.tensor(1.0).exp().item()
+    weights = ImportanceWeighting(0.5, floor=highest)(PAIRS).weights
+    torch.testing.assert_close(weights, torch.full((4,), math.e))

@@ -87,6 +87,11 @@ class IsdpoCLI(LightningCLI):
         """Lightning's verbs, and the trainer's own."""
         return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in ("precompute", "plan")}
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Has checkpoints loaded without running code that they may hold; by default the environment would decide."""
+        own = {"weights_only": True} if subcommand in LightningCLI.subcommands() else {}
+        return super()._prepare_subcommand_kwargs(subcommand) | own
+
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
         check(str(self.subcommand), self.config[self.subcommand])
@@ -241,7 +246,6 @@ NOISE = (
 SILENCED_WARNINGS = (
     "It is recommended to use .*sync_dist=True",  # the probe's values are those of all ranks already
     "Be aware that when using `ckpt_path`",  # a checkpoint serves other verbs and other callbacks too
-    "The dirpath has changed from",  # a resumed run has a folder of its own; the best checkpoint stays in the old one
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     "Experiment logs directory .* exists and is not empty",  # the TensorBoard logger has just made the run's folder
     "LightningCLI's args parameter is intended",  # main() passes the process's own arguments

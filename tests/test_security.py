@@ -1,7 +1,7 @@
 """Files from others: no code of theirs runs, nothing outside their folders is touched, and no secret is kept."""
 
-import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_in_parts
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import load as load_in_parts
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.checkpoint_files import EXTRAS, INDEX, StoredCheckpoint, plain_values_only
-from lit_isdpo.types import InputError
+from lit_isdpo.training.checkpoint_files import EXTRAS, INDEX, StoredCheckpoint
 from tests.conftest import newest_run
+from tests.ranks import run_on_ranks
 
 
 class Payload:
@@ -115,8 +114,6 @@ def sharded(tmp_path: Path) -> Path:
 def test_a_sharded_checkpoint_runs_no_code_and_stays_in_its_folder(
     part: str, sharded: Path, trace: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pickle
-
     if part == EXTRAS:
         torch.save({"global_step": 1, "more": Payload(trace)}, sharded / EXTRAS)
     else:
@@ -129,4 +126,28 @@ def test_a_sharded_checkpoint_runs_no_code_and_stays_in_its_folder(
         (sharded / INDEX).write_bytes(pickle.dumps(index))
     said = refusal(["validate", *tiny, "--trainer.strategy=fsdp2", f"--ckpt_path={sharded}"], capsys)
     assert "cannot be read as a checkpoint" in said
+    assert not trace.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_optimizer_runs_no_code(tiny: list[str], trace: Path, tmp_path: Path) -> None:
+    """Its plain values are pickles in the files of the tensors, which torch reads as any."""
+    fit = ["fit", *tiny, "--trainer.strategy=fsdp2", "--probe.num_prompts=0", "--trainer.limit_val_batches=0"]
+    run_on_ranks([[*fit, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path / 'stopped'}"]], size=1)
+    checkpoint = newest_run(tmp_path / "stopped") / "checkpoints" / "last.ckpt"
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    state = torch.load(tmp_path / "whole.pt", weights_only=True)
+    commands = []
+    for name in ("as it was", "changed"):
+        copy = tmp_path / name
+        save_in_parts(state, storage_writer=FileSystemWriter(copy, single_file_per_rank=True), no_dist=True)
+        shutil.copy(checkpoint / EXTRAS, copy)
+        target = f"--trainer.default_root_dir={tmp_path / 'resumed' / name}"
+        commands.append([*fit, "--trainer.max_steps=2", f"--ckpt_path={copy}", target])
+        state["optimizer_0"]["param_groups"][0]["lr"] = Payload(trace)
+    with pytest.raises(AssertionError, match=r"error: ckpt_path: .*changed.* could run code"):
+        run_on_ranks(commands, size=1)
+    assert newest_run(tmp_path / "resumed" / "as it was")
+    assert not (tmp_path / "resumed" / "changed" / "version_0" / "checkpoints").exists()
     assert not trace.exists()

@@ -17,7 +17,15 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample, TokenizedExample, TokenizedPair
+from lit_isdpo.types import (
+    NEEDS_CODE,
+    InputError,
+    Message,
+    PreferenceExample,
+    SFTExample,
+    TokenizedExample,
+    TokenizedPair,
+)
 
 TruncationMode = Literal["keep_end", "keep_start"]
 ChatTemplate = Literal["auto", "always", "never"]
@@ -40,6 +48,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     except (OSError, ValueError, KeyError, ImportError) as error:
         # The libraries' messages run over many lines; the first one says what went wrong.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = NEEDS_CODE
         raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")

@@ -105,8 +105,8 @@ class StoredCheckpoint:
 def unreadable(path: Path) -> str:
     """The sentence for a checkpoint that cannot be read."""
     return (
-        f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it is cut short, or holds more than tensors and plain "
-        "values, which is not loaded, as it could run code."
+        f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it is cut short, or holds more than tensors and "
+        "plain values, which is not loaded, as it could run code."
     )
 
 

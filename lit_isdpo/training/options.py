@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.strategy import NAME, FSDP2Strategy
@@ -20,6 +21,7 @@ def check(verb: str, config: Namespace) -> None:
     Raises:
         InputError: names the option and what to use instead.
     """
+    check_no_secret(config.as_dict())
     precision = str(config.trainer.precision or "32-true")
     if precision not in ("32", "32-true"):
         raise InputError(

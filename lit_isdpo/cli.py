@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
+from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.study.study import study
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
@@ -54,7 +55,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
-        print(f"error: {message.strip()}", file=sys.stderr)
+        print(f"error: {hide_secrets(message.strip())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -190,7 +191,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (cause := _users_fault(error)) is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {hide_secrets(str(cause))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -476,6 +478,40 @@ def test_no_secret_is_in_what_a_run_leaves(
     for key in keys.values():
         assert not [file for file in files if key.encode() in file.read_bytes()]
         assert key.encode() not in printed
+
+
+AUDIT = Path(__file__).parent.parent / ".ci" / "audit"
+FIXED = {"id": "GHSA-1", "fix_versions": ["1.1"], "aliases": ["CVE-1"]}
+AUDITED = {"name": "a", "version": "1.0", "vulns": []}
+UNKNOWN = {"name": "b", "skip_reason": "Dependency not found on PyPI"}
+
+
+@pytest.mark.parametrize(
+    ("packages", "status", "said"),
+    [
+        ([AUDITED, UNKNOWN], 0, "1 packages audited, 1 unknown"),
+        ([AUDITED | {"vulns": [FIXED]}], 1, "a 1.0: GHSA-1 (fixed in 1.1)"),
+        ([AUDITED | {"vulns": [FIXED | {"fix_versions": []}]}], 0, "not fixed yet"),
+        ([UNKNOWN], 0, "skipped, as no service could be asked: Dependency not found"),
+        (None, 0, "skipped, as no service could be asked: ConnectionError"),
+    ],
+    ids=["no vulnerability", "one that is fixed", "one that is not", "no package known", "no network"],
+)
+def test_the_audit_fails_where_something_can_be_done(packages: Any, status: int, said: str) -> None:
+    report = "" if packages is None else json.dumps({"dependencies": packages})
+    stub = f"import sys; print({report!r}); sys.exit('many lines\\nConnectionError: no such host')"
+    audit = subprocess.run([sys.executable, AUDIT, sys.executable, "-c", stub], capture_output=True, text=True)
+    assert (audit.returncode, audit.stderr) == (status, "")
+    assert said in audit.stdout
+
+
+def test_the_audit_knows_exceptions(tmp_path: Path) -> None:
+    copy = tmp_path / "audit"
+    copy.write_text(AUDIT.read_text().replace("] = {}", "] = {'CVE-1': 'not reached by us'}"))
+    stub = f"print({json.dumps({'dependencies': [AUDITED | {'vulns': [FIXED]}]})!r})"
+    audit = subprocess.run([sys.executable, copy, sys.executable, "-c", stub], capture_output=True, text=True)
+    assert audit.returncode == 0
+    assert "GHSA-1 (allowed: not reached by us)" in audit.stdout
 
 
 @pytest.mark.slow

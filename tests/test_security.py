@@ -516,8 +516,11 @@ def test_the_audit_knows_exceptions(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_sharded_optimizer_runs_no_code(tiny: list[str], trace: Path, tmp_path: Path) -> None:
+def test_a_sharded_optimizer_runs_no_code(
+    tiny: list[str], trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its plain values are pickles in the files of the tensors, which torch reads as any."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     fit = ["fit", *tiny, "--trainer.strategy=fsdp2", "--probe.num_prompts=0", "--trainer.limit_val_batches=0"]
     run_on_ranks([[*fit, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path / 'stopped'}"]], size=1)
     checkpoint = newest_run(tmp_path / "stopped") / "checkpoints" / "last.ckpt"

@@ -233,8 +233,7 @@ def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
 
 def _files_of(index: Path) -> set[str]:
     """The files that weights lie in, as far as an index says so."""
-    with suppress(
-        OSError, ValueError, LookupError, TypeError, AttributeError
-    ):  # transformers says what is wrong with it
+    # Of what is no index transformers says what is wrong.
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         return set(map(str, json.loads(index.read_text())["weight_map"].values()))
     return set()

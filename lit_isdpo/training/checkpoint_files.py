@@ -31,7 +31,7 @@ INDEX_NAMES = {
     ("pathlib", "WindowsPath"),
     ("collections", "OrderedDict"),
 }
-PLAIN_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+PLAIN_ONLY, ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's switches
 
 
 class StoredCheckpoint:
@@ -113,15 +113,13 @@ def unreadable(path: Path) -> str:
 @contextmanager
 def plain_values_only() -> Iterator[None]:
     """Lets ``torch.load`` read nothing else in here, whatever it is told; a sharded checkpoint's reader tells it to."""
-    before = os.environ.get(PLAIN_ONLY)
+    before = {name: os.environ.pop(name, None) for name in (PLAIN_ONLY, ANYTHING)}
     os.environ[PLAIN_ONLY] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[PLAIN_ONLY]
-        else:
-            os.environ[PLAIN_ONLY] = before
+        del os.environ[PLAIN_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 class _IndexReader(pickle.Unpickler):

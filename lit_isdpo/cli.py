@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
+from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.study.study import study
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
@@ -54,7 +55,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
-        print(f"error: {message.strip()}", file=sys.stderr)
+        print(f"error: {hide_secrets(message.strip())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -87,6 +88,11 @@ class IsdpoCLI(LightningCLI):
         """Lightning's verbs, and the trainer's own."""
         own = ("precompute", "inspect", "plan")
         return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in own}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Has checkpoints loaded without running code that they may hold; by default the environment would decide."""
+        own = {"weights_only": True} if subcommand in LightningCLI.subcommands() else {}
+        return super()._prepare_subcommand_kwargs(subcommand) | own
 
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
@@ -186,7 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (cause := _users_fault(error)) is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {hide_secrets(str(cause))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -242,7 +248,6 @@ NOISE = (
 SILENCED_WARNINGS = (
     "It is recommended to use .*sync_dist=True",  # the probe's values are those of all ranks already
     "Be aware that when using `ckpt_path`",  # a checkpoint serves other verbs and other callbacks too
-    "The dirpath has changed from",  # a resumed run has a folder of its own; the best checkpoint stays in the old one
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     "Experiment logs directory .* exists and is not empty",  # the TensorBoard logger has just made the run's folder
     "LightningCLI's args parameter is intended",  # main() passes the process's own arguments

@@ -18,6 +18,9 @@ class InputError(Exception):
     """
 
 
+NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."
+
+
 class Message(TypedDict):
     """One turn of a conversation, as in the Hugging Face chat format."""
 

@@ -19,7 +19,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.truncation import Change, Fitted, TruncationMode, fit_length
-from lit_isdpo.types import InputError, Message, PreferenceExample, Prompt, SFTExample, TokenizedExample, TokenizedPair
+from lit_isdpo.types import (
+    NEEDS_CODE,
+    InputError,
+    Message,
+    PreferenceExample,
+    Prompt,
+    SFTExample,
+    TokenizedExample,
+    TokenizedPair,
+)
 
 ChatTemplate = Literal["auto", "always", "never"]
 _OPENING = "\n\nAssistant:"  # of a plain transcript's answer
@@ -42,6 +51,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     except (OSError, ValueError, KeyError, ImportError) as error:
         # The libraries' messages run over many lines; the first one says what went wrong.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = NEEDS_CODE
         raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -12,6 +13,7 @@ from typing import Any, Self
 
 import httpx2
 
+from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.types import InputError
 
 FIRST_WAIT_S = 1.0  # before the second attempt; each later wait may be twice as long
@@ -48,7 +50,7 @@ class Endpoint:
 
     def __init__(self, base_url: str, *, api_key_env: str | None, timeout_s: float, max_attempts: int) -> None:
         url = _parse_url(base_url)
-        self.base_url = str(url.copy_with(query=None))  # to be shown: some keep a key in the query
+        self.base_url = str(url.copy_with(query=None))  # to be shown
         self._url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
         self._api_key_env, self._api_key = api_key_env, _read_key(api_key_env, url)
         self._timeout_s, self._max_attempts = timeout_s, max_attempts
@@ -187,12 +189,11 @@ def _text(response: httpx2.Response) -> str | None:
 
 
 def _parse_url(base_url: str) -> httpx2.URL:
+    check_no_secret(base_url, "judge.base_url")
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
         raise InputError(f"judge.base_url: {base_url!r} is no address: {error}.") from error
-    if url.userinfo:
-        raise InputError("judge.base_url holds a user or password; put the key into an environment variable instead.")
     if url.scheme not in ("http", "https") or not url.host:
         raise InputError(f"judge.base_url must begin with http:// or https:// and name a host, not {base_url!r}.")
     if url.path.rstrip("/").endswith("/chat/completions"):
@@ -203,6 +204,11 @@ def _parse_url(base_url: str) -> httpx2.URL:
 def _read_key(variable: str | None, url: httpx2.URL) -> str | None:
     if variable is None:
         return None
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        raise InputError(
+            "judge.api_key_env must be the name of an environment variable, in capitals, OPENAI_API_KEY say, and not "
+            "the key itself."
+        )
     key = os.environ.get(variable, "").strip()
     if not key:
         if url.scheme == "http":  # a server of one's own, which mostly wants none

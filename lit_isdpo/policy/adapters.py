@@ -42,6 +42,7 @@ UNSUPPORTED_OPTIONS = {
     "revision": "the revision is named by model.policy.revision",
     "inference_mode": "nothing would be trained",
     "alora_invocation_tokens": "where it begins is found by PEFT's own forward, which is not called",
+    "megatron_config": "it is for models of Megatron, whose module it imports by name",
     "use_qalora": "it is for quantised models",
     "runtime_config": "it is for offloaded models",
     **dict.fromkeys(

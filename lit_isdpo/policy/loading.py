@@ -1,9 +1,11 @@
 """A Hugging Face causal language model in, with the settings that preference training needs."""
 
+import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from shutil import which
 from typing import Any, Literal, Protocol
 
@@ -11,10 +13,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
-from lit_isdpo.types import InputError
+from lit_isdpo.types import NEEDS_CODE, InputError
 
+LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)  # of transformers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,13 +111,17 @@ def read_config(source: ModelSource, *, option: str) -> PretrainedConfig:
     """Reads the configuration alone, as it is.
 
     Raises:
-        InputError: no such model, or an adapter in its place.
+        InputError: no such model, an adapter in its place, or a folder whose weights are said to lie outside of it.
     """
     if (Path(source.path) / CONFIG_NAME).is_file():
         raise InputError(
             f"{option}: {source.path!r} holds a PEFT adapter and not a whole model; merge it first, by `lit-isdpo "
             "export` without --as_adapter or by PEFT's merge_and_unload, and name the folder of the merged model."
         )
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        for file in _files_of(Path(source.path) / name):
+            if Path(file).name != file:
+                raise InputError(f"{option}: {name} in {source.path!r} names a file outside of that folder: {file!r}.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -163,7 +171,7 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
                     f"{option}: {policy.path!r} has no weights for {missing[0]} "
                     f"({len(missing)} of the model's tensors are missing): it is not a causal language model."
                 )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(why_not_loaded(policy, option, error)) from error
     assert isinstance(model, PreTrainedModel)
     model.eval()
@@ -209,6 +217,10 @@ def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
     """One sentence for what transformers raised."""
     path = Path(source.path)
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        reason = NEEDS_CODE
+    if isinstance(error, UnpicklingError):
+        reason = "its weights are a pickle that holds more than tensors, which could run code; save it as safetensors."
     if path.is_dir():
         return f"{option}: the folder {source.path!r} holds no loadable Hugging Face model: {reason}"
     if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
@@ -217,3 +229,11 @@ def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
         f"{option}: {source.path!r} is no folder here and could not be loaded from the Hugging Face hub (is the name "
         f"right, are you online, do you have access?): {reason}"
     )
+
+
+def _files_of(index: Path) -> set[str]:
+    """The files that weights lie in, as far as an index says so."""
+    # Of what is no index transformers says what is wrong.
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set(map(str, json.loads(index.read_text())["weight_map"].values()))
+    return set()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import (
     DTYPES,
+    LOADING_ERRORS,
     ModelSource,
     PolicyConfig,
     enable_gradient_checkpointing,
@@ -202,7 +202,7 @@ def load_sequence_classifier(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(why_not_loaded(source, option, error)) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):

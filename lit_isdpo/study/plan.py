@@ -97,6 +97,9 @@ def plan_runs(
     for name, given in (("designs", designs), ("methods", methods), ("seeds", seeds)):
         if not given:
             raise InputError(f"{name}: a study needs at least one.")
+    for design in designs:
+        if Path(design).name != design or design in ("", ".."):
+            raise InputError(f"designs: {design!r} names a folder of runs, so it cannot be a path.")
     for flag, values in grid.items():
         if not values:
             raise InputError(f"grid: {flag} has no values.")

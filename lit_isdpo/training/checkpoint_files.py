@@ -1,20 +1,37 @@
-"""A checkpoint as it lies on the disk: one file, or a folder to which each rank wrote its part."""
+"""A checkpoint as it lies on the disk: one file, or a folder to which each rank wrote its part.
 
-from collections.abc import Mapping
+Both are pickles, which may be made to run code as they are read. So only tensors and plain values are.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lit_isdpo.policy.sharding import read_tensors
 from lit_isdpo.types import InputError
 
 EXTRAS = "meta.pt"  # Lightning's name, in a folder, for all but tensors of the model and the optimizer
 TENSORS = "state_dict."  # before the model's names in a folder
+INDEX = ".metadata"  # torch's name, in a folder, for what lies where
+INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}
+PLAIN_ONLY, ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's switches
 
 
 class StoredCheckpoint:
@@ -39,14 +56,12 @@ class StoredCheckpoint:
         self.is_folder = path.is_dir()
         try:
             if self.is_folder:
-                self._metadata = FileSystemReader(path).read_metadata()
+                self._metadata = _read_index(path)
             self.extras: dict[str, Any] = torch.load(
                 path / EXTRAS if self.is_folder else path, map_location="cpu", weights_only=True, mmap=True
             )
         except Exception as error:  # torch raises whatever its parts raise
-            raise InputError(
-                f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it may be cut short."
-            ) from error
+            raise InputError(unreadable(path)) from error
 
     @cached_property
     def shapes(self) -> Mapping[str, Tensor]:
@@ -85,3 +100,46 @@ class StoredCheckpoint:
             return
         state: dict[str, Any] = {f"{TENSORS}{prefix}{name}": tensor for name, tensor in tensors.items()}
         read_tensors(state, FileSystemReader(self.path))
+
+
+def unreadable(path: Path) -> str:
+    """The sentence for a checkpoint that cannot be read."""
+    return (
+        f"ckpt_path: {str(path)!r} cannot be read as a checkpoint; it is cut short, or holds more than tensors and "
+        "plain values, which is not loaded, as it could run code."
+    )
+
+
+@contextmanager
+def plain_values_only() -> Iterator[None]:
+    """Lets ``torch.load`` read nothing else in here, whatever it is told; a sharded checkpoint's reader tells it to."""
+    before = {name: os.environ.pop(name, None) for name in (PLAIN_ONLY, ANYTHING)}
+    os.environ[PLAIN_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[PLAIN_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+class _IndexReader(pickle.Unpickler):
+    """Makes what an index consists of, and nothing else: torch reads it as any pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        own = getattr(metadata, name, None) if module == metadata.__name__ else None
+        is_known = (module, name) in INDEX_NAMES or (isinstance(own, type) and own.__module__ == module)
+        if is_known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _read_index(folder: Path) -> Metadata:
+    """Reads which tensors a folder holds, and in which of its files."""
+    with (folder / INDEX).open("rb") as file:
+        index = _IndexReader(file).load()
+    if not isinstance(index, Metadata):
+        raise TypeError(type(index).__name__)
+    for stored in (index.storage_data or {}).values():
+        if Path(stored.relative_path).name != stored.relative_path:
+            raise ValueError(f"{stored.relative_path} is outside the folder")
+    return index

@@ -59,6 +59,9 @@ class BestCheckpoint(ModelCheckpoint):
         self.dirpath = str(run_dir(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over no paths: a resumed run keeps its own best checkpoints, and would delete those it was told of."""
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves; the validation before the first step tells already whether the metric is there.
 

@@ -2,25 +2,26 @@
 
 import csv
 import json
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
 from lit_isdpo import __version__
+from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, check_same_tensors, parse_adapter
-from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
+from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, read_config
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.module import BASE_KEY, WEIGHTS_PREFIX
+from lit_isdpo.training.resumption import saved_config
 from lit_isdpo.training.reward import REWARD_WEIGHTS_PREFIX
 from lit_isdpo.types import InputError
 
@@ -45,9 +46,12 @@ Load it with `{kind.loader}.from_pretrained` and `AutoTokenizer.from_pretrained`
 
 ## Configuration of the run
 
-```yaml
-{config}```
+{fence}yaml
+{config}{fence}
 """
+
+
+METRIC = re.compile(r"val/[\w/.@-]+")
 
 
 class Kind(NamedTuple):
@@ -120,6 +124,7 @@ def export(
     if not scores and not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
     kind = REWARD_MODEL if scores else ADAPTER if as_adapter else POLICY
+    tokenizer = load_tokenizer(str(run / "model"), trust_remote_code=trust_remote_code)
     if as_adapter:
         adapter = _adapter(checkpoint, run, base_model, trust_remote_code)
         adapter.save(output)
@@ -128,7 +133,7 @@ def export(
         model = _whole_model(checkpoint, run, base_model, trust_remote_code)
         model.save_pretrained(output)
         wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
-    AutoTokenizer.from_pretrained(run / "model", trust_remote_code=trust_remote_code).save_pretrained(output)
+    tokenizer.save_pretrained(output)
     (output / "README.md").write_text(_card(run, output.name, int(checkpoint.extras["global_step"]), kind))
     print(f"Wrote {output} ({wrote}).")
 
@@ -185,13 +190,15 @@ def _adapter(checkpoint: StoredCheckpoint, run: Path, base_model: str | None, tr
         raise InputError(
             f"{str(run)!r} is not the run's folder (it has no model/{CONFIG_NAME}): name it with --run_dir."
         )
-    options = json.loads(file.read_text())
-    base, revision = options.pop("base_model_name_or_path"), options.pop("revision")
-    dtype = AutoConfig.from_pretrained(file.parent, trust_remote_code=trust_remote_code).dtype
+    try:
+        options = json.loads(file.read_text())
+        base, revision = options.pop("base_model_name_or_path"), options.pop("revision")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"run_dir: {str(file)!r} is not what a run wrote.") from error
     policy = PolicyConfig(
         path=base_model or base,
         revision=None if base_model else revision,
-        dtype="bfloat16" if dtype == DTYPES["bfloat16"] else "float32",
+        dtype=_dtype(run),
         trust_remote_code=trust_remote_code,
     )
     model = load_causal_lm(policy, option="base_model (what the adapter was trained on; say where it is)").float()
@@ -212,9 +219,10 @@ def _trained_model(checkpoint: StoredCheckpoint, folder: Path, trust_remote_code
     prefix = REWARD_WEIGHTS_PREFIX if scores else WEIGHTS_PREFIX
     factory: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     stored = checkpoint.under(prefix)
+    config = read_config(PolicyConfig(path=str(folder), trust_remote_code=trust_remote_code), option="run_dir")
     with no_init_weights():  # all of them are read
         model: PreTrainedModel = factory.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
+            config,
             dtype=next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point()),
             trust_remote_code=trust_remote_code,
         )
@@ -231,20 +239,30 @@ def _trained_model(checkpoint: StoredCheckpoint, folder: Path, trust_remote_code
 
 def _card(run: Path, name: str, step: int, kind: Kind) -> str:
     config_file = run / "config.yaml"
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    config = saved_config(config_file) if config_file.is_file() else {}
     metrics_step, metrics = _validation(run / "metrics.csv", step)
-    dtype = json.loads((run / "model" / "config.json").read_text()).get("dtype", "float32")
     rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
+    text = yaml.safe_dump(config, sort_keys=False)
     return CARD.format(
-        name=name,
+        name=" ".join(name.split()),
         kind=kind,
-        numerics=f"; with `dtype={dtype}` its base is what it was in training" if kind is ADAPTER else "",
+        numerics=f"; with `dtype={_dtype(run)}` its base is what it was in training" if kind is ADAPTER else "",
         version=__version__,
         step=step,
         metrics_step=metrics_step,
         metrics="\n".join(rows) if metrics else "(none in metrics.csv)",
-        config=yaml.safe_dump(config, sort_keys=False),
+        config=text,
+        fence=max(re.findall("`{3,}", text), key=len, default="``") + "`",  # no text of the config ends the block
     )
+
+
+def _dtype(run: Path) -> Literal["float32", "bfloat16"]:
+    """Of the weights that a run's policy had in memory."""
+    try:
+        dtype = json.loads((run / "model" / "config.json").read_text()).get("dtype")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"run_dir: {str(run / 'model' / 'config.json')!r} is no model's configuration.") from error
+    return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
 def _validation(file: Path, step: int) -> tuple[str, dict[str, float]]:
@@ -256,4 +274,4 @@ def _validation(file: Path, step: int) -> tuple[str, dict[str, float]]:
     if not rows:
         return "-", {}
     last = rows[-1]
-    return last["step"], {key: float(value) for key, value in last.items() if key.startswith("val/") and value}
+    return last["step"], {key: float(value) for key, value in last.items() if METRIC.fullmatch(key) and value}

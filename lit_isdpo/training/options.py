@@ -4,7 +4,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from lit_isdpo.training.checkpoint_files import EXTRAS
+from lit_isdpo.evaluation.credentials import check_no_secret
+from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.strategy import NAME, FSDP2Strategy
 from lit_isdpo.types import InputError
@@ -20,6 +21,7 @@ def check(verb: str, config: Namespace) -> None:
     Raises:
         InputError: names the option and what to use instead.
     """
+    check_no_secret(config.as_dict())
     precision = str(config.trainer.precision or "32-true")
     if precision not in ("32", "32-true"):
         raise InputError(
@@ -58,10 +60,10 @@ def check(verb: str, config: Namespace) -> None:
         raise InputError(
             "evaluation.kl_prompts: without model.reference there is nothing to measure KL to; leave it out."
         )
+    if config.get("weights_only") is False:
+        raise InputError("weights_only: a checkpoint is never let run code as it is loaded; leave the option out.")
     ckpt_path = config.get("ckpt_path")
-    if ckpt_path and not Path(ckpt_path).exists():
-        raise InputError(f"ckpt_path: no such checkpoint: {ckpt_path!r}.")
-    if ckpt_path and (Path(ckpt_path) / EXTRAS).is_file() and not sharded:
+    if ckpt_path and StoredCheckpoint(Path(ckpt_path)).is_folder and not sharded:
         raise InputError(
             f"ckpt_path: {ckpt_path!r} is a sharded checkpoint; use --trainer.strategy fsdp2, on one device too, or "
             "export it."

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.types import InputError
+
 OF_THE_COMMAND = ("ckpt_path", "trainer.default_root_dir")  # where it comes from and goes to
 
 
@@ -20,9 +22,21 @@ def print_changes(ckpt_path: str, config: str) -> None:
     file = Path(ckpt_path).resolve().parent.parent / "config.yaml"
     if not file.is_file():
         return
-    lines = list(changes(yaml.safe_load(file.read_text()), yaml.safe_load(config)))
+    lines = list(changes(saved_config(file), yaml.safe_load(config)))
     if lines:
         rank_zero_info("\n  ".join([f"Options that are not those of {file} (the first value is its own):", *lines]))
+
+
+def saved_config(file: Path) -> Any:
+    """A run's ``config.yaml``.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(file)!r} is no config of a run: {next(iter(str(error).splitlines()), '')}.") from error
 
 
 def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -8,16 +8,18 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
-from lit_isdpo.training.checkpoint_files import StoredCheckpoint
+from lit_isdpo.training.checkpoint_files import StoredCheckpoint, plain_values_only, unreadable
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError
 
@@ -109,7 +111,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.lightning_module.ranks.agree(lambda: self._check(path))
         # Of a policy with an adapter a checkpoint has the adapter alone; the names were compared above.
         self.lightning_module.strict_loading = False
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        try:
+            with plain_values_only():
+                return super().load_checkpoint(path, weights_only=True)
+        except (CheckpointException, UnpicklingError) as error:
+            raise InputError(unreadable(path)) from error
 
     def _check(self, path: Path) -> None:
         stored, module = StoredCheckpoint(path), cast(LanguageModule, self.lightning_module)

@@ -316,7 +316,7 @@ def _ranked_pairs(
     if margin_column is None:
         margins = [0.0] * len(chosen)
     elif margin_column == known.score_column:
-        margins = [scores[better] - scores[worse] for better, worse in chosen]
+        margins = [number(scores[better] - scores[worse]) for better, worse in chosen]
     else:
         margins = [number(row[margin_column])] * len(chosen)
     return [

@@ -5,7 +5,6 @@ same prompt. A reader of ranked responses gives them all, with their scores. Wha
 whether a response is empty or equals the other one is asked where it is tokenized.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from lit_isdpo.types import Message, SFTExample
 
 Row = Mapping[str, Any]
+_LARGEST = (2 - 2**-23) * 2.0**127  # float32's
 
 
 class Reason(StrEnum):
@@ -129,6 +129,7 @@ def read_comparison(row: Row, column: str) -> SFTExample:
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
         raise RowError(Reason.MALFORMED)
+    choice = int(choice)  # a table may hold 1.0
     if info.get("article") is not None:
         prompt = f"Article:\n{_text(info['article'])}\n\nTL;DR:"
     else:
@@ -201,19 +202,24 @@ def is_list_of(value: object, *keys: str) -> bool:
 
 
 def number(value: object) -> float:
-    """A finite number.
+    """A number that is finite in float32, which batches hold.
 
     Raises:
         RowError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise RowError(Reason.MALFORMED)
     return float(value)
 
 
 def _text(value: object) -> str:
+    """A string that is text: half a surrogate pair, which JSON can spell, is a character to no tokenizer."""
     if not isinstance(value, str):
         raise RowError(Reason.MALFORMED)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(Reason.MALFORMED) from error
     return value
 
 
@@ -232,9 +238,9 @@ def _turns(value: object) -> list[Message]:
     turns: list[Message] = []
     for turn in _list(value):
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
+        if role not in ("system", "user", "assistant", "tool"):
             raise RowError(Reason.MALFORMED)
-        turns.append(Message(role=role, content=content))
+        turns.append(Message(role=role, content=_text(content)))
     if not turns:
         raise RowError(Reason.MALFORMED)
     return turns

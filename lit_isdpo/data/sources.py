@@ -9,6 +9,7 @@ import glob
 import importlib.util
 import math
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +22,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from lit_isdpo.data.formats import BEHAVIOR_COLUMNS
+from lit_isdpo.data.intact import TEXT_COLUMNS, check_csv, check_json, missing_shards
 from lit_isdpo.types import InputError
-
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "query", "reference_response", "question", "instruction")
 
 
 def _cell(text: str) -> float:
@@ -41,7 +41,7 @@ def _csv(numbers: Collection[str] = ()) -> dict[str, Any]:
     would make text of the column.
     """
     return {
-        "converters": dict.fromkeys(_TEXT_COLUMNS, str) | dict.fromkeys(numbers, _cell),
+        "converters": dict.fromkeys(TEXT_COLUMNS, str) | dict.fromkeys(numbers, _cell),
         "keep_default_na": False,
         "na_values": {column: [""] for column in BEHAVIOR_COLUMNS},
     }
@@ -192,17 +192,11 @@ def open_source(source: DataSource, option: str) -> OpenSource:
     Raises:
         InputError: there is nothing of that name, or nothing that can be read.
     """
-    path = Path(source.path).expanduser()
-    if path.is_file():
-        files, folder = [path], path.parent
-    elif path.is_dir():
-        files, folder = [file for file in sorted(path.rglob("*")) if _is_data(file, path)], path
-    else:
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-        files = [file for file in sorted(map(Path, matches)) if file.is_file()]
-        folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-    if not files and path.is_dir():
-        raise InputError(f"{option}: no data files ({', '.join(_READERS)}) in the folder {source.path!r}")
+    try:
+        files, folder = _find(source, option)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
     if not files:
         return OpenSource(source, option, hub=_from_hub(source, option))
     if source.name or source.revision:
@@ -212,9 +206,39 @@ def open_source(source: DataSource, option: str) -> OpenSource:
     return OpenSource(source, option, files=_by_split(files, folder))
 
 
+def _find(source: DataSource, option: str) -> tuple[list[Path], Path]:
+    """The local files of a source, and the folder that they are in."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return [path], path.parent
+    if path.is_dir():
+        files, folder = [file for file in sorted(path.rglob("*")) if _is_data(file, path)], path
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{option}: {str(file)!r} is no file that can be read, or a link to none")
+        if not files:
+            raise InputError(f"{option}: no data files ({', '.join(_READERS)}) in the folder {source.path!r}")
+    else:
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        # A link to a folder above would give each file many times.
+        files = list({file.parent.resolve() / file.name: file for file in matches if file.is_file()}.values())
+        folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    by_folder: dict[Path, list[str]] = {}
+    for file in files:
+        by_folder.setdefault(file.parent, []).append(file.name)
+    for parent, names in by_folder.items():
+        if missing := missing_shards(names):
+            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise InputError(
+                f"{option}: {str(parent)!r} lacks {some}; to read a part of the data, name its files in a list"
+            )
+    return files, folder
+
+
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.is_file() and not hidden and file.name not in _NOT_DATA and _suffixes(file)[0] in _READERS
+    named_so = not hidden and file.name not in _NOT_DATA and _suffixes(file)[0] in _READERS
+    return named_so and not file.is_dir()
 
 
 def _suffixes(file: Path) -> tuple[str, str]:
@@ -265,25 +289,73 @@ def _read(files: list[Path], option: str, numbers: Collection[str] = ()) -> Any:
     reader, options = readers[_suffixes(files[0])[0]]
     if reader == "csv":
         options = _csv(numbers) | options
-    # `datasets` would take brackets in a file's name for a pattern.
-    names = [glob.escape(str(file.absolute())) for file in files if file.stat().st_size]
-    if not names:
-        return []
     try:
-        with _quiet():
-            return datasets.load_dataset(reader, data_files={"rows": names}, split="rows", **options)
+        files = [file for file in files if file.stat().st_size]
+        return _load(files, reader, options) if files else []
     except Exception as error:  # the readers raise whatever their libraries do
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             return []
-        if len(files) > 1:
-            for file in files:
-                _read([file], option, numbers)  # names the one at fault
+        reason = ""
+        if len(files) > 1:  # one is at fault, or they do not go together
+            reason = _difference(files, [_read([file], option, numbers) for file in files])
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        which = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name} together"
+        reason = reason or next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        which = _printable(files[0]) if len(files) == 1 else f"{_printable(files[0])} to {files[-1].name!r} together"
         raise InputError(f"{option}: cannot read {which} as {reader}: {reason}") from error
+
+
+def _load(files: list[Path], reader: str, options: dict[str, Any]) -> Any:
+    """Reads files with `datasets`, or finds them read by an earlier run."""
+    states = [_state(file) for file in files]
+    with _quiet():
+        builder = datasets.load_dataset_builder(
+            reader,
+            # `datasets` would take brackets in a file's name for a pattern.
+            data_files={"rows": [glob.escape(str(file.absolute())) for file in files]},
+            # Part of the cache's key, in which `datasets` has times alone: archives give every version the same one.
+            description=f"{sum(size for _, size in states)} bytes",
+            **options,
+        )
+        folder = Path(builder.cache_dir)
+        if not folder.exists():
+            for file in files:
+                if reader == "json":
+                    check_json(file)
+                elif reader == "csv":
+                    check_csv(file, options.get("sep", ","))
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split="rows")
+        for file, state in zip(files, states, strict=True):
+            if _state(file) != state:
+                shutil.rmtree(folder)
+                raise ValueError(f"{file.name!r} was changed while it was read; begin again when it is complete")
+        return rows
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """When a file was last changed, in nanoseconds, and its size in bytes."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _difference(files: list[Path], tables: list[Any]) -> str:
+    """In which column files differ, in words; empty where they do not."""
+    described = [(file, table.features) for file, table in zip(files, tables, strict=True) if len(table)]
+    for file, features in described[1:]:
+        first, expected = described[0]
+        for column in [*expected, *features]:
+            if column not in features or column not in expected:
+                there, lacking = (first, file) if column in expected else (file, first)
+                return f"{there.name!r} has a column {column!r}, which {lacking.name!r} lacks"
+            if features[column] != expected[column]:
+                return f"the column {column!r} is of another type in {file.name!r} than in {first.name!r}"
+    return ""
+
+
+def _printable(file: Path) -> str:
+    return str(file) if str(file).isprintable() else repr(str(file))
 
 
 def _from_hub(source: DataSource, option: str) -> Mapping[str, Any]:

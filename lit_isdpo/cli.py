@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 import transformers
 from jsonargparse import Namespace, auto_cli
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
@@ -23,9 +24,11 @@ from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextD
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.study.study import study
+from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
+from lit_isdpo.training.failures import explain
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import PolicyModule
@@ -40,6 +43,7 @@ from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
 
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 MODULES = (PreferenceModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
 OWN_VERBS: dict[str, Callable[..., None]] = {"export": export, "study": study}
 DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
@@ -146,7 +150,10 @@ class IsdpoCLI(LightningCLI):
             kwargs["logger"] = [tensorboard, csv]
         if trainer.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())  # first, so that it ends before the report
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody wants another
+            made.strategy.checkpoint_io = CheckpointFiles()
+        return made
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -156,8 +163,9 @@ def main(args: Sequence[str] | None = None) -> None:
         args: as on the command line, without the program's name; by default those of the process.
 
     Raises:
-        SystemExit: with status 2 after one sentence on bad input; with 75 (EX_TEMPFAIL) where a fit was asked to leave
-            by SIGTERM.
+        SystemExit: with status 2 after one sentence on bad input; with 74 (EX_IOERR) where the system does not let it
+            write or read, and 71 (EX_OSERR) where a process that helped has died; with 75 (EX_TEMPFAIL) where a fit was
+            asked to leave by SIGTERM; with 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     _quieten()
@@ -189,18 +197,16 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except SIGTERMException:  # it came before the first step, which LastCheckpoint waits for
         raise SystemExit(EX_TEMPFAIL) from None
-    except Exception as error:
-        if (cause := _users_fault(error)) is None:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        print(f"error: {hide_secrets(str(cause))}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _users_fault(error: BaseException | None) -> BaseException | None:
-    """The first error among the causes that is about the user's input: the parser wraps what constructors raise."""
-    while error is not None and not isinstance(error, InputError | MisconfigurationException):
-        error = error.__cause__ or error.__context__
-    return error
+        rank_zero_info("Stopped by Ctrl-C.")  # Lightning has made a SystemExit of it
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if (failure := explain(error)) is None:
+            raise
+        print(f"error: {hide_secrets(failure.sentence)}", file=sys.stderr)
+        raise SystemExit(failure.status) from None
 
 
 def _path(cls: type) -> str:
@@ -244,6 +250,7 @@ NOISE = (
     "Seed set to",
     "`Trainer.fit` stopped",
     "`weights_only` was not set",
+    "\nDetected KeyboardInterrupt",  # main() says so
 )
 SILENCED_WARNINGS = (
     "It is recommended to use .*sync_dist=True",  # the probe's values are those of all ranks already

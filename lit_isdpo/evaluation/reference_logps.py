@@ -16,13 +16,13 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
 from rich.progress import Progress
 from torch import Tensor
 
 from lit_isdpo.data.rows import Rows
+from lit_isdpo.evaluation.files import read_table, write_table, write_text
 from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
@@ -58,8 +58,7 @@ class ReferenceLogps:
         self.device = device
         self.ranks = ranks
         if ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n")
+            write_text(self.folder / "reference.json", json.dumps(about, indent=2) + "\n")
         ranks.gather(None)
 
     def of_rows(self, rows: Rows, reference: Reference, collate: Collate, *, batch_size: int, label: str) -> Tensor:
@@ -159,12 +158,11 @@ class ReferenceLogps:
         return batch._replace(tokens=batch.tokens.to(self.device), row_ids=batch.row_ids.to(self.device))
 
     def _read(self) -> dict[int, tuple[float, float]]:
-        """Everything that the folder holds, by key; a file that cannot be read counts as none."""
+        """Everything that the folder holds, by key; a file that is not as it was written counts as none."""
         known: dict[int, tuple[float, float]] = {}
         for file in sorted(self.folder.glob("*.parquet")):
-            try:
-                table = pq.read_table(file, columns=list(COLUMNS[:3]))
-            except (pa.ArrowInvalid, OSError):
+            table = read_table(file, COLUMNS[:3])
+            if table is None:
                 continue
             keys, *sides = (table.column(name).to_pylist() for name in COLUMNS[:3])
             known.update(zip(keys, zip(*sides, strict=True), strict=True))
@@ -174,7 +172,4 @@ class ReferenceLogps:
         columns = dict(zip(COLUMNS, zip(*lines, strict=True), strict=True))
         types = (pa.int64(), pa.float32(), pa.float32(), pa.int32(), pa.int32())
         table = pa.table({name: pa.array(columns[name], type=kind) for name, kind in zip(COLUMNS, types, strict=True)})
-        file = self.folder / f"{self.ranks.rank}-{uuid4().hex[:12]}.parquet"
-        temporary = file.with_suffix(".saving")
-        pq.write_table(table, temporary)
-        temporary.replace(file)
+        write_table(self.folder / f"{self.ranks.rank}-{uuid4().hex[:12]}.parquet", table)

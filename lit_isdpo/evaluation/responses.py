@@ -11,16 +11,15 @@ folder of columns beside the others.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lit_isdpo.evaluation.files import read_table, write_table, write_text
 from lit_isdpo.evaluation.fingerprints import digest
 from lit_isdpo.types import Ranks, Response
 
@@ -62,7 +61,7 @@ class ResponseSet:
         self.shards = [self._order[start : start + per_shard] for start in range(0, len(prompts), per_shard)]
         self._parts: dict[str, list[pa.Table]] = {}
         if ranks.rank == 0:
-            _write(self.folder / "about.json", lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
+            write_text(self.folder / "about.json", json.dumps(about, indent=2) + "\n")
 
     @property
     def file(self) -> Path:
@@ -199,27 +198,16 @@ class ResponseSet:
             for column in part.column_names:
                 table = table.append_column(column, part.column(column))
         back = pa.array(sorted(range(len(rows)), key=rows.__getitem__))
-        _write(self.file, lambda file: pq.write_table(table.take(back), file))
+        write_table(self.file, table.take(back))
 
     def _read(self, name: str, shard: int) -> pa.Table | None:
-        """A shard's columns; ``None`` where they are not there, or torn."""
-        try:
-            table = pq.read_table(self._path(name, shard))
-        except (OSError, pa.ArrowException):
-            return None
-        return table if len(table) == len(self.shards[shard]) * self.num_responses else None
+        """A shard's columns; ``None`` where they are not there, or are not what was written."""
+        table = read_table(self._path(name, shard))
+        return table if table is not None and len(table) == len(self.shards[shard]) * self.num_responses else None
 
     def _write_shard(self, name: str, shard: int, table: pa.Table) -> pa.Table:
-        _write(self._path(name, shard), lambda file: pq.write_table(table, file))
+        write_table(self._path(name, shard), table)
         return table
 
     def _path(self, name: str, shard: int) -> Path:
         return self.folder / "shards" / name / f"{shard:05}.parquet"
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first, so that nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)

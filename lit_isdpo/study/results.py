@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,8 @@ def _has_log(folder: Path) -> bool:
 def _read_version(folder: Path) -> pd.DataFrame:
     csv = folder / "metrics.csv"
     if csv.is_file() and csv.stat().st_size:
-        return pd.read_csv(csv)
+        whole_lines = csv.read_text().rpartition("\n")[0]  # a kill may have cut the last one, in a number even
+        return pd.read_csv(StringIO(whole_lines + "\n"))
     # All scalars: by default a sample of each is kept.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()

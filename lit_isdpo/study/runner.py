@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.study.plan import Run
 from lit_isdpo.types import InputError
 
@@ -113,9 +114,7 @@ def _parse(run: Run, cli: str) -> str:
 
 def _mark(run: Run, root: Path, seconds: float) -> None:
     done = {"run": run.name, "arguments": list(run.arguments), "seconds": round(seconds, 1)}
-    temporary = root / run.folder / (DONE + ".saving")
-    temporary.write_text(json.dumps(done, indent=2) + "\n")
-    temporary.replace(root / run.folder / DONE)
+    write_text(root / run.folder / DONE, json.dumps(done, indent=2) + "\n")
 
 
 def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:

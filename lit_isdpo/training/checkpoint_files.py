@@ -7,16 +7,20 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from lit_isdpo.evaluation.files import write_whole
 from lit_isdpo.policy.sharding import read_tensors
 from lit_isdpo.types import InputError
 
@@ -62,6 +66,31 @@ class StoredCheckpoint:
             )
         except Exception as error:  # torch raises whatever its parts raise
             raise InputError(unreadable(path)) from error
+
+    def check(self, share: int = 0, of: int = 1) -> None:
+        """Reads all of it once, and compares with the checksums that PyTorch wrote: it looks at none when it loads.
+
+        Args:
+            share: of a folder's parts, those that this rank reads, from 0.
+            of: how many ranks share the work.
+
+        Raises:
+            InputError: something is not as it was written.
+        """
+        try:
+            if not self.is_folder:
+                is_whole = _is_whole(self.path)
+            else:
+                parts = sorted({(p.relative_path, p.offset, p.length) for p in self._metadata.storage_data.values()})
+                is_whole = _is_whole(self.path / EXTRAS) and all(
+                    _is_whole(self.path / name, offset, length) for name, offset, length in parts[share::of]
+                )
+        except (OSError, ValueError, EOFError, NotImplementedError, BadZipFile):  # a flipped bit is met anywhere
+            is_whole = False
+        if not is_whole:
+            raise InputError(
+                f"ckpt_path: {str(self.path)!r} is damaged: it is not what was written; use another checkpoint."
+            )
 
     @cached_property
     def shapes(self) -> Mapping[str, Tensor]:
@@ -143,3 +172,48 @@ def _read_index(folder: Path) -> Metadata:
         if Path(stored.relative_path).name != stored.relative_path:
             raise ValueError(f"{stored.relative_path} is outside the folder")
     return index
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Files that are there whole or not at all, and are read only where they are what was written.
+
+    Lightning's own are put together in memory, twice, and then in the folder for temporary files, which may be small
+    and keeps what a kill leaves there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes straight to the disk, where the file stays.
+
+        Raises:
+            OSError: there is no room, or no permission; what was there before still is.
+        """
+        write_whole(Path(path), partial(_write, checkpoint))
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads what is whole.
+
+        Raises:
+            InputError: it cannot be read, or is damaged.
+        """
+        StoredCheckpoint(Path(path)).check()
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch says that its writer failed, not why
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
+        file.flush()
+        os.fsync(file.fileno())  # before the file takes the name of the one before
+
+
+def _is_whole(path: Path, offset: int = 0, length: int = -1) -> bool:
+    """Whether what ``torch.save`` wrote there has its checksums: it is a zip archive."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        stream = file if length < 0 else BytesIO(file.read(length))
+        with ZipFile(stream) as archive:
+            return archive.testzip() is None

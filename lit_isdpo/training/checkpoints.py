@@ -2,6 +2,9 @@
 
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.evaluation.files import naming
+from lit_isdpo.training.guards import NonFiniteError
 from lit_isdpo.types import InputError
 
 MICRO_BATCHES = "micro_batches_per_step"  # of a checkpoint
@@ -62,6 +67,14 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over no paths: a resumed run keeps its own best checkpoints, and would delete those it was told of."""
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        with _another_name(trainer, Path(filepath)) as temporary:
+            super()._save_checkpoint(trainer, str(temporary))
+        if trainer.is_global_zero:
+            temporary.replace(filepath)
+        trainer.strategy.barrier("best.ckpt")
+        self._last_checkpoint_saved = filepath
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves; the validation before the first step tells already whether the metric is there.
 
@@ -97,6 +110,9 @@ class LastCheckpoint(Callback):
         self.every_n_steps = every_n_steps
         self._asked_by: int | None = None  # the signal
         self._saved_at = -1
+        self._between_steps: tuple[dict[str, Any], int] | None = None  # what a checkpoint would have said of the loops
+        self._rewinds = False
+        self._flushes = False
         self._previous_handler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,8 +127,17 @@ class LastCheckpoint(Callback):
             self._previous_handler = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives Ctrl-C back; Lightning tears no callback down where a fit has failed."""
+        """Gives Ctrl-C back, as Lightning tears no callback down where a fit has failed; saves what a NaN has stopped.
+
+        The weights are those of the last step, but the loops are in the middle of the next one.
+        """
         self.teardown(trainer, pl_module, "fit")
+        if isinstance(exception, NonFiniteError) and self._between_steps:  # on all ranks alike
+            if trainer.global_step != self._saved_at:
+                self._rewinds = True
+                self._save(trainer)
+                self._rewinds = False
+            rank_zero_info(f"\nStopped at optimizer step {trainer.global_step}, with {self.path(trainer)} before it.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to SIGTERM; moves validations, where checkpoints are saved too, to an accumulation window's end."""
@@ -125,6 +150,8 @@ class LastCheckpoint(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps how many micro-batches made a step."""
         checkpoint[MICRO_BATCHES] = trainer.accumulate_grad_batches
+        if self._rewinds and self._between_steps:
+            checkpoint["loops"]["fit_loop"], checkpoint["epoch"] = self._between_steps
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Counts the epoch's micro-batches as this fit makes them, whose ranks may be more or fewer.
@@ -140,12 +167,20 @@ class LastCheckpoint(Callback):
                 open_ones = -number % before  # the last batch of a step may not be completed yet
                 counts[key] = (number + open_ones) // before * now - open_ones
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What is logged of the step after which a checkpoint was saved is written too."""
+        if self._flushes:
+            self._flushes = False
+            _flush_logs(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves if the fit ends here, or a save is due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch:
             return  # in the middle of an accumulation window there is gradient that no checkpoint holds
+        # Copied, as the loops count on in what they give.
+        self._between_steps = (deepcopy(trainer.fit_loop.state_dict()), trainer.current_epoch)
         step = trainer.global_step
         at_max_steps = step == trainer.max_steps
         # A signal may reach the ranks at different steps, or one of them alone.
@@ -171,12 +206,10 @@ class LastCheckpoint(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         path = self.path(trainer)
-        temporary = path.with_suffix(".saving")
-        if trainer.is_global_zero:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut off
-        trainer.strategy.barrier("last.ckpt begins")
-        trainer.save_checkpoint(temporary)
-        trainer.strategy.barrier("last.ckpt is written")
+        _flush_logs(trainer)
+        self._flushes = True
+        with _another_name(trainer, path) as temporary:
+            trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
             _put_in_place(temporary, path, f"last-{trainer.global_step}")
         trainer.strategy.barrier("last.ckpt")
@@ -198,6 +231,34 @@ def _status(trainer: Trainer) -> int:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
     return 0 if is_child else EX_TEMPFAIL
+
+
+@contextmanager
+def _another_name(trainer: Trainer, path: Path) -> Iterator[Path]:
+    """What a checkpoint is called until it is whole; all ranks are here when it is written."""
+    temporary = path.with_suffix(".saving")
+    if trainer.is_global_zero:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut off
+    trainer.strategy.barrier(f"{path.name} begins")
+    try:
+        with naming(path):
+            yield temporary
+    except BaseException:
+        if trainer.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        raise
+    trainer.strategy.barrier(f"{path.name} is written")
+
+
+def _flush_logs(trainer: Trainer) -> None:
+    """Writes what loggers hold back: a resumed fit does not log it again."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        with naming(Path(logger.save_dir or trainer.default_root_dir)):
+            logger.save()
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
 
 
 def _put_in_place(written: Path, path: Path, folder_name: str) -> None:

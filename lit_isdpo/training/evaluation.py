@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lit_isdpo.evaluation.evaluator import Engine, Evaluator, Outcome, SamplingSettings, Vocabulary
+from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.evaluation.judge import Judge
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.vllm_sampler import check_vllm
@@ -202,8 +203,7 @@ class Evaluation(Callback):
             "files": self.outcome.files,
             "settings": self.outcome.settings,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
         console = Console()
         console.print(_table({key.removeprefix("test/"): value for key, value in metrics.items()}))
         for owner, file in self.outcome.files.items():

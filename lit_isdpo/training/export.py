@@ -120,6 +120,7 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
     checkpoint = StoredCheckpoint(checkpoint_file)
+    checkpoint.check()
     scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
     if not scores and not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
@@ -145,6 +146,7 @@ def load_policy(
     checkpoint_file = Path(ckpt_path)
     run = find_run(checkpoint_file, run_dir)
     checkpoint = StoredCheckpoint(checkpoint_file)
+    checkpoint.check()
     if not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {str(checkpoint_file)!r} holds no policy of this project.")
     model = _whole_model(checkpoint, run, base_model)

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.data.pairing import Pairing
+from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.evaluation.labelling import LabelledPair, Labeller, SampledRow, sampled_logps, to_rows
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.training.checkpoints import run_dir
@@ -146,6 +147,5 @@ class PreferenceLabels(Callback):
             raise InputError(f"labels: no pair came out of {made}.")
         file = run_dir(trainer) / FILE
         if trainer.is_global_zero:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+            write_text(file, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
         rank_zero_info(f"Wrote {len(pairs):,} pairs to {file}, labelled by {self._labeller.reward.identity}: {made}")

@@ -23,7 +23,10 @@ from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.policy.sharding import all_ranks, whole
+from lit_isdpo.training.guards import NonFinite, StepGuard
 from lit_isdpo.types import InputError, Ranks
+
+SKIPPED_KEY = "skipped_steps"  # of a checkpoint
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -75,10 +78,16 @@ class LanguageModule(LightningModule, ABC):
         architecture: its configuration.
         optimizer: makes the optimizer from the model's parameters.
         schedule: of the learning rate.
+        nonfinite: what becomes of a step whose loss or gradient is NaN.
     """
 
     def __init__(
-        self, source: TrainedSource, architecture: PretrainedConfig, optimizer: OptimizerCallable, schedule: Schedule
+        self,
+        source: TrainedSource,
+        architecture: PretrainedConfig,
+        optimizer: OptimizerCallable,
+        schedule: Schedule,
+        nonfinite: NonFinite,
     ) -> None:
         super().__init__()
         self.source = source
@@ -86,6 +95,7 @@ class LanguageModule(LightningModule, ABC):
         self.make_optimizer = optimizer
         self.shares_prompts = False  # whether its batches hold a pair a row, with one prompt for both responses
         self.schedule = schedule
+        self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
@@ -112,6 +122,14 @@ class LanguageModule(LightningModule, ABC):
     @abstractmethod
     def micro_batch_loss(self, batch: Any) -> Tensor:
         """What ``training_step`` returns, and nothing else: no metrics, no checks, no logs."""
+
+    @abstractmethod
+    def log_window(self) -> None:
+        """Logs the micro-batches of an optimizer step as a whole, before their gradient is used."""
+
+    @abstractmethod
+    def forget_window(self) -> None:
+        """Forgets them, where the step is not made."""
 
     @property
     def reference(self) -> Reference | None:
@@ -204,6 +222,24 @@ class LanguageModule(LightningModule, ABC):
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps how many steps were skipped."""
+        checkpoint[SKIPPED_KEY] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes that back."""
+        if SKIPPED_KEY in checkpoint:
+            self.guard.load_state_dict(checkpoint[SKIPPED_KEY])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the step as it is, NaN too where it will be skipped.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite, and the fit ends.
+        """
+        self.guard.check_losses(self.trainer)
+        self.log_window()
+
     def optimizer_step(
         self,
         epoch: int,
@@ -221,14 +257,19 @@ class LanguageModule(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by norm, and logs how often: clipping all the time divides small weights away, as Adam does."""
+        """Clips by norm, and logs how often: clipping all the time divides small weights away, as Adam does.
+
+        Raises:
+            NonFiniteError: the gradient is NaN or infinite, and the fit ends.
+        """
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf))
-        if not torch.isfinite(norm):
-            raise InputError(
-                f"The gradient is NaN or infinite at optimizer step {self.trainer.global_step}; the weights are as "
-                "they were before this step. Try a lower learning rate, or float32 for the model's compute_dtype."
-            )
+        is_made = self.guard.admits_gradient(self.trainer, norm)
+        if not is_made:  # optimizers leave parameters without a gradient alone, and their own state of them
+            for parameter in parameters:
+                parameter.grad = None
+        if self.guard.nonfinite.action == "skip":
+            self.log("train/skipped_steps", float(self.guard.num_skipped))
         self.log("train/grad_norm", norm)
         if gradient_clip_val:
             self.log("train/grad_clipped", (norm > gradient_clip_val).float())

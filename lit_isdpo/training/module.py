@@ -11,6 +11,7 @@ from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
+from lit_isdpo.training.guards import NonFinite
 from lit_isdpo.training.language import LanguageModule, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -77,6 +78,7 @@ class PolicyModule(LanguageModule, ABC):
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
         sampling: how ``predict`` samples.
+        nonfinite: what becomes of a step whose loss or gradient is NaN.
     """
 
     policy: LogProbModel
@@ -87,9 +89,10 @@ class PolicyModule(LanguageModule, ABC):
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
+        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
     ) -> None:
         # Read here, so that a model that is none is found out before any data is read.
-        super().__init__(policy, load_config(policy).get_text_config(), optimizer, schedule)
+        super().__init__(policy, load_config(policy).get_text_config(), optimizer, schedule, nonfinite)
         self.policy_config = policy
         self.sampling = sampling
 
@@ -137,6 +140,7 @@ class PolicyModule(LanguageModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside an adapter, keeps what tells its base from others."""
+        super().on_save_checkpoint(checkpoint)
         if self.policy.adapter is not None:
             checkpoint[BASE_KEY] = self.policy.adapter.base_fingerprint
 
@@ -146,6 +150,7 @@ class PolicyModule(LanguageModule, ABC):
         Raises:
             InputError: an adapter meets a whole model, or another base than its own.
         """
+        super().on_load_checkpoint(checkpoint)
         adapter, base = self.policy.adapter, checkpoint.get(BASE_KEY)
         if adapter is None and base is not None:
             raise InputError("ckpt_path: the checkpoint holds an adapter alone; set model.policy.peft as its run did.")

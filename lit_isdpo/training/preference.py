@@ -31,7 +31,7 @@ from lit_isdpo.policy.reference import (
     reference_as_policy,
     starts_at_reference,
 )
-from lit_isdpo.training.guards import LossWindow, check_first_step, warn_of_vanishing_weights
+from lit_isdpo.training.guards import NonFinite, check_first_step, warn_of_vanishing_weights
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import PolicyModule, Sampling
 from lit_isdpo.training.reference_cache import cached_logps
@@ -57,6 +57,7 @@ class PreferenceModule(PolicyModule):
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
         sampling: how ``predict`` samples.
+        nonfinite: what becomes of a step whose loss or gradient is NaN.
         ess_window: most recent training pairs, over all ranks, that ``train/weights/ess`` is taken over.
         prefix_sharing: whether a prompt is computed once for both of its responses, in one row. The values are the same
             to rounding, in less time and memory. ``auto``: where the models' architecture allows it.
@@ -72,10 +73,11 @@ class PreferenceModule(PolicyModule):
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
+        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
         ess_window: int = 2048,
         prefix_sharing: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(policy, optimizer, schedule, sampling)
+        super().__init__(policy, optimizer, schedule, sampling, nonfinite)
         if ess_window < 1:
             raise InputError(f"model.ess_window must be at least 1 pair, not {ess_window}.")
         if reference is None:
@@ -98,7 +100,7 @@ class PreferenceModule(PolicyModule):
         self.test_metrics = PairMetrics(loss, unknown=unknown)
         self.caches_test_rows = False
         self._reference: tuple[Reference, ...] = ()  # in a tuple: a reference is not a part of this module
-        self._window = LossWindow()
+        self._recent_log_weights: list[Tensor] = []  # as of the last optimizer step
         self._ess_before_resume: Tensor | None = None
 
     @property
@@ -205,7 +207,7 @@ class PreferenceModule(PolicyModule):
             if reference is not None and starts_at_reference(numerics, reference):
                 check_first_step(pairs, self.loss, numerics, batch.row_ids, self.trainer)
         losses = self._update(self.train_metrics, pairs, batch)
-        self._window.add(losses, batch.row_ids)
+        self.guard.add(losses, batch.row_ids)
         return losses.mean()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -216,10 +218,19 @@ class PreferenceModule(PolicyModule):
         """Adds a batch to the sums of the test."""
         self._update(self.test_metrics, self._pair_logps(batch, "test"), batch)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the accumulation window once, as a whole, before its gradient is used."""
-        self._window.check(self.trainer)
+    def log_window(self) -> None:
+        """Logs the accumulation window once, as a whole."""
         warn_of_vanishing_weights(self.weighting, self._log("train", self.train_metrics))
+
+    def forget_window(self) -> None:
+        """Leaves its pairs out of the effective sample size too."""
+        self.train_metrics.reset()
+        self.train_metrics.recent = list(self._recent_log_weights)
+
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Remembers the window of the effective sample size between two optimizer steps."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._recent_log_weights = list(self.train_metrics.recent)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values and the histograms of its weights."""
@@ -249,6 +260,7 @@ class PreferenceModule(PolicyModule):
         if self._ess_before_resume is not None:
             own = self._ess_before_resume.chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
             self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
+            self._recent_log_weights = list(self.train_metrics.recent)
 
     def _pair_logps(self, batch: PreferenceBatch, split: str) -> PairLogps:
         policy: SequenceLogps = self.policy(batch.tokens, alignment=self.weighting.needs_alignment)

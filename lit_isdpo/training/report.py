@@ -19,6 +19,7 @@ from rich.text import Text
 from torch.utils.tensorboard.summary import hparams
 
 from lit_isdpo.data import accounts
+from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import Prediction
@@ -134,9 +135,8 @@ class PredictionWriter(BasePredictionWriter):
         """Writes all predictions of this rank."""
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = run_dir(trainer) / f"predictions{rank}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
         rows = [dict(zip(WRITTEN, prediction, strict=False)) for batch in predictions for prediction in batch]
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         rank_zero_info(f"Wrote {len(rows)} responses to {file}")
 
 

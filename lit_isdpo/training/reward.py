@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -21,6 +20,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
+from lit_isdpo.training.guards import NonFinite
 from lit_isdpo.training.language import LanguageModule, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch
 
@@ -38,6 +38,7 @@ class RewardModule(LanguageModule):
         centering: factor of ``(r_w + r_l)^2``, which keeps rewards around 0 (arXiv 2312.09244 has 0.01); at least 0.
         optimizer: makes the optimizer from the model's parameters.
         schedule: of the learning rate.
+        nonfinite: what becomes of a step whose loss or gradient is NaN.
     """
 
     reward_model: ScoreModel
@@ -48,6 +49,7 @@ class RewardModule(LanguageModule):
         centering: float = 0.0,
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
+        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
     ) -> None:
         if not 0 <= centering < float("inf"):
             raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
@@ -55,7 +57,7 @@ class RewardModule(LanguageModule):
         config = read_config(backbone, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
-        super().__init__(backbone, config.get_text_config(), optimizer, schedule)
+        super().__init__(backbone, config.get_text_config(), optimizer, schedule, nonfinite)
         self.backbone = backbone
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
@@ -120,7 +122,9 @@ class RewardModule(LanguageModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
-        return self._update(self.train_metrics, batch).mean()
+        losses = self._update(self.train_metrics, batch)
+        self.guard.add(losses, batch.row_ids)
+        return losses.mean()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the validation."""
@@ -130,11 +134,15 @@ class RewardModule(LanguageModule):
         """Adds a batch to the sums of the test."""
         self._update(self.test_metrics, batch)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def log_window(self) -> None:
         """Logs the accumulation window once, as a whole."""
         values = self._log("train", self.train_metrics)
         self.log("loss", values["loss"], prog_bar=True, logger=False)
         self.log("accuracy", values["rewards/accuracies"], prog_bar=True, logger=False)
+
+    def forget_window(self) -> None:
+        """Empties the sums."""
+        self.train_metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values."""

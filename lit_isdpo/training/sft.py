@@ -60,6 +60,7 @@ class SFTModule(PolicyModule):
         """
         logps: SequenceLogps = self.policy(batch.tokens)
         self.train_metrics.update(logps, batch.row_ids >= 0)
+        self.guard.add(logps.logps, batch.row_ids)
         return -logps.logps.sum()
 
     def micro_batch_loss(self, batch: SFTBatch) -> Tensor:
@@ -67,7 +68,7 @@ class SFTModule(PolicyModule):
         logps: SequenceLogps = self.policy(batch.tokens)
         return -logps.logps.sum()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def log_window(self) -> None:
         """Turns the gradient of the window's sum into that of its mean over tokens, and logs the window."""
         values = self.train_metrics.compute()
         num_tokens = int(values.pop("num_tokens"))
@@ -77,6 +78,10 @@ class SFTModule(PolicyModule):
         self.train_metrics.reset()
         self.log_dict({f"train/{key}": value for key, value in values.items()})
         self.log("loss", values["loss"], prog_bar=True, logger=False)
+
+    def forget_window(self) -> None:
+        """Empties the sums."""
+        self.train_metrics.reset()
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the validation."""

@@ -119,6 +119,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _check(self, path: Path) -> None:
         stored, module = StoredCheckpoint(path), cast(LanguageModule, self.lightning_module)
+        stored.check(self.global_rank, self.world_size)
         module.check_tensors(stored.shapes)
         # A file numbers the parameters of its optimizer: as they are in the whole model where FSDP2 wrote it, else as
         # they are among those that are trained.

@@ -205,7 +205,10 @@ def test_total_steps(limits: dict[str, int], total: int, module: PreferenceModul
 def test_a_gradient_that_is_not_finite_stops_before_the_step(module: PreferenceModule) -> None:
     for parameter in module.policy.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)
-    with pytest.raises(InputError, match="gradient is NaN or infinite at optimizer step 0"):
+    module.guard.add(torch.zeros(1), torch.tensor([7]))
+    with pytest.raises(
+        InputError, match=r"gradient is NaN or infinite at optimizer step 0 in the step of training rows \[7\]"
+    ):
         module.configure_gradient_clipping(None, 1.0)  # type: ignore[arg-type]
 
 

@@ -115,7 +115,7 @@ def test_the_best_checkpoint_resumes_too(workers: int, options: list[str], tmp_p
 @pytest.mark.parametrize(
     ("signum", "status"),
     [
-        pytest.param(signal.SIGINT, 1, id="ctrl-c"),
+        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
         pytest.param(signal.SIGTERM, 75, id="pre-emption", marks=pytest.mark.slow),
     ],
 )

@@ -87,7 +87,7 @@ def test_the_commands_in_their_order(folder: Path) -> None:
             if f" {verb} " in command:
                 steps = last.extras["global_step"] + 2 if "--ckpt_path" in command else 2
                 command += options.replace("STEPS", str(steps))
-        if "configs/reward.yaml" in command:  # to draw its eight sets takes a minute; test_reward.py runs it as it stands
+        if "configs/reward.yaml" in command:  # drawing its eight sets takes a minute; test_reward.py does
             command += " --data.train lab:posts"
         run(command, folder)
     assert (folder / "my_policy" / "model.safetensors").exists()

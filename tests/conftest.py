@@ -17,12 +17,14 @@ from lit_isdpo.objective.pairs import PairLogps
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
 
 
-LONGEST = ("test_readme.py", "test_notebooks.py")
+LONGEST = ("test_readme.py", "test_notebooks.py", "test_sharded.py", "test_plan.py", "test_over_optimization.py")
+LONGEST += ("test_reward.py", "test_benchmarks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes begin, so that no core waits for them at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """The files that take minutes begin, the longest first, so that no core waits for them at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture

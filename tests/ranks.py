@@ -1,23 +1,22 @@
 """Several ranks on this machine, over gloo on loopback, in the environment that torchrun gives its processes.
 
-``run_on_ranks([["fit", ...], ...])`` runs commands of this project one after another, in one start of Python a rank;
+``run_on_ranks([["fit", ...], ...])`` runs commands of this project one after another, in one process a rank;
 ``python -m tests.ranks '[["fit", ...], ...]'`` is one of these ranks.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from pathlib import Path
 from socket import socket
-from tempfile import TemporaryFile
-from time import monotonic, sleep
+from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
 import torch
 
 from lit_isdpo.cli import main
+from tests.processes import start
 
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
@@ -40,31 +39,23 @@ def run_on_ranks(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
-    world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module, json.dumps([list(command) for command in commands])]
-    with ExitStack() as stack:
-        outputs = [stack.enter_context(TemporaryFile("w+")) for _ in range(size)]
+    world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    arguments = [json.dumps([list(command) for command in commands])]
+    with TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(size)]
         ranks = [
-            subprocess.Popen(
-                command,
-                env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            start(module, arguments, output, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank, output in enumerate(outputs)
         ]
         deadline = monotonic() + timeout
         try:
-            while monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-                sleep(0.1)
+            for rank in ranks:
+                rank.join(max(0, deadline - monotonic()))
         finally:
-            statuses = [rank.poll() for rank in ranks]
+            statuses = [rank.exitcode for rank in ranks]
             for rank in ranks:
                 rank.kill()
-        printed = []
-        for output in outputs:
-            output.seek(0)
-            printed.append(output.read())
+        printed = [output.read_text() for output in outputs]
     assert statuses == [0] * size, "\n".join(printed)
     return printed[0]
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -25,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes begin, the longest first, so that no core waits for them at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_works() -> Iterator[None]:
+    """Whatever a test has run, Ctrl-C stops the process again."""
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.fixture

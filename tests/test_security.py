@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,15 +99,20 @@ def test_a_checkpoint_runs_no_code(
     assert not trace.exists()
 
 
-def test_the_trainer_is_told_so_too(run: Path, tiny: list[str], tmp_path: Path, trace: Path, monkeypatch: Any) -> None:
+def test_the_trainer_is_told_so_too(
+    run: Path, tiny: list[str], tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     """Behind the check of the command line: a file that was changed in between, say."""
     copy = shutil.copytree(run, tmp_path / "copy")
     file = copy / "checkpoints" / "last.ckpt"
     torch.save({**torch.load(file, weights_only=True), "more": Payload(trace)}, file)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.setattr("lit_isdpo.cli.check", lambda *_: None)
+    arguments = ["validate", *tiny, f"--ckpt_path={file}", f"--trainer.default_root_dir={tmp_path}"]
+    assert "could run code" in refusal(arguments, capsys)
+    monkeypatch.setattr("lit_isdpo.training.checkpoint_files.StoredCheckpoint", lambda _: SimpleNamespace(check=int))
     with pytest.raises(Exception, match="Weights only load failed"):
-        main(["validate", *tiny, f"--ckpt_path={file}", f"--trainer.default_root_dir={tmp_path}"])
+        main(arguments)
     assert not trace.exists()
 
 

@@ -122,7 +122,7 @@ def test_the_logistic_loss_is_finite_far_out() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, float("inf"), float("nan")])
 def test_beta_out_of_range_is_refused(beta: float) -> None:
-    with pytest.raises(InputError, match=r"loss\.beta must be a finite number above 0"):
+    with pytest.raises(InputError, match=rf"loss\.beta must be a finite number above 0, not {beta}\.$"):
         DPOLoss(beta=beta)
 
 
@@ -186,7 +186,7 @@ def test_chi_po_without_a_chi_squared_part_is_dpo_and_far_out_it_is_finite() -> 
             r"loss\.label_smoothing must be a finite number at least 0 and below 0\.5, not 0\.5",
         ),
         (lambda: RobustDPOLoss(0.1, -0.1), r"loss\.label_smoothing must be a finite number"),
-        (lambda: RPOLoss(0.1, -1.0), r"loss\.eta must be a finite number at least 0"),
+        (lambda: RPOLoss(0.1, -1.0), r"loss\.eta must be a finite number at least 0, not -1\.0\.$"),
         (lambda: RPOLoss(0.1, math.inf), r"loss\.eta must be a finite number"),
         (lambda: IRPOLoss(0.1, -1.0), r"loss\.alpha must be a finite number at least 0"),
         (lambda: IRPOLoss(0.1, math.nan), r"loss\.alpha must be a finite number at least 0"),

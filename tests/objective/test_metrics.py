@@ -186,5 +186,7 @@ def test_what_is_left_out_where_it_is_not_known() -> None:
     assert OF_BEHAVIOR == ("logratios/importance",)
 
 
-def test_two_values_have_a_standard_error() -> None:
+def test_two_values_have_a_standard_error_and_one_has_none() -> None:
+    one = Estimate.of(torch.tensor([1.0]))
+    assert one.mean.shape == one.stderr.shape == ()
     assert Estimate.of(torch.tensor([1.0, 3.0])).stderr == pytest.approx(1.0)

@@ -70,7 +70,7 @@ def draw(number: int = 64) -> Pairs:
     def on_grid(values: Array) -> Array:
         return np.round(values / GRID) * GRID
 
-    ratios = np.concatenate([EDGES, on_grid(rng.normal(0, 2, (number - len(EDGES), 4)))])
+    ratios = np.concatenate([EDGES, on_grid(rng.normal([0.5, -0.5, 0.2, 0], 2, (number - len(EDGES), 4)))])
     logps = on_grid(rng.uniform(-300, -1, (number, 2)))
     lengths = rng.choice([1, 2, 7, 60, 4096], (number, 2)).astype(float)
     margins = np.where(np.arange(number) % 4 == 3, on_grid(rng.uniform(-1, 1, number)), 0)
@@ -266,10 +266,13 @@ def test_what_is_logged(loss: str, window: int | None) -> None:
 
 
 def test_effective_sample_size() -> None:
-    weights = np.random.default_rng(1).lognormal(0, 2, 500)
-    for scale in (0, -600, 600):  # beyond what fp32 has exponentials of
-        ess = effective_sample_size(torch.tensor(np.log(weights) + scale))
-        assert_equal(ess, formulas.effective_sample_size(weights), 1e-6)
+    """Of fp32 log-weights, beyond what fp32 has exponentials of."""
+    for scale in (0, -600, 600):
+        log_weights = (np.random.default_rng(1).normal(0, 2, 500) + scale).astype(np.float32)
+        relative = np.exp(log_weights.astype(np.float64) - scale)
+        ess = effective_sample_size(torch.tensor(log_weights))
+        assert ess.dtype == torch.float32
+        assert_equal(ess, formulas.effective_sample_size(relative), 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -8,6 +8,7 @@ import torch
 
 from lit_isdpo.objective.losses import DPOLoss
 from lit_isdpo.objective.metrics import effective_sample_size
+from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import (
     BatchMeanImportanceWeighting,
     ImportanceWeighting,
@@ -122,6 +123,13 @@ def test_no_gradient_and_fp32(weighting: UniformWeighting | ImportanceWeighting)
     assert weights.dtype == torch.float32
 
 
+def test_ratios_are_taken_to_fp32_before_they_are_summed() -> None:
+    """257 is no bfloat16 number."""
+    pairs = PairLogps(*(field.bfloat16() for field in pair_logps(torch.tensor([256.0]), torch.tensor([1.0]))))
+    assert ImportanceWeighting(math.inf)(pairs).log_weights.tolist() == [257]
+    assert ImportanceWeighting(math.inf)(pairs).log_weights.dtype == torch.float32
+
+
 def test_extremes_stay_finite() -> None:
     out = ImportanceWeighting(epsilon=1.0)(pair_logps(*torch.tensor([[1e4, -1e4]] * 2)))
     assert torch.isfinite(out.weights).all()
@@ -148,6 +156,7 @@ def test_batch_mean() -> None:
         ({"cap": "token"}, "'joint' or 'response'"),
         ({"floor": -1.0}, "floor must lie between"),
         ({"epsilon": 0.0, "floor": 1.5}, "floor must lie between"),
+        ({"epsilon": 0.5, "floor": 2.8}, "floor must lie between"),  # e is 2.718...
     ],
 )
 def test_out_of_range_is_refused(arguments: dict[str, float], message: str) -> None:

@@ -5,6 +5,7 @@
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
-        print(f"error: {message.strip()}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -185,15 +186,25 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (cause := _users_fault(error)) is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {' '.join(str(cause).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _users_fault(error: BaseException | None) -> BaseException | None:
     """The first error among the causes that is about the user's input: the parser wraps what constructors raise."""
     while error is not None and not isinstance(error, InputError | MisconfigurationException):
+        if isinstance(error, ValueError | TypeError) and _lightning_raised(error):  # it refuses arguments so too
+            return error
         error = error.__cause__ or error.__context__
     return error
+
+
+def _lightning_raised(error: BaseException) -> bool:
+    """Whether an error comes from a ``raise`` in Lightning's code, and is no accident."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or not str(frames[-1][0].f_globals.get("__name__")).startswith("lightning."):
+        return False
+    return str(traceback.extract_tb(error.__traceback__)[-1].line).startswith("raise ")
 
 
 def _path(cls: type) -> str:

@@ -196,7 +196,7 @@ VALUES += [".nan", ".inf", "-.inf", "''", "null", "a", "[1]", "true"]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # a strange number may well be warned of
-@settings(max_examples=max(25, settings.default.max_examples // 10), suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(60, settings.default.max_examples // 10), suppress_health_check=list(HealthCheck))
 @given(option=st.sampled_from(sorted(OPTIONS) + sorted(METHODS)), value=st.sampled_from(VALUES))
 def test_any_number_works_or_gets_a_sentence(
     option: str,

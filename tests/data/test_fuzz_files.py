@@ -231,9 +231,7 @@ def test_a_mended_file_is_read_anew_even_if_its_time_stays(tokenizer_path: str, 
         assert expected in found if isinstance(expected, str) else len(found["prompt"]) == expected
 
 
-def test_a_file_that_changes_while_it_is_read(
-    tokenizer_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_it_is_read(tokenizer_path: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD)
     os.utime(file, (1, 1))
@@ -244,9 +242,9 @@ def test_a_file_that_changes_while_it_is_read(
         with path.open("ab") as content:
             content.write(LINES[0].encode())
 
-    monkeypatch.setattr(sources, "check_json", append)
-    assert "'a.jsonl' was changed while it was read" in rows_of(tokenizer_path, file)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "check_json", append)
+        assert "'a.jsonl' was changed while it was read" in rows_of(tokenizer_path, file)
     file.write_bytes(GOOD)
     os.utime(file, (1, 1))
     assert len(rows_of(tokenizer_path, file)["prompt"]) == 6, "what was read half is not kept"

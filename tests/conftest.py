@@ -18,8 +18,8 @@ from lit_isdpo.objective.pairs import PairLogps
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
 
 # Property tests draw the same few cases in every run; `pytest --hypothesis-profile=fuzz` goes on looking for others.
-settings.register_profile("quick", max_examples=30, derandomize=True, deadline=None, database=None)
-settings.register_profile("fuzz", max_examples=3000, derandomize=False, deadline=None)
+settings.register_profile("quick", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=2000, derandomize=False, deadline=None)
 settings.load_profile("quick")
 
 

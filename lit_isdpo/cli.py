@@ -59,7 +59,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
-        print(f"error: {hide_secrets(message.strip())}", file=sys.stderr)
+        print(f"error: {hide_secrets(' '.join(message.split()))}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -205,7 +205,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if (failure := explain(error)) is None:
             raise
-        print(f"error: {hide_secrets(failure.sentence)}", file=sys.stderr)
+        print(f"error: {hide_secrets(' '.join(failure.sentence.split()))}", file=sys.stderr)
         raise SystemExit(failure.status) from None
 
 

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -17,6 +18,11 @@ from lit_isdpo.lab.tokenizer import build_tokenizer
 from lit_isdpo.objective.pairs import PairLogps
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
+
+# Property tests draw the same few cases in every run; `pytest --hypothesis-profile=fuzz` goes on looking for others.
+settings.register_profile("quick", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=2000, derandomize=False, deadline=None)
+settings.load_profile("quick")
 
 
 LONGEST = ("test_readme.py", "test_notebooks.py", "test_sharded.py", "test_plan.py", "test_over_optimization.py")

@@ -288,7 +288,8 @@ def _checked(
     finite: bool = True,
 ) -> float:
     """The value, if it is in range; ``least`` is allowed itself, ``above`` and ``below`` are not."""
-    if value >= least and value > above and (value < below or not finite):
+    held = abs(value) <= torch.finfo(torch.float32).max or (value == math.inf and not finite)
+    if held and value >= least and value > above and (value < below or not finite):
         return value
     bounds = [
         *([f"at least {least:g}"] if least > -math.inf else []),

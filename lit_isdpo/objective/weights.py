@@ -91,7 +91,7 @@ class ImportanceWeighting(PairWeighting):
     needs_mu = True
 
     def __init__(self, epsilon: float = 1.0, cap: Literal["joint", "response"] = "joint", floor: float = 0.0) -> None:
-        if not epsilon > -math.inf:
+        if epsilon != math.inf and not abs(2 * epsilon) <= torch.finfo(torch.float32).max:
             raise InputError(f"model.weighting.epsilon must be a number of nats, not {epsilon}.")
         if cap not in ("joint", "response"):
             raise InputError(f"model.weighting.cap must be 'joint' or 'response', not {cap!r}.")

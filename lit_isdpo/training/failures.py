@@ -2,6 +2,7 @@
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ def explain(error: BaseException) -> Failure | None:
     for cause in causes:  # the parser wraps what constructors raise
         if isinstance(cause, InputError | MisconfigurationException):
             return Failure(str(cause), EX_USAGE)
+        if isinstance(cause, ValueError | TypeError) and _lightning_raised(cause):  # it refuses arguments so too
+            return Failure(str(cause), EX_USAGE)
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in OF_THE_SYSTEM:
             where = f": {str(cause.filename)!r}" if cause.filename is not None else ""
@@ -52,3 +55,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _lightning_raised(error: BaseException) -> bool:
+    """Whether an error comes from a ``raise`` in Lightning's code, and is no accident."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or not str(frames[-1][0].f_globals.get("__name__")).startswith("lightning."):
+        return False
+    return str(traceback.extract_tb(error.__traceback__)[-1].line).startswith("raise ")

@@ -70,6 +70,20 @@ class Schedule:
         return self.final_factor + (1 - self.final_factor) * remaining
 
 
+def _check_optimizer(make_optimizer: OptimizerCallable) -> None:
+    """Raises for numbers that an optimizer refuses, or that would make its steps infinite."""
+    try:
+        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.optimizer: {error}") from error
+    largest = torch.finfo(torch.float32).max
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(number, float) and not abs(number) <= largest for number in numbers):
+                raise InputError(f"model.optimizer.{name} must be finite, not {value}.")
+
+
 class LanguageModule(LightningModule, ABC):
     """A language model in training, whatever it is trained to say.
 
@@ -79,6 +93,9 @@ class LanguageModule(LightningModule, ABC):
         optimizer: makes the optimizer from the model's parameters.
         schedule: of the learning rate.
         nonfinite: what becomes of a step whose loss or gradient is NaN.
+
+    Raises:
+        InputError: the optimizer refuses its numbers, or one of them is not finite.
     """
 
     def __init__(
@@ -90,6 +107,7 @@ class LanguageModule(LightningModule, ABC):
         nonfinite: NonFinite,
     ) -> None:
         super().__init__()
+        _check_optimizer(optimizer)
         self.source = source
         self.architecture = architecture
         self.make_optimizer = optimizer

@@ -1,7 +1,11 @@
 """What cannot be asked for, alone or together: told by the config, before anything is loaded."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from lit_isdpo.evaluation.credentials import check_no_secret
@@ -22,6 +26,7 @@ def check(verb: str, config: Namespace) -> None:
         InputError: names the option and what to use instead.
     """
     check_no_secret(config.as_dict())
+    _check_numbers(config)
     precision = str(config.trainer.precision or "32-true")
     if precision not in ("32", "32-true"):
         raise InputError(
@@ -68,6 +73,47 @@ def check(verb: str, config: Namespace) -> None:
             f"ckpt_path: {ckpt_path!r} is a sharded checkpoint; use --trainer.strategy fsdp2, on one device too, or "
             "export it."
         )
+
+
+_LEAST = {
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": 0,
+    "log_every_n_steps": 1,
+    "num_nodes": 1,
+    "max_steps": -1,
+}
+"""Of Lightning's own numbers, those that it takes without a look; ``val_check_interval`` is above its least."""
+
+
+def _check_numbers(config: Namespace) -> None:
+    """Raises for numbers that no option has room for, and for those of the trainer's that Lightning lets pass."""
+    largest = torch.finfo(torch.float32).max
+    for option, value in _numbers(config, ""):
+        if isinstance(value, int) and abs(value) >= 2**32:
+            raise InputError(f"{option} is {value}; whole numbers lie below 2^32.")
+        if math.isnan(value) or largest < abs(value) < math.inf:
+            raise InputError(f"{option} is {value}, which is no number that float32 holds.")
+    for name, least in _LEAST.items():
+        value = config.trainer[name]
+        if isinstance(value, int | float) and (value < least or (name == "val_check_interval" and not value)):
+            bound = "above 0" if name == "val_check_interval" else f"at least {least}"
+            raise InputError(f"trainer.{name} is {value}; it must be {bound}.")
+    norm = config.trainer.gradient_clip_val
+    if norm is not None and norm < 0:
+        raise InputError(f"trainer.gradient_clip_val is {norm}; it must be at least 0, or gradients would be reversed.")
+
+
+def _numbers(config: Any, option: str) -> Iterator[tuple[str, float]]:
+    """All numbers of a config, by the names of their options."""
+    if isinstance(config, int | float) and not isinstance(config, bool):
+        yield option, config
+    elif isinstance(config, list | tuple):
+        for item in config:
+            yield from _numbers(item, option)
+    elif isinstance(config, Namespace | dict):
+        for key, value in vars(config).items() if isinstance(config, Namespace) else config.items():
+            name = option if key == "init_args" else f"{option}.{key}".lstrip(".")
+            yield from _numbers(value, name)
 
 
 def strategy_name(config: Namespace) -> str:

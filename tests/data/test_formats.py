@@ -147,6 +147,18 @@ def test_ranked_responses_become_pairs_or_the_best_demonstration():
     assert to_pairs({**RANKED, "prompt": [USER]}, "ranked")[0].prompt == [USER]
 
 
+def test_a_margin_is_a_number_although_its_scores_are_far_apart():
+    with pytest.raises(RowError, match="malformed"):
+        to_pairs({**RANKED, "scores": [3e38, -3e38, 0]}, "ranked", margin_column="scores")
+
+
+@pytest.mark.parametrize("choice", [1, 1.0, True])
+def test_a_choice_may_be_of_any_type_of_number(choice):
+    info = {"subreddit": "a", "title": "b", "post": "c"}
+    row = {"info": info, "summaries": [{"text": " d"}, {"text": " e"}], "choice": choice}
+    assert to_pairs(row, "comparisons")[0][1:3] == (" e", " d")
+
+
 def test_a_choice_of_pairs_is_refused_where_a_row_is_one():
     check_pairing("best_worst", "strings")
     check_pairing("all", "nectar")
@@ -164,6 +176,8 @@ OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"
     [
         ({**STRINGS, "chosen": None}, "strings", Reason.MALFORMED),
         ({**STRINGS, "prompt": 3}, "strings", Reason.MALFORMED),
+        ({**STRINGS, "chosen": "a\ud800"}, "strings", Reason.MALFORMED),  # half a surrogate pair
+        ({**MESSAGES, "chosen": [{**USER, "content": "\udfff"}, FOUR]}, "messages", Reason.MALFORMED),
         ({**MESSAGES, "chosen": []}, "messages", Reason.MALFORMED),
         ({**MESSAGES, "chosen": [USER]}, "messages", Reason.MALFORMED),
         ({"chosen": [FOUR], "rejected": [FIVE]}, "messages", Reason.MALFORMED),
@@ -181,6 +195,8 @@ OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"
         ({**RANKED, "scores": [1]}, "ranked", Reason.MALFORMED),
         ({**RANKED, "scores": [1, None, 3]}, "ranked", Reason.MALFORMED),
         ({**RANKED, "scores": [1, True, 3]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "scores": [1, 10**400, 3]}, "ranked", Reason.MALFORMED),
+        ({**RANKED, "scores": [1, 1e39, 3]}, "ranked", Reason.MALFORMED),  # no float32
         ({**RANKED, "scores": [1, float("nan"), 3]}, "ranked", Reason.MALFORMED),
         ({**RANKED, "responses": [" 4", None, " 6"]}, "ranked", Reason.MALFORMED),
         ({**RANKED, "scores": [2, 2, 2]}, "ranked", Reason.NO_PREFERENCE),

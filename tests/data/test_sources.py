@@ -104,11 +104,7 @@ def test_splits_are_chosen_by_name_by_use_or_because_there_is_one(tmp_path, writ
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "bad.jsonl",
-            b'{"a": 1}\n{"a": \n',
-            r"cannot read .*bad\.jsonl as json: line 2 is not JSON: .* at character 6",
-        ),
+        ("bad.jsonl", b'{"a": 1}\n{"a": \n', r"cannot read .*bad\.jsonl as json: line 2 is not JSON: .* at char"),
         ("bad.json", b"[1, 2", r"cannot read .*bad\.json as json"),
         ("bad.parquet", b"nonsense", r"cannot read .*bad\.parquet as parquet: Parquet magic bytes"),
         ("bad.jsonl.gz", b"nonsense", r"cannot read .*bad\.jsonl\.gz as json: Not a gzipped file"),

@@ -38,7 +38,11 @@ def tiny_llama() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face folder: a tiny random Llama with the lab's tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def write_model(folder: Path) -> str:
+    """Writes that."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -60,13 +64,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 preference pairs as JSON lines, readable by the tiny model's tokenizer."""
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+def write_pairs(file: Path) -> str:
+    """Writes those."""
     rng = Random(0)
     rows = []
     for _ in range(40):
         post = sample_post(rng, "train")
         rejected = render_facts(rng.sample(list(post.items()), 2)) + " awful"
         rows.append({"prompt": render_prompt(post), "chosen": sample_demonstration(rng, post), "rejected": rejected})
-    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
@@ -74,6 +82,11 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny(model_dir: str, pairs_file: str) -> list[str]:
     """Arguments of a fit that takes a second: 32 pairs of training, 4 optimizer steps an epoch."""
+    return tiny_options(model_dir, pairs_file)
+
+
+def tiny_options(model_dir: str, pairs_file: str) -> list[str]:
+    """Likewise, of a model and data that are there."""
     return [
         f"--model.policy.path={model_dir}",
         f"--data.train={pairs_file}",

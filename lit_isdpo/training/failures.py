@@ -36,7 +36,9 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(str(cause), EX_USAGE)
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in OF_THE_SYSTEM:
-            where = f": {str(cause.filename)!r}" if cause.filename is not None else ""
+            where = (
+                f": {os.fsdecode(cause.filename)!r}" if isinstance(cause.filename, str | bytes | os.PathLike) else ""
+            )
             return Failure(f"{os.strerror(cause.errno)}{where}. {KEPT}", EX_IOERR)
         if "os error " in str(cause) and type(cause).__module__.startswith("safetensors"):
             return Failure(f"{cause}. {KEPT}", EX_IOERR)

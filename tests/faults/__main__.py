@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="NAME")
     parser.add_argument("--folder", type=Path, help="is kept; by default a temporary one")
     given = parser.parse_args()
-    console, bad = Console(soft_wrap=False), 0
+    console, bad = Console(), 0
     table = Table("fault", "seed", "moment", "how it ended", "lost", "verdict", title="Faults")
     with tempfile.TemporaryDirectory() as temporary:
         world = World((given.folder or Path(temporary)).resolve())
@@ -55,10 +55,8 @@ def main() -> int:
                 bad += bool(outcome.problems)
                 verdict = "[red]" + "; ".join(outcome.problems) if outcome.problems else "[green]good"
                 table.add_row(name, str(seed), outcome.moment, outcome.ended, outcome.lost, verdict)
-                print(
-                    f"{name} {seed}: {'; '.join(outcome.problems) or 'good'} | {outcome.moment} | {outcome.ended} | lost: {outcome.lost}",
-                    flush=True,
-                )
+                said = "; ".join(outcome.problems) or "good"
+                print(f"{name} {seed}: {said} | {' | '.join(outcome[:3])}", flush=True)
     console.print(table)
     print(f"{bad} of {given.seeds * len(given.only)} came out badly.")
     return 1 if bad else 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from lit_isdpo.lab.folder import resolve
 from tests.faults.process import Ended, Injury, run, steps_done
 from tests.faults.world import (
     NUM_STEPS,
@@ -42,7 +43,7 @@ def kill_fit(world: World, rng: Random, folder: Path, *more: str) -> Outcome:
     events = world.unbroken_fit(*more)[2].events
     at = rng.randrange(len(events))
     ended = world.fit(folder / "run", *more, injury=Injury("kill", at))
-    lost, problems = go_on(world, folder / "run", *more)
+    lost, problems = go_on(world, folder / "run", *more, killed=True)
     moment = f"file event {at} of {len(events)}: {events[at]}; step {steps_done(folder / 'run.progress')}"
     return Outcome(moment, describe(ended), lost, [*check_end(ended, -signal.SIGKILL), *problems])
 
@@ -56,7 +57,7 @@ def kill_half_a_save(world: World, rng: Random, folder: Path) -> Outcome:
     """SIGKILL when half of a checkpoint, the last or the best, is on the disk."""
     at = rng.randrange(5)
     ended = world.fit(folder / "run", injury=Injury("half", at))
-    lost, problems = go_on(world, folder / "run")
+    lost, problems = go_on(world, folder / "run", killed=True)
     return Outcome(f"half of checkpoint {at}", describe(ended), lost, [*check_end(ended, -signal.SIGKILL), *problems])
 
 
@@ -67,7 +68,7 @@ def kill_precompute(world: World, rng: Random, folder: Path) -> Outcome:
 
 
 def _kill_and_fit_cached(world: World, rng: Random, folder: Path, verb: list[str]) -> Outcome:
-    events = world.unbroken("precompute", lambda root: run([*verb, _into(root)], root)).events
+    events = _unbroken(world, "precompute", verb, lambda root: "")[1].events
     at, root = rng.randrange(len(events)), folder / "run"
     ended = run([*verb, _into(root)], root, Injury("kill", at))
     again = world.fit(root, CACHED)
@@ -176,11 +177,11 @@ def interrupt_study(world: World, rng: Random, folder: Path) -> Outcome:
 
 
 def full_disk_fit(world: World, rng: Random, folder: Path) -> Outcome:
-    """The disk is full in the middle of a save; one sentence, the checkpoint before is whole, and with room it goes on."""
+    """The disk is full in a save; one sentence, the checkpoint before is whole, and with room the fit goes on."""
     size = rng.randrange(60, 500)
     with disk(folder / "run", size) as injury:
         ended = world.fit(folder / "run", injury=injury)
-        problems = check_end(ended, 74, "last.ckpt of")
+        problems = check_end(ended, 74, "error: ", "of its last.ckpt")
         problems += [] if "No space left" in ended.printed or "File too large" in ended.printed else ["no reason told"]
         make_room(folder / "run")
         lost, more = go_on(world, folder / "run")
@@ -324,7 +325,7 @@ def worker_dies(world: World, rng: Random, folder: Path) -> Outcome:
                 killed = True
 
     ended = world.fit(folder / "run", "--data.num_workers=1", during=during)
-    problems = check_end(ended, 71, "data.num_workers", "killed by signal") if killed and ended.status else []
+    problems = check_end(ended, 71, "data.num_workers: DataLoader worker") if killed and ended.status else []
     lost, more = go_on(world, folder / "run")
     return Outcome(f"step {step}", describe(ended), lost, problems + check_end(ended, None) + more)
 
@@ -347,8 +348,12 @@ def _evaluated(root: Path) -> str:
 
 
 def _prediction(world: World) -> list[str]:
-    more = ["--model.sampling.num_responses=3", "--model.sampling.max_new_tokens=6", "--labels.reward=LabReward"]
-    return ["predict", *world.options, *more, "--labels.reward.task=lab:posts", f"--ckpt_path={world.checkpoint}"]
+    more = ["--model.sampling.num_responses=3", "--model.sampling.max_new_tokens=40", "--data.max_length=128"]
+    labels = ["--labels.reward=LabReward", "--labels.reward.task=lab:posts"]
+    policy = (
+        f"--model.policy.path={resolve('lab:posts', world.root / 'lab', default='reference')}"  # that ends responses
+    )
+    return ["predict", *world.options, *more, *labels, policy]
 
 
 def _predicted(root: Path) -> str:

@@ -4,6 +4,7 @@ The process is a fork of a server that has imported everything, as the study's a
 ``python -m lit_isdpo``, without the seconds that the imports take.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -22,7 +23,7 @@ from lit_isdpo.cli import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.process"])
-TIMEOUT = 240  # seconds: a hang is a fault that was not survived
+TIMEOUT = 120  # seconds: a hang is a fault that was not survived
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.symlink", "shutil.rmtree")
 
 
@@ -107,6 +108,7 @@ def _child(arguments: list[str], folder: str, log: str, record: str, injury: Inj
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(out, stream)
+    faulthandler.dump_traceback_later(TIMEOUT - 5, file=sys.__stderr__)  # of a hang
     torch.set_num_threads(1)
     if injury.kind == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (injury.at, injury.at))

@@ -1,4 +1,4 @@
-"""What faults are tried on: a tiny model, a few pairs, and the unbroken run of each verb that others are compared with."""
+"""What faults are tried on: a tiny model, a few pairs, and unbroken runs to compare with."""
 
 import json
 from collections.abc import Callable
@@ -125,14 +125,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def compare_fit(world: World, root: Path, *more: str) -> list[str]:
-    """What differs from the unbroken fit."""
+def compare_fit(world: World, root: Path, *more: str, unlogged: int | None = None) -> list[str]:
+    """What differs from the unbroken fit; of one step the log may be missing."""
     end, log, _ = world.unbroken_fit(*more)
     problems = [
         f"other {key} than the unbroken run's" for key, value in end_of(root).items() if not same(value, end[key])
     ]
     for key, values in losses(root).items():
-        missing = sorted(log[key].keys() - values.keys())
+        missing = sorted(log[key].keys() - values.keys() - {unlogged})
         wrong = [step for step, value in values.items() if log[key].get(step) != value]
         if missing or wrong:
             problems.append(f"{key}: steps {missing} are not logged, {wrong} are logged otherwise")
@@ -140,20 +140,26 @@ def compare_fit(world: World, root: Path, *more: str) -> list[str]:
     return problems
 
 
-def go_on(world: World, root: Path, *more: str) -> tuple[str, list[str]]:
-    """Gives the fit's command again, from the last checkpoint if there is one; what was lost, and what is wrong."""
+def go_on(world: World, root: Path, *more: str, killed: bool = False) -> tuple[str, list[str]]:
+    """Gives the fit's command again, from the last checkpoint if there is one; what was lost, and what is wrong.
+
+    What is logged of a step is written a moment after its checkpoint: SIGKILL between the two loses that line.
+    """
     done = steps_done(Path(f"{root}.progress"))
-    found, problems = last(root), []
-    saved = 0
+    found, problems, saved = last(root), [], 0
     if found is not None:
         saved = int(StoredCheckpoint(found).extras["global_step"])
-    # A step is done a moment before it is saved.
-    if done - saved > SAVED_EVERY:
+    if done - saved > SAVED_EVERY:  # a step is done a moment before it is saved
         problems.append(f"{done} steps were done and only {saved} are saved")
     ended = world.fit(root, *more)
     if ended.status != 0:
         return "all", [*problems, f"it does not go on: {ended.sentence}"]
-    return f"{max(0, done - saved)} steps of {done}", problems + compare_fit(world, root, *more)
+    unlogged = saved - 1 if killed else None
+    differences = compare_fit(world, root, *more, unlogged=unlogged)
+    is_logged = unlogged is None or saved == 0 or unlogged in losses(root)["train/loss"]
+    return f"{max(0, done - saved)} steps of {done}" + (
+        "" if is_logged else ", a line of the log"
+    ), problems + differences
 
 
 def check_end(ended: Ended, status: int | None, *words: str) -> list[str]:

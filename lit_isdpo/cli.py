@@ -27,7 +27,7 @@ from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
-from lit_isdpo.training.failures import explain
+from lit_isdpo.training.failures import Peers, explain
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import PolicyModule
@@ -183,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "use_distributed_sampler": False,  # the data module's own order knows ranks, and resumes
                 "num_sanity_val_steps": 0,  # RunReport validates before the first step, and logs it
                 "enable_model_summary": False,
-                "callbacks": [RunReport(), Throughput(), PredictionWriter()],
+                "callbacks": [RunReport(), Throughput(), PredictionWriter(), Peers()],
             },
             parser_class=Parser,
             parser_kwargs={"version": __version__, "prog": "lit-isdpo", "description": DESCRIPTION},

@@ -4,16 +4,21 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from socket import socket
 from typing import Any
 
 import pandas as pd
 
 from lit_isdpo.lab.folder import resolve
-from tests.faults.process import Ended, Injury, run, steps_done
+from lit_isdpo.training.checkpoint_files import StoredCheckpoint
+from tests.faults.process import TIMEOUT, Ended, Injury, run, steps_done
 from tests.faults.world import (
     NUM_STEPS,
     Outcome,
@@ -330,6 +335,76 @@ def worker_dies(world: World, rng: Random, folder: Path) -> Outcome:
     return Outcome(f"step {step}", describe(ended), lost, problems + check_end(ended, None) + more)
 
 
+def rank_dies(world: World, rng: Random, folder: Path) -> Outcome:
+    """SIGKILL of one of two ranks: the other ends within a minute and names it; both go on from the last checkpoint."""
+    victim, step, root, pids = rng.randrange(2), rng.randrange(1, NUM_STEPS - 3), folder / "run", {}
+    died: list[float] = []
+
+    def during(pid: int, rank: int) -> None:
+        pids[rank] = pid
+        if len(pids) == 2 and not died and steps_done(folder / "run.progress") >= step:
+            died.append(time.monotonic())
+            os.kill(pids[victim], signal.SIGKILL)
+
+    ends = _on_two_ranks(world, root, during)
+    seconds = time.monotonic() - died[0] if died else 0.0
+    problems = check_end(ends[victim], -signal.SIGKILL) + check_end(ends[1 - victim], 71, f"Rank {victim} died")
+    problems += [f"it took {seconds:.0f} s"] if seconds > 60 else []
+    done, found = steps_done(folder / "run.progress"), last(root)
+    saved = int(StoredCheckpoint(found).extras["global_step"]) if found else 0
+    again = _on_two_ranks(world, root, lambda pid, rank: None)
+    problems += check_end(again[0], 0) + check_end(again[1], 0)
+    unbroken = world.unbroken(
+        "two ranks", lambda whole: (_on_two_ranks(world, whole, lambda *_: None), end_of(whole))[1]
+    )
+    problems += [] if same(end_of(root), unbroken) else ["another end than the unbroken run's"]
+    moment = f"rank {victim} at step {step}; the other ended after {seconds:.0f} s"
+    return Outcome(moment, describe(ends[1 - victim]), f"{done - saved} steps of {done}", problems)
+
+
+def _on_two_ranks(world: World, root: Path, during: Callable[[int, int], None]) -> list[Ended]:
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(world.fit, root, *ranks, rank=rank, port=port, during=lambda pid, rank=rank: during(pid, rank))
+            for rank in range(2)
+        ]
+        return [job.result() for job in jobs]
+
+
+def launched_rank_dies(world: World, rng: Random, folder: Path) -> Outcome:
+    """The same where Lightning starts the second rank: the first, its parent, ends too, and the rank is named."""
+    root, step = folder / "run", rng.randrange(1, NUM_STEPS - 3)
+    command = [sys.executable, "-m", "lit_isdpo", *world.fit_arguments(root)]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2000", "--trainer.max_epochs=-1"]
+    with (folder / "run.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + TIMEOUT
+        while steps_done(folder / "run.progress") < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [child for child in children if "lit_isdpo" in Path(f"/proc/{child}/cmdline").read_text()]
+        for child in ranks[:1]:
+            os.kill(int(child), signal.SIGKILL)
+        begin = time.monotonic()
+        try:
+            status: int | None = process.wait(60)
+        except subprocess.TimeoutExpired:
+            status = None
+            os.killpg(process.pid, signal.SIGKILL)
+    ended = Ended(status, (folder / "run.log").read_text())
+    problems = [] if ranks else ["there was no second rank"]
+    problems += check_end(ended, None) + (
+        [] if "ank 1 died" in ended.printed or "[rank: 1]" in ended.printed else ["no name"]
+    )
+    moment = f"step {step}; the first ended after {time.monotonic() - begin:.0f} s"
+    return Outcome(moment, describe(ended), "-", problems)
+
+
 # What the verbs make
 
 
@@ -455,5 +530,5 @@ def _public() -> dict[str, Fault]:
     return {value.__name__.replace("_", "-"): value for value in own}
 
 
-STEMS = ("kill", "interrupt", "full", "read", "damaged", "worker", "rank")
+STEMS = ("launched", "kill", "interrupt", "full", "read", "damaged", "worker", "rank")
 FAULTS = _public()

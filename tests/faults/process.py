@@ -8,6 +8,7 @@ import faulthandler
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -74,6 +75,8 @@ def run(
     injury: Injury = Injury(),
     *,
     during: Callable[[int], None] | None = None,
+    rank: int | None = None,
+    port: int = 0,
 ) -> Ended:
     """Runs one command to its end.
 
@@ -82,12 +85,16 @@ def run(
         folder: file events under it count; the log and the record of the events are beside it.
         injury: happens inside.
         during: is called with the process's id every few milliseconds, to injure it from outside.
+        rank: of two, as torchrun would start it.
+        port: of both.
     """
-    log = folder.with_name(folder.name + ".log")
-    record = folder.with_name(folder.name + ".events")
+    suffix = "" if rank is None else f"-{rank}"
+    log = folder.with_name(f"{folder.name}{suffix}.log")
+    record = folder.with_name(f"{folder.name}{suffix}.events")
     for file in (log, record):
         file.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=_child, args=(list(arguments), str(folder), str(log), str(record), injury))
+    world = {} if rank is None else _world(rank, port)
+    process = CONTEXT.Process(target=_child, args=(list(arguments), str(folder), str(log), str(record), injury, world))
     process.start()
     assert process.pid is not None
     deadline = time.monotonic() + TIMEOUT
@@ -97,14 +104,21 @@ def run(
         time.sleep(0.005)
     status = process.exitcode
     if status is None:
+        shutil.copy(log, log.with_suffix(".hung"))
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     events = record.read_text().splitlines() if record.exists() else []
     return Ended(status, log.read_text(errors="replace") if log.exists() else "", events)
 
 
-def _child(arguments: list[str], folder: str, log: str, record: str, injury: Injury) -> None:
+def _world(rank: int, port: int) -> dict[str, str]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "faults"}
+    return address | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def _child(arguments: list[str], folder: str, log: str, record: str, injury: Injury, world: dict[str, str]) -> None:
     os.setsid()
+    os.environ.update(world)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(out, stream)

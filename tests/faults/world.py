@@ -53,8 +53,8 @@ class World:
         more = ["--probe.num_prompts=0", "--data.micro_batch_size=4", f"--data.test={pairs}"]
         return [*tiny_options(model, pairs), *more]
 
-    def fit(self, root: Path, *more: str, **how: Any) -> Ended:
-        """A fit that saves every few steps, and goes on where there is something to go on from."""
+    def fit_arguments(self, root: Path, *more: str) -> list[str]:
+        """Of a fit that saves every few steps, and goes on where there is something to go on from."""
         steps = [f"--trainer.max_steps={NUM_STEPS}", f"--last.every_n_steps={SAVED_EVERY}"]
         best = ["--checkpoint.monitor=val/loss", "--checkpoint.save_top_k=2"]
         progress = [
@@ -62,8 +62,11 @@ class World:
             f"--trainer.callbacks.file={root}.progress",
         ]
         on = [f"--ckpt_path={found}"] if (found := last(root)) else []
-        target = f"--trainer.default_root_dir={root}"
-        return run(["fit", *self.options, *steps, *best, *progress, target, *on, *more], root, **how)
+        return ["fit", *self.options, *steps, *best, *progress, f"--trainer.default_root_dir={root}", *on, *more]
+
+    def fit(self, root: Path, *more: str, **how: Any) -> Ended:
+        """Makes that fit."""
+        return run(self.fit_arguments(root, *more), root, **how)
 
     def unbroken(self, name: str, make: Callable[[Path], Any]) -> Any:
         """What ``make`` gives where nothing happens."""

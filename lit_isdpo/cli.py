@@ -5,6 +5,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -225,6 +226,13 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     transformers.utils.logging.disable_progress_bar()
+    threading.excepthook = _report_thread
+
+
+def _report_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer is a thread: of a full disk the main one hears from it, and says so."""
+    if args.exc_value is None or explain(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:

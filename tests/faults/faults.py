@@ -48,7 +48,7 @@ def kill_fit(world: World, rng: Random, folder: Path, *more: str) -> Outcome:
     events = world.unbroken_fit(*more)[2].events
     at = rng.randrange(len(events))
     ended = world.fit(folder / "run", *more, injury=Injury("kill", at))
-    lost, problems = go_on(world, folder / "run", *more, killed=True)
+    lost, problems = go_on(world, folder / "run", *more, abrupt=True)
     moment = f"file event {at} of {len(events)}: {events[at]}; step {steps_done(folder / 'run.progress')}"
     return Outcome(moment, describe(ended), lost, [*check_end(ended, -signal.SIGKILL), *problems])
 
@@ -62,7 +62,7 @@ def kill_half_a_save(world: World, rng: Random, folder: Path) -> Outcome:
     """SIGKILL when half of a checkpoint, the last or the best, is on the disk."""
     at = rng.randrange(5)
     ended = world.fit(folder / "run", injury=Injury("half", at))
-    lost, problems = go_on(world, folder / "run", killed=True)
+    lost, problems = go_on(world, folder / "run", abrupt=True)
     return Outcome(f"half of checkpoint {at}", describe(ended), lost, [*check_end(ended, -signal.SIGKILL), *problems])
 
 
@@ -189,7 +189,7 @@ def full_disk_fit(world: World, rng: Random, folder: Path) -> Outcome:
         problems = check_end(ended, 74, "error: ", "of its last.ckpt")
         problems += [] if "No space left" in ended.printed or "File too large" in ended.printed else ["no reason told"]
         make_room(folder / "run")
-        lost, more = go_on(world, folder / "run")
+        lost, more = go_on(world, folder / "run", abrupt=True)
     return Outcome(f"{size} KiB of room", describe(ended), lost, problems + more)
 
 
@@ -236,7 +236,7 @@ def read_only_fit(world: World, rng: Random, folder: Path) -> Outcome:
 
         ended = world.fit(root, during=during)
         subprocess.run(["mount", "-o", "remount,rw", root], check=False)
-        lost, problems = go_on(world, root)
+        lost, problems = go_on(world, root, abrupt=True)
     return Outcome(f"step {step}", describe(ended), lost, problems + check_end(ended, 74 if done else 0))
 
 
@@ -331,7 +331,7 @@ def worker_dies(world: World, rng: Random, folder: Path) -> Outcome:
 
     ended = world.fit(folder / "run", "--data.num_workers=1", during=during)
     problems = check_end(ended, 71, "data.num_workers: DataLoader worker") if killed and ended.status else []
-    lost, more = go_on(world, folder / "run")
+    lost, more = go_on(world, folder / "run", abrupt=True)
     return Outcome(f"step {step}", describe(ended), lost, problems + check_end(ended, None) + more)
 
 

@@ -1,6 +1,5 @@
 """Every fault once, with a seed of its own; ``python -m tests.faults`` tries more."""
 
-from pathlib import Path
 from zlib import crc32
 
 import pytest

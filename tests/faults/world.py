@@ -143,10 +143,10 @@ def compare_fit(world: World, root: Path, *more: str, unlogged: int | None = Non
     return problems
 
 
-def go_on(world: World, root: Path, *more: str, killed: bool = False) -> tuple[str, list[str]]:
+def go_on(world: World, root: Path, *more: str, abrupt: bool = False) -> tuple[str, list[str]]:
     """Gives the fit's command again, from the last checkpoint if there is one; what was lost, and what is wrong.
 
-    What is logged of a step is written a moment after its checkpoint: SIGKILL between the two loses that line.
+    What is logged of a step is written a moment after its checkpoint: what comes between the two loses that line.
     """
     done = steps_done(Path(f"{root}.progress"))
     found, problems, saved = last(root), [], 0
@@ -157,7 +157,7 @@ def go_on(world: World, root: Path, *more: str, killed: bool = False) -> tuple[s
     ended = world.fit(root, *more)
     if ended.status != 0:
         return "all", [*problems, f"it does not go on: {ended.sentence}"]
-    unlogged = saved - 1 if killed else None
+    unlogged = saved - 1 if abrupt else None
     differences = compare_fit(world, root, *more, unlogged=unlogged)
     is_logged = unlogged is None or saved == 0 or unlogged in losses(root)["train/loss"]
     return f"{max(0, done - saved)} steps of {done}" + (
@@ -197,7 +197,9 @@ def damage(file: Path, rng: Random) -> str:
 
 def write_study(world: World, root: Path) -> Path:
     """A study of two runs."""
-    flags = dict(option.removeprefix("--").split("=", 1) for option in world.options if "test" not in option)
+    flags = dict(
+        option.removeprefix("--").split("=", 1) for option in world.options if not option.startswith("--data.test")
+    )
     design = root / "design.yaml"
     root.mkdir(parents=True, exist_ok=True)
     design.write_text("trainer: {max_steps: 4, val_check_interval: 4}\nlast: {every_n_steps: 1}\n")

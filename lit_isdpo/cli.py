@@ -5,6 +5,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.export import export
-from lit_isdpo.training.failures import explain
+from lit_isdpo.training.failures import Peers, explain
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import PolicyModule
@@ -190,7 +191,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "use_distributed_sampler": False,  # the data module's own order knows ranks, and resumes
                 "num_sanity_val_steps": 0,  # RunReport validates before the first step, and logs it
                 "enable_model_summary": False,
-                "callbacks": [RunReport(), Throughput(), PredictionWriter()],
+                "callbacks": [RunReport(), Throughput(), PredictionWriter(), Peers()],
             },
             parser_class=Parser,
             parser_kwargs={"version": __version__, "prog": "lit-isdpo", "description": DESCRIPTION},
@@ -232,6 +233,13 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     transformers.utils.logging.disable_progress_bar()
+    threading.excepthook = _report_thread
+
+
+def _report_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer is a thread: of a full disk the main one hears from it, and says so."""
+    if args.exc_value is None or explain(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:

@@ -55,7 +55,11 @@ def tiny_llama() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face folder: a tiny random Llama with the lab's tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def write_model(folder: Path) -> str:
+    """Writes that."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -78,11 +82,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 preference pairs as JSON lines, readable by the tiny model's tokenizer."""
     file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    write_pairs(file, 40)
-    return str(file)
+    return write_pairs(file)
 
 
-def write_pairs(file: Path, number: int) -> None:
+def write_pairs(file: Path, number: int = 40) -> str:
     """Preference pairs in the words of the lab's posts, the same on every machine."""
     rng = Random(0)
     rows = []
@@ -91,11 +94,17 @@ def write_pairs(file: Path, number: int) -> None:
         rejected = render_facts(rng.sample(list(post.items()), 2)) + " awful"
         rows.append({"prompt": render_prompt(post), "chosen": sample_demonstration(rng, post), "rejected": rejected})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 @pytest.fixture(scope="session")
 def tiny(model_dir: str, pairs_file: str) -> list[str]:
     """Arguments of a fit that takes a second: 32 pairs of training, 4 optimizer steps an epoch."""
+    return tiny_options(model_dir, pairs_file)
+
+
+def tiny_options(model_dir: str, pairs_file: str) -> list[str]:
+    """Likewise, of a model and data that are there."""
     return [
         f"--model.policy.path={model_dir}",
         f"--data.train={pairs_file}",

@@ -161,7 +161,7 @@ class ReferenceLogps:
         """Everything that the folder holds, by key; a file that is not as it was written counts as none."""
         known: dict[int, tuple[float, float]] = {}
         for file in sorted(self.folder.glob("*.parquet")):
-            table = read_table(file, COLUMNS[:3])
+            table = read_table(file)
             if table is None:
                 continue
             keys, *sides = (table.column(name).to_pylist() for name in COLUMNS[:3])

@@ -189,6 +189,7 @@ class LastCheckpoint(Callback):
         if at_max_steps or interrupted or due or trainer.is_last_batch:
             self._save(trainer)
         if interrupted:
+            trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step a moment later
             terminated = trainer.strategy.reduce_boolean_decision(self._asked_by == signal.SIGTERM, all=False)
             rank_zero_info(f"\nStopped at optimizer step {step}. Continue with --ckpt_path {self.path(trainer)}")
             raise SystemExit(_status(trainer)) if terminated else KeyboardInterrupt

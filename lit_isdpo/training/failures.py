@@ -4,10 +4,16 @@ import errno
 import os
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
+from socket import gethostname
+from time import sleep
 from typing import NamedTuple
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError
 
 EX_USAGE = 2  # what argparse has
@@ -17,9 +23,8 @@ OF_THE_SYSTEM = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE),
 )
-KEPT = (
-    "What was saved before is whole: mend it and give the same command again, a fit with --ckpt_path of its last.ckpt."
-)
+SECONDS_TO_DIE = 3  # between a connection that breaks and a process that is gone
+KEPT = "What was saved before is whole: mend it and run the command again, a fit with --ckpt_path of its last.ckpt."
 
 
 class Failure(NamedTuple):
@@ -27,6 +32,59 @@ class Failure(NamedTuple):
 
     sentence: str
     status: int
+
+
+class RankDiedError(Exception):
+    """Ranks are no more; the message names them."""
+
+
+class Peers(Callback):
+    """Knows the processes of the other ranks, and says which of them died when one is waited for in vain.
+
+    The process group tells that a connection broke, and not whose. Processes of other machines cannot be looked at.
+    """
+
+    def __init__(self) -> None:
+        self._peers: list[tuple[int, str, int]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learns rank, host and process id of all."""
+        if trainer.world_size > 1:
+            self._peers = all_ranks().gather((trainer.global_rank, gethostname(), os.getpid()))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Looks who is not there.
+
+        Raises:
+            RankDiedError: somebody is not.
+        """
+        if not _is_of_ranks(exception):
+            return
+        for _ in range(SECONDS_TO_DIE * 10):
+            dead = [rank for rank, host, pid in self._peers if host == gethostname() and not _is_alive(pid)]
+            if dead:
+                raise RankDiedError(
+                    f"{'Rank' if len(dead) == 1 else 'Ranks'} {', '.join(map(str, dead))} died"
+                ) from exception
+            sleep(0.1)
+
+
+def _is_of_ranks(error: BaseException) -> bool:
+    """Whether a collective failed, as gloo and NCCL say it."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    stat = Path(f"/proc/{pid}/stat")  # a dead child whose parent has not looked is still there, where there is /proc
+    return not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def explain(error: BaseException) -> Failure | None:
@@ -39,20 +97,31 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(str(cause), EX_USAGE)
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in OF_THE_SYSTEM:
-            where = f": {str(cause.filename)!r}" if cause.filename is not None else ""
+            where = (
+                f": {os.fsdecode(cause.filename)!r}" if isinstance(cause.filename, str | bytes | os.PathLike) else ""
+            )
             return Failure(f"{os.strerror(cause.errno)}{where}. {KEPT}", EX_IOERR)
         if "os error " in str(cause) and type(cause).__module__.startswith("safetensors"):
             return Failure(f"{cause}. {KEPT}", EX_IOERR)
+        if isinstance(cause, RankDiedError):
+            return Failure(f"{cause}; this one cannot go on alone. {KEPT}", EX_OSERR)
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
             first = str(cause).splitlines()[0].rstrip(". ")
             return Failure(
                 f"data.num_workers: {first}; it may have been out of memory: use fewer, or 0. {KEPT}", EX_OSERR
             )
+    for cause in causes:
+        if _is_of_ranks(cause):
+            first = str(cause).splitlines()[0]
+            return Failure(f"Another rank died or is out of reach ({first}). {KEPT}", EX_OSERR)
     return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    """An error and what it comes from; one that was raised again while it was handled comes from itself."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 

@@ -17,14 +17,14 @@ def test_a_flipped_bit_anywhere_is_no_other_table(tmp_path: Path) -> None:
     assert read_table(file).equals(TABLE)
     written = file.read_bytes()
     survived = 0
-    for place in range(len(written)):
+    for place in range(0, len(written), 5):
         damaged = bytearray(written)
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
-        table = read_table(file, ["key", "logps"])
-        assert table is None or table.equals(TABLE.select(["key", "logps"])), place
+        table = read_table(file)
+        assert table is None or table.to_pydict() == TABLE.to_pydict(), place
         survived += table is not None
-    assert 0 < survived < len(written) / 2, "of statistics and names of the writer"
+    assert 0 < survived < len(written) / 10, "of statistics and names of the writer"
     file.write_bytes(written[:-9])
     assert read_table(file) is None
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_isdpo.cli import main
 from lit_isdpo.evaluation import reference_logps
+from lit_isdpo.evaluation.files import write_table
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.training.preference import PreferenceModule
 from tests.conftest import newest_run, read_metrics
@@ -93,7 +94,7 @@ def test_what_was_interrupted_goes_on(tiny: list[str], tmp_path: Path, computed:
     whole = fit([*tiny, *CACHE], tmp_path)
     rows = list(computed)
     table = pq.read_table(files(tmp_path)[0])
-    pq.write_table(table.slice(0, 3), files(tmp_path)[0])  # a kill left three rows of it
+    write_table(files(tmp_path)[0], table.slice(0, 3))  # a kill left three rows of it
     files(tmp_path)[1].write_bytes(b"half a file")
     again = fit([*tiny, *CACHE], tmp_path)
     assert sum(computed[2:]) == sum(rows) - 3
@@ -120,7 +121,7 @@ def test_values_that_are_not_the_references_are_found(
     for file in files(tmp_path):
         table = pq.read_table(file)
         wrong = pa.array([value - 1.0 for value in table.column("chosen_logps").to_pylist()], type=pa.float32())
-        pq.write_table(table.set_column(1, "chosen_logps", wrong), file)
+        write_table(file, table.set_column(1, "chosen_logps", wrong))
     with pytest.raises(SystemExit):
         fit([*tiny, *CACHE], tmp_path)
     assert "delete that folder" in capsys.readouterr().err

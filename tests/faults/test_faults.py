@@ -1,0 +1,21 @@
+"""Every fault once, with a seed of its own; ``python -m tests.faults`` tries more."""
+
+from zlib import crc32
+
+import pytest
+
+from tests.faults.__main__ import attempt
+from tests.faults.faults import FAULTS
+from tests.faults.world import World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_nothing_but_the_last_steps_is_lost(name: str, world: World) -> None:
+    outcome = attempt(world, name, crc32(name.encode()) % 1000)
+    assert not outcome.problems, outcome

@@ -217,7 +217,8 @@ class LastCheckpoint(Callback):
         self._saved_at = trainer.global_step
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked_by is not None:
+        is_over = self._previous_handler is None  # Lightning puts this handler back after a fit that failed
+        if is_over or self._asked_by is not None:
             raise KeyboardInterrupt
         self._asked_by = signum
         rank_zero_info("\nStopping after this optimizer step; press Ctrl-C again to stop at once.")

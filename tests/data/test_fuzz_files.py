@@ -34,7 +34,8 @@ MESSAGE = '{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "reject
 
 def rows_of(tokenizer_path: str, path: Path | str) -> dict[str, Any] | str:
     """What is read, or the sentence; anything else that is raised fails the test."""
-    module = PreferenceDataModule(train=str(path), val_size=1, batch_size=1, tokenizer=tokenizer_path)
+    options = {"val_size": 1, "batch_size": 1, "max_dropped_fraction": 1.0}
+    module = PreferenceDataModule(train=str(path), tokenizer=tokenizer_path, **options)
     sentence = ""
     try:
         module.setup("fit")

@@ -49,7 +49,7 @@ def test_a_test_split_is_that_of_train_or_named(make, folder):
 
 
 def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(accounts, "_LOG_WIDTH", 300)
     bad = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "b"}]
     sources = [
         str(folder / "train.jsonl"),
@@ -91,7 +91,7 @@ def test_no_usable_row_is_an_error_with_the_reasons(make, tmp_path, write_rows):
 
 
 def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder, write_rows, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(accounts, "_LOG_WIDTH", 300)
     file = write_rows(tmp_path / "ranked.jsonl", RANKED)
     data = make(train=[str(folder / "val.jsonl"), file], val=file, pairing="all", format="auto")
     with pytest.raises(

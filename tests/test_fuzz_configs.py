@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -171,6 +171,12 @@ def refused(arguments: list[str], root: Path, capsys: pytest.CaptureFixture[str]
         ("--model.optimizer.betas=[0.9]", r"betas"),
         ("--model.loss.beta=null", r'"beta".*Got value: None'),
         ("--data.batch_size=''", "batch_size"),
+        ("--data.batch_size=null", r"data\.batch_size is null"),
+        ("--data.max_dropped_fraction=null", r"data\.max_dropped_fraction is null"),
+        ("--model.ess_window=null", r"model\.ess_window is null"),
+        ("--trainer.devices=9223372036854775808", r"trainer\.devices is 9223372036854775808"),
+        ("--trainer.max_steps=0", r"trainer\.max_steps is 0: nothing would be trained"),
+        ("--trainer.limit_train_batches=0", r"trainer\.limit_train_batches is 0: nothing would be trained"),
     ],
     ids=lambda value: value.removeprefix("--") if value.startswith("--") else "",
 )
@@ -180,6 +186,14 @@ def test_numbers_are_refused_before_anything_is_written(
     limit = [] if "max_steps" in argument else ["--trainer.max_steps=1"]
     assert re.search(message, refused([*tiny, *limit, argument], tmp_path / "runs", capsys))
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_left_the_finite_numbers(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finite gradient need not leave finite weights; sampling meets them first."""
+    arguments = [*tiny, "--trainer.max_steps=1", "--model.optimizer.weight_decay=9e18"]
+    assert "its weights have diverged" in refused(arguments, tmp_path / "runs", capsys)
 
 
 def test_an_interval_of_validation_beyond_the_epoch(
@@ -196,7 +210,11 @@ VALUES += [".nan", ".inf", "-.inf", "''", "null", "a", "[1]", "true"]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # a strange number may well be warned of
-@settings(max_examples=max(60, settings.default.max_examples // 10), suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=max(60, settings.default.max_examples // 10),
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],  # a case is as small as it gets
+)
 @given(option=st.sampled_from(sorted(OPTIONS) + sorted(METHODS)), value=st.sampled_from(VALUES))
 def test_any_number_works_or_gets_a_sentence(
     option: str,

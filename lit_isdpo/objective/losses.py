@@ -268,6 +268,7 @@ class SimPOLoss(DPOLoss):
     def __init__(self, beta: float = 2.0, gamma_beta_ratio: float = 0.25) -> None:
         super().__init__(beta)
         self.gamma_beta_ratio = _checked("gamma_beta_ratio", gamma_beta_ratio, least=0.0)
+        _checked("beta x gamma_beta_ratio", beta * gamma_beta_ratio)
 
     def utilities(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Mean log-probs of a token."""

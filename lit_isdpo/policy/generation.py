@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lit_isdpo.policy.loading import eagerly
-from lit_isdpo.types import PromptBatch, Response
+from lit_isdpo.types import InputError, PromptBatch, Response
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: bool = False) -> torch.autocast:
@@ -54,6 +54,9 @@ def sample_responses(
 
     Returns:
         P responses.
+
+    Raises:
+        InputError: the model's probabilities are not finite.
     """
     config = GenerationConfig(
         do_sample=True,
@@ -78,6 +81,13 @@ def sample_responses(
             output = (generate or cast(Any, model.generate))(
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config
             )
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise InputError(
+            "The policy's next-token probabilities are NaN or infinite: its weights have diverged. Begin anew, or go "
+            "on from an earlier checkpoint, with a lower learning rate or weight decay."
+        ) from error
     finally:
         model.generation_config = own_config
         model.train(was_training)

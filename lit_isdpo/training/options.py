@@ -1,9 +1,11 @@
 """What cannot be asked for, alone or together: told by the config, before anything is loaded."""
 
+import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from jsonargparse import Namespace
@@ -26,6 +28,7 @@ def check(verb: str, config: Namespace) -> None:
         InputError: names the option and what to use instead.
     """
     check_no_secret(config.as_dict())
+    _check_nulls(config, "")
     _check_numbers(config)
     precision = str(config.trainer.precision or "32-true")
     if precision not in ("32", "32-true"):
@@ -58,6 +61,9 @@ def check(verb: str, config: Namespace) -> None:
         raise InputError("trainer.default_root_dir: name a folder for the runs.")
     if verb == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
         raise InputError("trainer: set max_epochs or max_steps, so that the fit ends.")
+    for limit in ("max_epochs", "max_steps", "limit_train_batches") if verb == "fit" else ():
+        if config.trainer[limit] == 0:
+            raise InputError(f"trainer.{limit} is 0: nothing would be trained. To look at the model, use validate.")
     single = config.model.init_args.get("sampling.num_responses", 1) < 2
     if verb == "predict" and config.labels.reward is not None and single:
         raise InputError("labels.reward: a pair needs two responses; set model.sampling.num_responses to 2 or more.")
@@ -85,6 +91,22 @@ _LEAST = {
 """Of Lightning's own numbers, those that it takes without a look; ``val_check_interval`` is above its least."""
 
 
+def _check_nulls(config: Any, option: str) -> None:
+    """Raises for a null where a class of the config wants a value: the parser takes it for an option left out."""
+    if not isinstance(config, Namespace):
+        return
+    if path := config.get("class_path"):
+        hints: dict[str, Any] = {}
+        for cls in reversed(inspect.getmro(cast(type, locate(path)))):
+            hints |= get_type_hints(vars(cls).get("__init__", object.__init__))
+        nulls = [name for name, value in vars(config.get("init_args", Namespace())).items() if value is None]
+        for name in nulls:
+            if name in hints and not {Any, type(None)} & {hints[name], *get_args(hints[name])}:
+                raise InputError(f"{option}.{name} is null; it needs a value. Leave it out for the default.")
+    for key, value in vars(config).items():
+        _check_nulls(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
+
+
 def _check_numbers(config: Namespace) -> None:
     """Raises for numbers that no option has room for, and for those of the trainer's that Lightning lets pass."""
     largest = torch.finfo(torch.float32).max
@@ -98,6 +120,9 @@ def _check_numbers(config: Namespace) -> None:
         if isinstance(value, int | float) and (value < least or (name == "val_check_interval" and not value)):
             bound = "above 0" if name == "val_check_interval" else f"at least {least}"
             raise InputError(f"trainer.{name} is {value}; it must be {bound}.")
+    devices = str(config.trainer.devices)
+    if devices.isdecimal() and int(devices) >= 2**31:  # a string to the parser
+        raise InputError(f"trainer.devices is {devices}; no machine has so many.")
     norm = config.trainer.gradient_clip_val
     if norm is not None and norm < 0:
         raise InputError(f"trainer.gradient_clip_val is {norm}; it must be at least 0, or gradients would be reversed.")

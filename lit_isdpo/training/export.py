@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -271,9 +272,14 @@ def _validation(file: Path, step: int) -> tuple[str, dict[str, float]]:
     """The step and values of the validation at ``step``, or else of the last one before it."""
     if not file.is_file():
         return "-", {}
-    with file.open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row.get("val/loss") and int(row["step"]) <= step]
-    if not rows:
-        return "-", {}
-    last = rows[-1]
-    return last["step"], {key: float(value) for key, value in last.items() if METRIC.fullmatch(key) and value}
+    whole_lines = file.read_text().rpartition("\n")[0]  # a kill may have cut the last one, in a number even
+    try:
+        rows = [row for row in csv.DictReader(StringIO(whole_lines)) if row.get("val/loss") and int(row["step"]) <= step]
+        if not rows:
+            return "-", {}
+        last = rows[-1]
+        return last["step"], {key: float(value) for key, value in last.items() if METRIC.fullmatch(key) and value}
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"run_dir: {str(file)!r} is damaged ({error}); mend it, or move it away to export without its metrics."
+        ) from error

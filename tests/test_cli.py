@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_export_gives_the_modules_logps(run: Path, tmp_path: Path) -> None:
     card = (output / "README.md").read_text()
     assert "ImportanceWeighting" in card
     assert "| val/loss |" in card
+
+
+def test_export_of_a_log_that_was_cut_or_damaged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    log = copy / "metrics.csv"
+    header, *lines = log.read_text().splitlines()
+    place = header.split(",").index("step")
+
+    def at_step(line: str, step: str) -> str:
+        return ",".join([*line.split(",")[:place], step, *line.split(",")[place + 1 :]])
+
+    last = f"--ckpt_path={copy / 'checkpoints' / 'last.ckpt'}"
+    log.write_text("\n".join([header, *lines, at_step(lines[-1], "1")[:-3]]))  # by a kill
+    main(["export", last, f"--output_dir={tmp_path / 'whole'}"])
+    assert "| val/loss |" in (tmp_path / "whole" / "README.md").read_text()
+    log.write_text("\n".join([header, *(at_step(line, "x") for line in lines), ""]))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", last, f"--output_dir={tmp_path / 'none'}"])
+    assert re.search(r"metrics\.csv' is damaged \(.*\); mend it", capsys.readouterr().err)
+    assert not (tmp_path / "none").exists()
 
 
 def test_test_and_predict_on_a_checkpoint(run: Path, tiny: list[str], pairs_file: str, tmp_path: Path) -> None:

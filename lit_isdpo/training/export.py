@@ -5,6 +5,7 @@ import json
 import re
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -18,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from lit_isdpo import __version__
 from lit_isdpo.data.tokenization import load_tokenizer
+from lit_isdpo.evaluation.files import naming
 from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, check_same_tensors, parse_adapter
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, read_config
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
@@ -116,7 +118,7 @@ def export(
     Raises:
         InputError: a path is missing, is not what it should be, or would be overwritten.
     """
-    checkpoint_file, output = Path(ckpt_path), Path(output_dir)
+    checkpoint_file, output = Path(ckpt_path), Path(output_dir).resolve()
     run = find_run(checkpoint_file, run_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
@@ -127,17 +129,21 @@ def export(
         raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
     kind = REWARD_MODEL if scores else ADAPTER if as_adapter else POLICY
     tokenizer = load_tokenizer(str(run / "model"), trust_remote_code=trust_remote_code)
-    if as_adapter:
-        adapter = _adapter(checkpoint, run, base_model, trust_remote_code)
-        adapter.save(output)
-        wrote = f"an adapter of {sum(tensor.numel() for tensor in adapter.state().values()):,} values"
-    else:
-        model = _whole_model(checkpoint, run, base_model, trust_remote_code)
-        model.save_pretrained(output)
-        wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
-    tokenizer.save_pretrained(output)
-    (output / "README.md").write_text(_card(run, output.name, int(checkpoint.extras["global_step"]), kind))
-    print(f"Wrote {output} ({wrote}).")
+    card = _card(run, output.name, int(checkpoint.extras["global_step"]), kind)
+    model = (_adapter if as_adapter else _whole_model)(checkpoint, run, base_model, trust_remote_code)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with naming(output), TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        folder = Path(temporary) / output.name
+        if isinstance(model, Adapter):
+            model.save(folder)
+            wrote = f"an adapter of {sum(tensor.numel() for tensor in model.state().values()):,} values"
+        else:
+            model.save_pretrained(folder)
+            wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card)
+        folder.replace(output)  # nobody finds half of it
+    print(f"Wrote {output_dir} ({wrote}).")
 
 
 def load_policy(
@@ -274,7 +280,8 @@ def _validation(file: Path, step: int) -> tuple[str, dict[str, float]]:
         return "-", {}
     whole_lines = file.read_text().rpartition("\n")[0]  # a kill may have cut the last one, in a number even
     try:
-        rows = [row for row in csv.DictReader(StringIO(whole_lines)) if row.get("val/loss") and int(row["step"]) <= step]
+        validations = [row for row in csv.DictReader(StringIO(whole_lines)) if row.get("val/loss")]
+        rows = [row for row in validations if int(row["step"]) <= step]
         if not rows:
             return "-", {}
         last = rows[-1]

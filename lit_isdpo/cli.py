@@ -65,7 +65,17 @@ class Parser(LightningArgumentParser):
 
 
 class IsdpoCLI(LightningCLI):
-    """LightningCLI with the run's callbacks as config sections and the lab's names resolved."""
+    """LightningCLI with the run's callbacks as config sections and the lab's names resolved.
+
+    Args:
+        arguments: the command line, without the program's name.
+        **options: those of LightningCLI.
+    """
+
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+        # The options of a verb take a tenth of a second to gather, and there are many verbs.
+        self._verbs = set(self.subcommands()).intersection(arguments) or set(self.subcommands())
+        super().__init__(args=list(arguments), **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Gives ``model`` and ``data`` a default class, so that flags work without a file, and adds the sections."""
@@ -80,6 +90,9 @@ class IsdpoCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Leaves the printing of what ``test`` measures to Evaluation, unless the user asks Lightning for its table."""
+        if subcommand not in self._verbs:  # its name and its line of help are enough
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "test":
             parser.set_defaults(verbose=False)
@@ -175,12 +188,12 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_cli(OWN_VERBS[arguments[0]], args=arguments[1:], prog=f"lit-isdpo {arguments[0]}", as_positional=False)
             return
         IsdpoCLI(
-            LanguageModule,
-            TextDataModule,
+            arguments,
+            model_class=LanguageModule,
+            datamodule_class=TextDataModule,
             trainer_class=IsdpoTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=arguments,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,

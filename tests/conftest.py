@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def ctrl_c_works() -> Iterator[None]:
-    """Whatever a test has run, Ctrl-C stops the process again."""
+    """Whatever a test has run, Ctrl-C stops the process again; in the background a shell has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     handler = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,9 @@
 """The trainer, with the verbs that Lightning's has not."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -13,9 +15,28 @@ from lit_isdpo.training.plan import make_plan, print_plan
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _described(method: Callable[P, R], line: str) -> Callable[P, R]:
+    """A method of Lightning's with another line of help."""
+
+    @wraps(method)
+    def described(*args: P.args, **kwargs: P.kwargs) -> R:
+        return method(*args, **kwargs)
+
+    described.__doc__ = f"{line}\n\n        Args:{str(method.__doc__).partition('Args:')[2]}"
+    return described
+
 
 class IsdpoTrainer(Trainer):
     """Lightning's trainer; each method more is a verb of the command line that shares ``fit``'s config."""
+
+    fit = _described(Trainer.fit, "Trains; with --ckpt_path it goes on from a checkpoint.")
+    validate = _described(Trainer.validate, "Loss, weights and KL of the validation rows, and a few samples.")
+    test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
+    predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
 
     def precompute(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Computes the reference's log-probs of all rows once, for later runs with model.reference.cache.

@@ -41,6 +41,8 @@ def _run(module: str, arguments: list[str], output: Path, environment: dict[str,
         os.dup2(log, stream)
     os.environ.clear()
     os.environ.update(environment)
+    # It has taken over the server's way to start processes; workers of a loader would each import everything.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.argv = [module, *arguments]

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import transformers
 from jsonargparse import Namespace, auto_cli
@@ -32,6 +32,7 @@ from lit_isdpo.training.export import export
 from lit_isdpo.training.failures import Peers, explain
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.misspelt import explain_option
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.options import check, is_sharded
 from lit_isdpo.training.preference import PreferenceModule
@@ -55,12 +56,14 @@ Hugging Face folder, and lit-isdpo study, which compares methods over seeds (eac
 class Parser(LightningArgumentParser):
     """Lightning's parser, which answers a mistake with the mistake alone and not with a page of usage."""
 
+    arguments: ClassVar[Sequence[str]] = ()  # those of the command that is parsed
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)  # a typo must not pass for an abbreviation
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
-        print(f"error: {hide_secrets(' '.join(message.split()))}", file=sys.stderr)
+        print(f"error: {hide_secrets(explain_option(' '.join(message.split()), self.arguments))}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -89,12 +92,12 @@ class IsdpoCLI(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Leaves the printing of what ``test`` measures to Evaluation, unless the user asks Lightning for its table."""
+        """Leaves the printing of what is measured to our callbacks, unless the user asks Lightning for its table."""
         if subcommand not in self._verbs:  # its name and its line of help are enough
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "test":
+        if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
         return parser
 
@@ -146,8 +149,16 @@ class IsdpoCLI(LightningCLI):
         if ckpt_path := self.config.fit.get("ckpt_path"):
             print_changes(ckpt_path, self._parser("fit").dump(self.config.fit, skip_none=False))
 
+    def before_validate(self) -> None:
+        """Says which policy is looked at."""
+        if not self.config[str(self.subcommand)].get("ckpt_path"):
+            rank_zero_info("No --ckpt_path is given: the model is the one that it names, untrained here.")
+
+    before_test = before_validate
+
     def before_predict(self) -> None:
-        """Refuses a model that does not write."""
+        """Likewise; refuses a model that does not write."""
+        self.before_validate()
         if not isinstance(self.model, PolicyModule):
             raise InputError(
                 "predict: responses are sampled from a policy, and model is a reward model; give it to an evaluation."
@@ -181,7 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
             write or read, and 71 (EX_OSERR) where a process that helped has died; with 75 (EX_TEMPFAIL) where a fit was
             asked to leave by SIGTERM; with 130 after Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
+    Parser.arguments = arguments = list(sys.argv[1:] if args is None else args)
     _quieten()
     try:
         if arguments and arguments[0] in OWN_VERBS:

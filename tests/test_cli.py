@@ -21,7 +21,7 @@ from lit_isdpo.objective.weights import PairWeighting
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.study.plan import Run, Variant, plan_runs
 from lit_isdpo.training.strategy import FSDP2Strategy
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, tiny_options
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,6 +190,41 @@ def test_export_of_a_log_that_was_cut_or_damaged(run: Path, tmp_path: Path, caps
         main(["export", last, f"--output_dir={tmp_path / 'none'}"])
     assert re.search(r"metrics\.csv' is damaged \(.*\); mend it", capsys.readouterr().err)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_fit_that_has_ended_says_so(
+    run: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    last = run / "checkpoints" / "last.ckpt"
+    steps = torch.load(last, weights_only=True)["global_step"]
+    options = [*tiny, f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *options, f"--ckpt_path={last}"])
+    assert f"Nothing was left to train: the checkpoint is at optimizer step {steps}" in caplog.text
+    assert "Trained for" not in capsys.readouterr().out
+
+
+def test_what_is_not_trained_on_is_told(model_dir: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "english.jsonl"
+    rows = [{"prompt": f"Name fruit {n}.", "chosen": f" An apple, {n}.", "rejected": " A chair."} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*tiny_options(model_dir, str(file)), "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *options])
+    said = caplog.text
+    assert "An epoch has 1 optimizer steps of 8 rows; the other 4 of its 12 rows do not fill one" in said
+    assert "spells the training text nearly byte by byte" in said
+
+
+def test_validate_prints_a_table_of_its_own(
+    run: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = f"--trainer.default_root_dir={tmp_path}"
+    main(["validate", *tiny, root, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    captured = capsys.readouterr()
+    assert "KL(policy, reference), nats" in captured.out
+    assert "Validate metric" not in captured.out  # Lightning's
+    assert "No --ckpt_path" not in caplog.text
+    main(["validate", *tiny, root])
+    assert "No --ckpt_path is given" in caplog.text
 
 
 def test_test_and_predict_on_a_checkpoint(run: Path, tiny: list[str], pairs_file: str, tmp_path: Path) -> None:
@@ -440,6 +475,7 @@ def test_export_refuses_what_it_cannot_do(run: Path, tmp_path: Path, capsys: pyt
         ([f"--ckpt_path={cut}", f"--output_dir={tmp_path / 'x'}"], "is not the run's folder"),
         ([f"--ckpt_path={cut}", f"--output_dir={tmp_path / 'x'}", f"--run_dir={run}"], "cannot be read"),
         ([f"--ckpt_path={last}", f"--output_dir={tmp_path / 'full'}"], "not an empty folder"),
+        ([f"--ckpt_path={run}", f"--output_dir={tmp_path / 'x'}"], "is a run's folder; name a file in it"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["export", *arguments])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +35,8 @@ from lit_isdpo.data.tokenization import ChatTemplate, load_tokenizer, pad_token_
 from lit_isdpo.data.truncation import TruncationMode
 from lit_isdpo.types import InputError, Prompt
 
+_SPELLED = 1.25  # bytes a token: of its own kind of text a tokenizer makes tokens of three and more
+_SPELLED_ROWS = 32  # that are looked at
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -244,6 +246,7 @@ class TextDataModule(LightningDataModule, ABC):
                     f"data.batch_size is {self.batch_size}, more than the {sum(self._order.rows_per_epoch)} rows of an "
                     "epoch of data.train"
                 )
+            self._print_notes()
 
     def _load(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:
@@ -282,6 +285,25 @@ class TextDataModule(LightningDataModule, ABC):
         counts = {split: self.splits.counts[split] for split in splits}
         accounts.console().print(accounts.table(counts, unit=self.row_type.kind), markup=False)
 
+    @rank_zero_only
+    def _print_notes(self) -> None:
+        """Says what of the training rows is not trained on, and whether their text is one for the tokenizer."""
+        assert self._order is not None
+        rows, steps = sum(self._order.rows_per_epoch), self.steps_per_epoch
+        if rest := rows - steps * self.batch_size:
+            rank_zero_info(
+                f"An epoch has {steps:,} optimizer steps of {self.batch_size} rows; the other {rest:,} of its {rows:,} "
+                "rows do not fill one and are left out, others in each epoch."
+            )
+        some = self.splits.rows["train"].__getitems__(list(range(min(rows, _SPELLED_ROWS))))
+        texts = [ids for _, item in some for ids in item[:2]]  # prompts and responses
+        num_bytes = sum(len(str(self.tokenizer.decode(ids)).encode()) for ids in texts)
+        if num_bytes < _SPELLED * sum(len(ids) for ids in texts):
+            rank_zero_info(
+                "The tokenizer spells the training text nearly byte by byte, so it was made for other text, and so was "
+                "its model; name one that knows this text: --model.policy.path."
+            )
+
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:
         if stage != "predict":
             return _STAGES[stage]
@@ -312,12 +334,7 @@ class TextDataModule(LightningDataModule, ABC):
         Raises:
             InputError: they do not divide the batch.
         """
-        micro = self.micro_batch_size
-        if self.batch_size % ((micro or 1) * world_size):
-            by = f"data.micro_batch_size {micro} x {world_size} rank(s)" if micro else f"{world_size} ranks"
-            raise InputError(f"data.batch_size is {self.batch_size}, which {by} does not divide")
-        rows = micro or self.batch_size // world_size
-        return rows, self.batch_size // (rows * world_size)
+        return split_batch(self.batch_size, self.micro_batch_size, world_size)
 
     # Batches
 
@@ -485,6 +502,24 @@ class SFTDataModule(TextDataModule):
     """Demonstrations: a prompt and a response to it; of preference pairs the chosen one, of several the best."""
 
     row_type = DEMONSTRATIONS
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and micro-batches of an optimizer step, on each rank.
+
+    Args:
+        batch_size: rows of an optimizer step, over all ranks.
+        micro_batch_size: rows of a forward on one rank; ``None`` does not accumulate.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: they do not divide the batch.
+    """
+    if batch_size % ((micro_batch_size or 1) * world_size):
+        by = f"data.micro_batch_size {micro_batch_size} x {world_size} rank(s)" if micro_batch_size else ""
+        raise InputError(f"data.batch_size is {batch_size}, which {by or f'{world_size} ranks'} does not divide")
+    rows = micro_batch_size or batch_size // world_size
+    return rows, batch_size // (rows * world_size)
 
 
 def _stack(rows: Sequence[tuple[int, Any]], *, collate: Any) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import GenerationConfig
 
 from lit_isdpo.lab import designs
@@ -86,6 +87,7 @@ def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
         seed: the pairs are a function of it.
     """
     environment, counts = ENVIRONMENTS[name], {}
+    rank_zero_info(f"Drawing the pairs of lab:{name}/{part}@{seed}, once ...")
     with _one_thread():
         for split in environment.num_pairs:
             rows, counts[split] = environment.sample_pairs(part, split, seed)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from math import inf
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -69,7 +70,8 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
     failed: list[Run] = []
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    # By default the remaining time follows from the last half minute, in which a run may well not have ended.
+    with Progress(*columns, console=console, speed_estimate_period=inf) as progress:
         bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
         try:
             while waiting or working:

@@ -169,6 +169,10 @@ def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:
     """
     if not checkpoint_file.exists():
         raise InputError(f"ckpt_path: no such checkpoint: {str(checkpoint_file)!r}.")
+    if (checkpoint_file / "checkpoints").is_dir():
+        raise InputError(
+            f"ckpt_path: {str(checkpoint_file)!r} is a run's folder; name a file in it, checkpoints/last.ckpt say."
+        )
     run = Path(run_dir) if run_dir else checkpoint_file.resolve().parent.parent
     if not (run / "model" / "config.json").is_file():
         raise InputError(f"{str(run)!r} is not the run's folder (it has no model/config.json): name it with --run_dir.")

@@ -189,9 +189,9 @@ def warn_of_vanishing_weights(weighting: PairWeighting, values: dict[str, Tensor
     if isinstance(weighting, ImportanceWeighting) and weighting.epsilon >= 0:
         if values["weights/mean"].item() < MEAN_WEIGHT_WARNING:
             warnings.warn(
-                f"The mean importance weight fell below {MEAN_WEIGHT_WARNING}: the policy hardly produces the "
-                "data's pairs any more and learns little from them. A larger model.loss.beta, a lower learning "
-                "rate or fewer epochs keep it nearer.",
+                f"The mean importance weight of the training pairs fell below {MEAN_WEIGHT_WARNING}: the policy hardly "
+                "produces them any more and learns little from them. A larger model.loss.beta, a lower learning rate "
+                "or fewer epochs keep it nearer.",
                 stacklevel=2,
             )
         if values["weights/ess"].item() < ESS_WARNING:

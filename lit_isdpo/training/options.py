@@ -10,6 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from jsonargparse import Namespace
 
+from lit_isdpo.data.datamodule import split_batch
 from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.reward import RewardModule
@@ -123,6 +124,11 @@ def _check_numbers(config: Namespace) -> None:
     devices = str(config.trainer.devices)
     if devices.isdecimal() and int(devices) >= 2**31:  # a string to the parser
         raise InputError(f"trainer.devices is {devices}; no machine has so many.")
+    batch_size = config.data.init_args.get("batch_size")
+    if devices.isdecimal() and int(devices) and isinstance(batch_size, int) and batch_size > 0:  # before ranks start
+        micro_batch_size = config.data.init_args.get("micro_batch_size")
+        if micro_batch_size is None or micro_batch_size > 0:
+            split_batch(batch_size, micro_batch_size, int(devices) * config.trainer.num_nodes)
     norm = config.trainer.gradient_clip_val
     if norm is not None and norm < 0:
         raise InputError(f"trainer.gradient_clip_val is {norm}; it must be at least 0, or gradients would be reversed.")

@@ -1,7 +1,7 @@
 """What a run leaves behind, and what it says when it ends."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.panel import Panel
@@ -57,11 +57,13 @@ class RunReport(Callback):
         self.before: dict[str, float] = {}
         self._entered = False
         self._started = monotonic()
+        self._began = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder and, in a fresh fit, measures where it starts."""
         assert isinstance(pl_module, LanguageModule)
         self._started = monotonic()
+        self._began = True
         folder = run_dir(trainer)
         if trainer.is_global_zero:
             write_model_folder(pl_module, folder / "model")
@@ -87,36 +89,28 @@ class RunReport(Callback):
         self.before = state_dict["before"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prints what the fit has changed, when the progress bar is done."""
-        if stage != "fit":
+        """Prints what was measured and, of a fit, what it has changed, when the progress bar is done."""
+        if stage not in ("fit", "validate"):
             return
         folder = run_dir(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero and stage == "validate":
+            if after := _numbers(trainer):
+                Console().print(_table("Validation", {"": after}))
+        elif trainer.is_global_zero and not self._began and trainer.state.status == TrainerStatus.FINISHED:
+            rank_zero_info(
+                f"Nothing was left to train: the checkpoint is at optimizer step {trainer.global_step:,}, where "
+                "trainer.max_epochs or trainer.max_steps ends the fit; raise it to go on."
+            )
+        elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             console = Console()
-            console.print(self._table(trainer))
+            columns = {"before": self.before, "after": _numbers(trainer)}
+            console.print(_table("Validation, before and after training", columns))
             for panel in _samples(trainer):
                 console.print(panel)
             seconds = timedelta(seconds=round(monotonic() - self._started))
-            console.print(f"Trained for {trainer.global_step} optimizer steps in {seconds}. Everything is in {folder}")
+            steps = f"{trainer.global_step} optimizer steps"
+            console.print(f"Trained for {steps} in {seconds}. Everything is in {folder}", soft_wrap=True)
             console.print(f"Compare runs: tensorboard --logdir {folder.parent}", soft_wrap=True)
-
-    def _table(self, trainer: Trainer) -> Table:
-        after = _numbers(trainer)
-        table = Table(title="Validation, before and after training")
-        table.add_column("")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
-        for label, key, style in ROWS:
-            if key in after:
-                cells = []
-                for values in (self.before, after):
-                    error = values.get(f"{key}_stderr")
-                    cells.append(
-                        ("-" if key not in values else style.format(values[key]))
-                        + ("" if error is None else f" ±{style.format(error)}")
-                    )
-                table.add_row(label, *cells)
-        return table
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -167,6 +161,28 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
     """What the last validation logged, without the stage prefix."""
     metrics = trainer.callback_metrics
     return {key.removeprefix("val/"): float(value) for key, value in metrics.items() if key.startswith("val/")}
+
+
+def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """What validations measured, a column each; rows are those of the last."""
+    *_, last = columns.values()
+    table = Table(title=title)
+    if any(key.endswith("_stderr") for key in last):
+        table.caption = "±: one standard error over the prompts"
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, key, style in ROWS:
+        if key in last:
+            cells = []
+            for values in columns.values():
+                error = values.get(f"{key}_stderr")
+                cells.append(
+                    ("-" if key not in values else style.format(values[key]))
+                    + ("" if error is None else f" ±{style.format(error)}")
+                )
+            table.add_row(label, *cells)
+    return table
 
 
 def _validate(trainer: Trainer) -> None:

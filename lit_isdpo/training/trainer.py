@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
@@ -33,7 +34,12 @@ def _described(method: Callable[P, R], line: str) -> Callable[P, R]:
 class IsdpoTrainer(Trainer):
     """Lightning's trainer; each method more is a verb of the command line that shares ``fit``'s config."""
 
-    fit = _described(Trainer.fit, "Trains; with --ckpt_path it goes on from a checkpoint.")
+    fit = _described(
+        Trainer.fit,
+        "Trains; with --ckpt_path it goes on from a checkpoint. "
+        "Options of the method and of the data: fit --model.help PreferenceModule, fit --data.help "
+        "PreferenceDataModule.",
+    )
     validate = _described(Trainer.validate, "Loss, weights and KL of the validation rows, and a few samples.")
     test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
     predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
@@ -58,6 +64,7 @@ class IsdpoTrainer(Trainer):
         untyped.callbacks = []
         self.fit_loop.epoch_loop.max_steps = 0
         self.fit(model, datamodule=datamodule)
+        rank_zero_info(f"The reference's log-probs are in {model.reference_config.cache_dir}")
 
     def inspect(
         self,

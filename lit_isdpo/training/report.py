@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.panel import Panel
@@ -96,7 +96,7 @@ class RunReport(Callback):
         if trainer.is_global_zero and stage == "validate":
             if after := _numbers(trainer):
                 Console().print(_table("Validation", {"": after}))
-        elif trainer.is_global_zero and not self._began and trainer.state.status == TrainerStatus.FINISHED:
+        elif trainer.is_global_zero and not self._began:
             rank_zero_info(
                 f"Nothing was left to train: the checkpoint is at optimizer step {trainer.global_step:,}, where "
                 "trainer.max_epochs or trainer.max_steps ends the fit; raise it to go on."

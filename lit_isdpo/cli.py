@@ -238,15 +238,14 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _resolve_lab(config: Any, root: Path, *, default: Any) -> Any:
+def _resolve_lab(config: Any, root: Path, *, default: Any) -> None:
     """Replaces, in place, every string that names something of the lab by its folder."""
     items = config.items() if isinstance(config, Namespace | dict) else enumerate(config)
     for key, value in list(items):
         if isinstance(value, str) and value.startswith(PREFIX):
-            config[key] = str(resolve(value, root, default=default))
+            config[key] = str(resolve(value, root, default=default, say=rank_zero_info))
         elif isinstance(value, Namespace | dict | list):
             _resolve_lab(value, root, default=default)
-    return config
 
 
 def _quieten() -> None:

@@ -1,4 +1,4 @@
-"""What crosses the border of a room: the types that data, objective, policy, lab and training share.
+"""What crosses the border of a room: the types that data, objective, policy, lab, evaluation and training share.
 
 Shape legend: B pairs, S sequences (2B in a preference batch: chosen first, then rejected), R rows of the padded
 input, T positions of a row, C positions of the longest completion, V vocabulary.
@@ -78,6 +78,24 @@ class TokenizedExample(NamedTuple):
     prompt_ids: list[int]
     completion_ids: list[int]
     changes: Sequence[str] = ()
+
+
+class ProbePrompt(NamedTuple):
+    """A prompt to sample responses to, and the data's own response.
+
+    Attributes:
+        prompt_ids: token ids.
+        text: the prompt without special tokens.
+        response: the chosen response (or the demonstration) as it was tokenized, without special tokens.
+        row_id: the row that it comes from.
+        source: the prompt as the data has it, before any chat template, and whole where ``prompt_ids`` were cut.
+    """
+
+    prompt_ids: list[int]
+    text: str
+    response: str
+    row_id: int
+    source: Prompt
 
 
 class TokenBatch(NamedTuple):

@@ -40,7 +40,7 @@ def run_on_ranks(
         port = str(free.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
     world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    arguments = [json.dumps([list(map(str, command)) for command in commands])]
+    arguments = [json.dumps([list(command) for command in commands], default=str)]
     with TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(size)]
         ranks = [

@@ -175,7 +175,7 @@ def refused(arguments: list[str], root: Path, capsys: pytest.CaptureFixture[str]
         ("--data.max_dropped_fraction=null", r"data\.max_dropped_fraction is null"),
         ("--model.ess_window=null", r"model\.ess_window is null"),
         ("--trainer.devices=9223372036854775808", r"trainer\.devices is 9223372036854775808"),
-        ("--trainer.devices=3", "data.batch_size is 8, which 3 ranks does not divide"),
+        ("--trainer.devices=3", "data.batch_size is 8, which 3 ranks do not divide"),
         ("--trainer.max_steps=0", r"trainer\.max_steps is 0: nothing would be trained"),
         ("--trainer.limit_train_batches=0", r"trainer\.limit_train_batches is 0: nothing would be trained"),
     ],
@@ -212,7 +212,7 @@ VALUES += [".nan", ".inf", "-.inf", "''", "null", "a", "[1]", "true"]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # a strange number may well be warned of
 @settings(
-    max_examples=max(60, settings.default.max_examples // 10),
+    max_examples=max(30, settings.default.max_examples // 10),
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],  # a case is as small as it gets
 )

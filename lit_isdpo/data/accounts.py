@@ -1,8 +1,8 @@
 """What became of the rows that were read: counted by reason, as metrics and as a table."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +10,8 @@ from rich.table import Table
 from lit_isdpo.types import InputError
 
 Split = Literal["train", "val", "test"]
+SPELLED_ROWS = 32  # that are looked at
+_SPELLED = 1.25  # bytes a token: of its own kind of text a tokenizer makes tokens of three and more
 _LOG_WIDTH = 120  # columns of a table that goes to a file
 
 
@@ -107,6 +109,39 @@ def table(counts: Mapping[Split, Sequence[SourceCounts]], unit: str) -> Table:
             for change, number in source.changed.items():
                 add(f"  kept, but {change}", number)
     return grid
+
+
+def notes(
+    steps_per_epoch: int,
+    batch_size: int,
+    num_unused: int,
+    texts: Sequence[list[int]],
+    decode: Callable[[list[int]], Any],
+) -> list[str]:
+    """What is to be said of training rows that are all in order.
+
+    Args:
+        steps_per_epoch: optimizer steps.
+        batch_size: rows of a step.
+        num_unused: rows of an epoch that fill no step.
+        texts: token ids of some prompts and responses.
+        decode: token ids to text.
+
+    >>> notes(2, 8, 3, [[1, 2]], lambda ids: "two words")
+    ['An epoch has 2 optimizer steps of 8 rows; 3 more rows do not fill one and are left out, others in each epoch.']
+    """
+    said = []
+    if num_unused:
+        said.append(
+            f"An epoch has {steps_per_epoch:,} optimizer steps of {batch_size} rows; {num_unused:,} more rows do not "
+            "fill one and are left out, others in each epoch."
+        )
+    if sum(len(str(decode(ids)).encode()) for ids in texts) < _SPELLED * sum(len(ids) for ids in texts):
+        said.append(
+            "The tokenizer spells the training text nearly byte by byte, so it was made for other text, and so was its "
+            "model; name one that knows this text: --model.policy.path."
+        )
+    return said
 
 
 def console() -> Console:

@@ -223,7 +223,6 @@ def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> P
 def batch_prompts(batch: PreferenceBatch | SFTBatch) -> list[tuple[int, list[int]]]:
     """Row id and prompt token ids of each row of a padded batch, padding and responses left out."""
     tokens, length = batch.tokens, batch.tokens.input_ids.shape[1]
-    ends = (
-        tokens.logit_positions[:, 0] % length + 1
-    ).tolist()  # the last prompt token predicts the first response token
+    # The last prompt token predicts the first response token.
+    ends = (tokens.logit_positions[:, 0] % length + 1).tolist()
     return [(row_id, tokens.input_ids[row, : ends[row]].tolist()) for row, row_id in enumerate(batch.row_ids.tolist())]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
@@ -27,35 +27,15 @@ from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.formats import FORMATS, check_pairing
 from lit_isdpo.data.pairing import Pairing
-from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, RowType, TokenizedSource, tokenize_rows
-from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder
+from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, TokenizedSource, tokenize_rows
+from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder, split_batch
 from lit_isdpo.data.sources import OpenSource, Sources, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
 from lit_isdpo.data.tokenization import ChatTemplate, load_tokenizer, pad_token_id
 from lit_isdpo.data.truncation import TruncationMode
-from lit_isdpo.types import InputError, Prompt
+from lit_isdpo.types import InputError, ProbePrompt
 
-_SPELLED = 1.25  # bytes a token: of its own kind of text a tokenizer makes tokens of three and more
-_SPELLED_ROWS = 32  # that are looked at
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-
-
-class ProbePrompt(NamedTuple):
-    """A prompt to sample responses to, and the data's own response.
-
-    Attributes:
-        prompt_ids: token ids.
-        text: the prompt without special tokens.
-        response: the chosen response (or the demonstration) as it was tokenized, without special tokens.
-        row_id: the row that it comes from.
-        source: the prompt as the data has it, before any chat template, and whole where ``prompt_ids`` were cut.
-    """
-
-    prompt_ids: list[int]
-    text: str
-    response: str
-    row_id: int
-    source: Prompt
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -68,7 +48,7 @@ class TextDataModule(LightningDataModule, ABC):
         test: test rows. Default: the test split of ``train``.
         format: auto recognises it by the columns; else transcripts, dialogues, messages, strings, queries, comparisons,
             ranked, nectar or ultrafeedback (``formats.FORMATS``).
-        tokenizer: folder or hub id of a tokenizer. Default: the model's own.
+        tokenizer: folder or hub id of a tokenizer, where there is no model; with one it is the model's own.
         batch_size: rows of an optimizer step, over all ranks and micro-batches.
         micro_batch_size: rows of a forward on one rank; how often gradients are accumulated follows from it. Default:
             no accumulation.
@@ -246,7 +226,7 @@ class TextDataModule(LightningDataModule, ABC):
                     f"data.batch_size is {self.batch_size}, more than the {sum(self._order.rows_per_epoch)} rows of an "
                     "epoch of data.train"
                 )
-            self._print_notes()
+            self._print_notes(self.splits.rows["train"], self._order)
 
     def _load(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:
@@ -286,23 +266,12 @@ class TextDataModule(LightningDataModule, ABC):
         accounts.console().print(accounts.table(counts, unit=self.row_type.kind), markup=False)
 
     @rank_zero_only
-    def _print_notes(self) -> None:
-        """Says what of the training rows is not trained on, and whether their text is one for the tokenizer."""
-        assert self._order is not None
-        rows, steps = sum(self._order.rows_per_epoch), self.steps_per_epoch
-        if rest := rows - steps * self.batch_size:
-            rank_zero_info(
-                f"An epoch has {steps:,} optimizer steps of {self.batch_size} rows; the other {rest:,} of its {rows:,} "
-                "rows do not fill one and are left out, others in each epoch."
-            )
-        some = self.splits.rows["train"].__getitems__(list(range(min(rows, _SPELLED_ROWS))))
-        texts = [ids for _, item in some for ids in item[:2]]  # prompts and responses
-        num_bytes = sum(len(str(self.tokenizer.decode(ids)).encode()) for ids in texts)
-        if num_bytes < _SPELLED * sum(len(ids) for ids in texts):
-            rank_zero_info(
-                "The tokenizer spells the training text nearly byte by byte, so it was made for other text, and so was "
-                "its model; name one that knows this text: --model.policy.path."
-            )
+    def _print_notes(self, rows: Rows, order: TrainingOrder) -> None:
+        unused = order.num_unused
+        items = [item for _, item in rows.__getitems__(list(range(min(len(rows), accounts.SPELLED_ROWS))))]
+        texts = [ids for item in items for ids in item[:2]]  # prompts and responses
+        for note in accounts.notes(order.steps_per_epoch, self.batch_size, unused, texts, self.tokenizer.decode):
+            rank_zero_info(note)
 
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:
         if stage != "predict":
@@ -404,7 +373,7 @@ class TextDataModule(LightningDataModule, ABC):
 
     def collate(self, layout: Layout) -> Any:
         """What makes a batch of ``(row id, item)``."""
-        options = {"layout": layout} if layout != "plain" else {}
+        options = {"layout": layout, "row_budget": self.packing_length} if layout == "shared" else {}
         return partial(
             _stack, collate=partial(self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer), **options)
         )
@@ -436,9 +405,9 @@ class TextDataModule(LightningDataModule, ABC):
         """What the order of the training rows follows from; the place in it is the trainer's step."""
         if self._order is None:
             return {}
-        rows = self.splits.rows["train"].prompt_keys().numpy().tobytes()
+        rows = self.splits.rows["train"].keys().numpy().tobytes()
         return {
-            "rows": hashlib.blake2b(rows, digest_size=8).hexdigest(),
+            "tokens of rows": hashlib.blake2b(rows, digest_size=8).hexdigest(),
             "weights": [source.weight for source in self.sources["train"]],
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -502,24 +471,6 @@ class SFTDataModule(TextDataModule):
     """Demonstrations: a prompt and a response to it; of preference pairs the chosen one, of several the best."""
 
     row_type = DEMONSTRATIONS
-
-
-def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
-    """Rows of a micro-batch, and micro-batches of an optimizer step, on each rank.
-
-    Args:
-        batch_size: rows of an optimizer step, over all ranks.
-        micro_batch_size: rows of a forward on one rank; ``None`` does not accumulate.
-        world_size: number of ranks.
-
-    Raises:
-        InputError: they do not divide the batch.
-    """
-    if batch_size % ((micro_batch_size or 1) * world_size):
-        by = f"data.micro_batch_size {micro_batch_size} x {world_size} rank(s)" if micro_batch_size else ""
-        raise InputError(f"data.batch_size is {batch_size}, which {by or f'{world_size} ranks'} does not divide")
-    rows = micro_batch_size or batch_size // world_size
-    return rows, batch_size // (rows * world_size)
 
 
 def _stack(rows: Sequence[tuple[int, Any]], *, collate: Any) -> Any:

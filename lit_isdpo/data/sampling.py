@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lit_isdpo.types import InputError
+
 
 class TrainingOrder(DistributedSampler[int]):
     """Row indices for one rank, micro-batch after micro-batch.
@@ -104,6 +106,11 @@ class TrainingOrder(DistributedSampler[int]):
         rounds[1::2] = rounds[1::2].flip(1)  # to and fro, so that nobody is always dealt the longest
         return rounds.T.flatten()
 
+    @property
+    def num_unused(self) -> int:
+        """Rows of an epoch that fill no optimizer step."""
+        return int(sum(self.rows_per_epoch)) - self.steps_per_epoch * self.batch_size
+
     def epoch_order(self, epoch: int) -> Tensor:
         """The rows of an epoch, ``(N,)`` int64, in the order in which batches are cut from them."""
         offsets = torch.tensor([0, *self.num_rows]).cumsum(0).tolist()
@@ -125,6 +132,24 @@ class TrainingOrder(DistributedSampler[int]):
         stream = [permutation(size, self.seed, "source", source, number) for number in passes]
         skip = start - passes.start * size
         return torch.cat([torch.empty(0, dtype=torch.long), *stream])[skip : skip + count]
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and micro-batches of an optimizer step, on each rank.
+
+    Args:
+        batch_size: rows of an optimizer step, over all ranks.
+        micro_batch_size: rows of a forward on one rank; ``None`` does not accumulate.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: they do not divide the batch.
+    """
+    if batch_size % ((micro_batch_size or 1) * world_size):
+        by = f"data.micro_batch_size {micro_batch_size} x {world_size} rank(s) does" if micro_batch_size else ""
+        raise InputError(f"data.batch_size is {batch_size}, which {by or f'{world_size} ranks do'} not divide")
+    rows = micro_batch_size or batch_size // world_size
+    return rows, batch_size // (rows * world_size)
 
 
 class EvaluationOrder(DistributedSampler[int]):

@@ -13,7 +13,7 @@ from functools import partial
 from hashlib import blake2b
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -30,10 +30,7 @@ from lit_isdpo.evaluation.statistics import Interval, bootstrap_interval
 from lit_isdpo.evaluation.vllm_sampler import VLLMSampler
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.types import Ranks, Response
-
-if TYPE_CHECKING:  # its file knows Lightning
-    from lit_isdpo.data.datamodule import ProbePrompt
+from lit_isdpo.types import ProbePrompt, Ranks, Response
 
 Engine = Literal["transformers", "vllm"]
 NUM_SAMPLES = 8
@@ -113,7 +110,7 @@ class Evaluator:
 
     def __init__(
         self,
-        prompts: Sequence["ProbePrompt"],
+        prompts: Sequence[ProbePrompt],
         vocabulary: Vocabulary,
         *,
         settings: SamplingSettings,
@@ -196,7 +193,7 @@ class Evaluator:
         self,
         model: LogProbModel,
         name: str,
-        prompts: Sequence["ProbePrompt"],
+        prompts: Sequence[ProbePrompt],
         settings: SamplingSettings,
         owner: str,
         *,

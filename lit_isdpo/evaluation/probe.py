@@ -17,6 +17,7 @@ from lit_isdpo.evaluation.statistics import win_scores
 from lit_isdpo.objective.metrics import Estimate
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
+from lit_isdpo.types import Prompt
 
 
 class SampledText(NamedTuple):
@@ -52,6 +53,7 @@ def run_probe(
     prompts: Sequence[Sequence[int]],
     *,
     prompt_texts: Sequence[str],
+    sources: Sequence[Prompt] | None = None,
     decode: Callable[[list[int]], str],
     eos_token_ids: Sequence[int],
     pad_token_id: int,
@@ -67,7 +69,8 @@ def run_probe(
         policy: the model that is sampled.
         reference: what the KL is taken to; ``None`` skips the KL.
         prompts: token ids of P prompts.
-        prompt_texts: the same as text, for the reward.
+        prompt_texts: the same as text.
+        sources: the same as the data has them, for the reward. Default: ``prompt_texts``.
         decode: token ids to text, special tokens left out.
         eos_token_ids: each ends a response.
         pad_token_id: padding.
@@ -105,7 +108,7 @@ def run_probe(
     finished = [response.finished for response in responses]
     rewards = None
     if reward is not None:
-        rewards = torch.tensor(list(reward([prompt_texts[row] for row in rows], texts, finished)))
+        rewards = torch.tensor(list(reward([(sources or prompt_texts)[row] for row in rows], texts, finished)))
     first = [int(place) * num_responses for place in back]  # of each prompt's responses, in the flat order
     return ProbeValues(
         kl=None if kl is None else shaped(kl),

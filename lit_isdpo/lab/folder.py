@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from transformers import GenerationConfig
 
 from lit_isdpo.lab import designs
@@ -39,7 +38,13 @@ ENVIRONMENTS: Mapping[str, Environment] = {
 }
 
 
-def resolve(source: str, root: Path, *, default: Literal["pairs", "reference"] = "pairs") -> Path:
+def resolve(
+    source: str,
+    root: Path,
+    *,
+    default: Literal["pairs", "reference"] = "pairs",
+    say: Callable[[str], Any] = lambda text: None,
+) -> Path:
     """Turns a name of the lab into a folder, which is written if it is not there yet.
 
     Args:
@@ -47,6 +52,7 @@ def resolve(source: str, root: Path, *, default: Literal["pairs", "reference"] =
             parts are those of this module's text.
         root: where the environments are kept.
         default: what ``lab:NAME`` without a part means: pairs to a data set, the reference to a model path.
+        say: is told of a set of pairs that must be drawn, which takes a while.
 
     Raises:
         InputError: the lab has nothing of that name.
@@ -60,9 +66,10 @@ def resolve(source: str, root: Path, *, default: Literal["pairs", "reference"] =
             f"the lab has no {source!r}; it has {there_is}, and each of them with a seed, as in lab:posts/pairs@1."
         )
     name, seed = match[1], int(match[3] or 0)
-    return _write_once(
-        root / f"{name}-{seed}-{_content_hash(ENVIRONMENTS[name])}" / part, lambda folder: writers[part](folder, seed)
-    )
+    folder = root / f"{name}-{seed}-{_content_hash(ENVIRONMENTS[name])}" / part
+    if part in ENVIRONMENTS[name].pairs_parts and not folder.exists():
+        say(f"Drawing the pairs of {source}, once.")
+    return _write_once(folder, lambda place: writers[part](place, seed))
 
 
 def environment_of(folder: Path) -> str | None:
@@ -87,7 +94,6 @@ def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
         seed: the pairs are a function of it.
     """
     environment, counts = ENVIRONMENTS[name], {}
-    rank_zero_info(f"Drawing the pairs of lab:{name}/{part}@{seed}, once ...")
     with _one_thread():
         for split in environment.num_pairs:
             rows, counts[split] = environment.sample_pairs(part, split, seed)

@@ -79,6 +79,7 @@ def draw_training(history: pd.DataFrame, settings: Sequence[str], color: Mapping
         "weight": "mean weight, held-out pairs",
         "ess": "ESS / pairs",
     }
+    history = _everywhere(history, settings)
     cells = list(history.groupby(list(settings), sort=False, dropna=True)) if settings else [((), history)]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -163,6 +164,7 @@ def draw_sampled_over_exact(history: pd.DataFrame, color: Mapping[str, str]) -> 
 def draw_heat_map(summary: pd.DataFrame, settings: Sequence[str], column: str, label: str) -> Figure:
     """Means over seeds: a line a method, a column a value of the first setting, a panel a combination of the rest."""
     first, rest = settings[0], list(settings[1:])
+    summary = _everywhere(summary, settings)
     panels = list(summary.groupby(rest, sort=False)) if rest else [((), summary)]
     low, high = _range(summary, settings, column)
     with mpl.rc_context(STYLE):
@@ -230,3 +232,14 @@ def _mean(values: "pd.Series[float]") -> float:
 
 def _half(values: "pd.Series[float]") -> float:
     return interval(values.tolist())[1]
+
+
+def _everywhere(rows: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """Rows of methods that a setting is nothing to (NaN) at each of its values, in the order of the methods."""
+    for setting in settings:
+        values = rows[setting].dropna().unique()
+        of_none = rows[setting].isna()
+        if of_none.any() and len(values):
+            copies = [rows[of_none].assign(**{setting: value}) for value in values]
+            rows = pd.concat([rows[~of_none], *copies]).sort_index(kind="stable")
+    return rows

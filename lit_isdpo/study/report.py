@@ -79,7 +79,7 @@ def write_report(
             lines += _differences(of_runs, here, varied, baseline)
         if here["gold"].notna().any():
             lines += _budgets(of_runs, varied)
-            lines += _fits(here, varied)
+            lines += _fits(here)
     (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -179,7 +179,7 @@ def _budgets(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
     return [*lines, ""]
 
 
-def _fits(history: pd.DataFrame, settings: Sequence[str]) -> list[str]:
+def _fits(history: pd.DataFrame) -> list[str]:
     lines = [
         "Fits of R = d (alpha - beta log d), d = sqrt KL (arXiv 2210.10760), to all checkpoints of a method together;",
         f"drawn above where they explain at least {figures.GOOD_FIT:.0%} of the variance.",

@@ -164,7 +164,7 @@ class Evaluation(Callback):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = datamodule.prompts("test", num_prompts)
-        reward = self.reward or find_gold_reward(datamodule, "test", prompts[0].text)
+        reward = self.reward or find_gold_reward(datamodule, "test", prompts[0].source)
         if pl_module.reference is None:
             rank_zero_info("There is no reference: KL and wins against it are left out.")
         tokenizer, settings = pl_module.tokenizer, asdict(self.settings)

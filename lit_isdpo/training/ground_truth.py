@@ -9,17 +9,16 @@ from lit_isdpo.evaluation.rewards import LabReward
 from lit_isdpo.lab.exact import ExactEvaluation
 from lit_isdpo.lab.folder import exact_evaluation_for
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, Prompt
 
 
-def find_gold_reward(datamodule: Any, stage: str, prompt: str) -> LabReward | None:
+def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward | None:
     """The gold reward of a split's prompts; where there is none, says so.
 
     Args:
         datamodule: with the split set up.
         stage: the split.
-        prompt: one of its prompts as the policy reads it. Truncation or a chat template may have made it into one that
-            the reward cannot read.
+        prompt: one of its prompts as the data has it.
     """
     rewards = [LabReward.for_folder(folder) for folder in datamodule.source_folders(stage)]
     # Of a mixture of tasks each reward reads its own prompts alone.

@@ -161,7 +161,9 @@ def _print_labels(datamodule: TextDataModule, split: Split, console: Console) ->
     for other, others in splits.rows.items():
         if other != "train" and "train" in splits.rows:
             number = num_shared_prompts(others, splits.rows["train"])
-            grid.add_row(f"{other} rows whose prompt is trained on", f"{number:,}", f"{number / len(others):.1%}")
+            grid.add_row(
+                f"{other} rows whose prompt is trained on", f"{number:,}", f"{number / max(1, len(others)):.1%}"
+            )
     grid.add_row("different prompts", f"{labels.num_prompts:,}", "")
     grid.add_row("most pairs of one prompt", f"{labels.most_pairs:,}", "")
     grid.add_row("responses chosen here and rejected there", f"{labels.both_ways:,}", "")

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from jsonargparse import Namespace
 
-from lit_isdpo.data.datamodule import split_batch
+from lit_isdpo.data.sampling import split_batch
 from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.reward import RewardModule
@@ -65,6 +65,8 @@ def check(verb: str, config: Namespace) -> None:
     for limit in ("max_epochs", "max_steps", "limit_train_batches") if verb == "fit" else ():
         if config.trainer[limit] == 0:
             raise InputError(f"trainer.{limit} is 0: nothing would be trained. To look at the model, use validate.")
+    if verb in ("fit", "precompute"):
+        _check_ranks(config)
     single = config.model.init_args.get("sampling.num_responses", 1) < 2
     if verb == "predict" and config.labels.reward is not None and single:
         raise InputError("labels.reward: a pair needs two responses; set model.sampling.num_responses to 2 or more.")
@@ -124,14 +126,18 @@ def _check_numbers(config: Namespace) -> None:
     devices = str(config.trainer.devices)
     if devices.isdecimal() and int(devices) >= 2**31:  # a string to the parser
         raise InputError(f"trainer.devices is {devices}; no machine has so many.")
-    batch_size = config.data.init_args.get("batch_size")
-    if devices.isdecimal() and int(devices) and isinstance(batch_size, int) and batch_size > 0:  # before ranks start
-        micro_batch_size = config.data.init_args.get("micro_batch_size")
-        if micro_batch_size is None or micro_batch_size > 0:
-            split_batch(batch_size, micro_batch_size, int(devices) * config.trainer.num_nodes)
     norm = config.trainer.gradient_clip_val
     if norm is not None and norm < 0:
         raise InputError(f"trainer.gradient_clip_val is {norm}; it must be at least 0, or gradients would be reversed.")
+
+
+def _check_ranks(config: Namespace) -> None:
+    """Raises for ranks that do not divide the batch, before they are started."""
+    devices, batch_size = str(config.trainer.devices), config.data.init_args.get("batch_size")
+    micro_batch_size = config.data.init_args.get("micro_batch_size")
+    sizes = [size for size in (batch_size, micro_batch_size) if size is not None]
+    if devices.isdecimal() and int(devices) and batch_size and all(size > 0 for size in sizes):
+        split_batch(batch_size, micro_batch_size, int(devices) * config.trainer.num_nodes)
 
 
 def _numbers(config: Any, option: str) -> Iterator[tuple[str, float]]:

@@ -118,18 +118,21 @@ class PreferenceModule(PolicyModule):
 
     def configure_model(self) -> None:
         """Loads both models; to sample, the policy alone."""
+        is_new = not hasattr(self, "policy")
         super().configure_model()
-        if self._reference or self.trainer.state.fn == TrainerFn.PREDICTING:
+        # What is cached is of one data module's rows, and may be asked for those of another.
+        if self.trainer.state.fn == TrainerFn.PREDICTING or (self._reference and self._reference[0].is_live):
             return
         if self.reference_config is None:
             self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy)
         else:
-            self._reference = (self._load_reference(self.reference_config),)
+            self._reference = (self._load_reference(self.reference_config, is_new),)
 
-    def _load_reference(self, config: ReferenceConfig) -> Reference:
+    def _load_reference(self, config: ReferenceConfig, is_new: bool) -> Reference:
         load = partial(load_reference, self.policy_config, config, self.policy, load=self.load_model)
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
-        is_policy = config.cache and self.policy.adapter is None and starts_at_reference(self.policy_config, config)
+        untrained = is_new and starts_at_reference(self.policy_config, config)
+        is_policy = config.cache and self.policy.adapter is None and untrained
         reference = LiveReference(self.policy) if is_policy else load()
         with reference.scoring() as model:
             check_vocabulary(self.policy, model)

@@ -88,7 +88,7 @@ class SamplingProbe(Callback):
         reference = module.reference
         if not self._prepared:
             self._prepared = True
-            self.reward = find_gold_reward(trainer.datamodule, "val", prompts[0].text)  # type: ignore[attr-defined]
+            self.reward = find_gold_reward(trainer.datamodule, "val", prompts[0].source)  # type: ignore[attr-defined]
             self._exact = find_exact(
                 trainer.datamodule,  # type: ignore[attr-defined]
                 "val",
@@ -126,6 +126,7 @@ class SamplingProbe(Callback):
             reference,
             [prompt.prompt_ids for prompt in prompts],
             prompt_texts=[prompt.text for prompt in prompts],
+            sources=[prompt.source for prompt in prompts],
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             eos_token_ids=module.eos_token_ids,
             pad_token_id=module.pad_token_id,

@@ -31,17 +31,16 @@ def cached_logps(
         with_test: whether test rows are among them.
 
     Returns:
-        Of each split, ``(rows, 2)``.
+        Of each split, ``(lines of its table, 2)``.
 
     Raises:
         InputError: as ``ReferenceLogps``.
     """
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    directory = config.cache_dir or Path(trainer.default_root_dir) / "reference_logps"
     device = trainer.strategy.root_device
     reference.to(device)
     with reference.scoring() as model:
-        files = ReferenceLogps(Path(directory), model, device, ranks)
+        files = ReferenceLogps(cache_folder(trainer, config), model, device, ranks)
     if with_test and datamodule.splits.parts("test"):
         if ranks.rank == 0:  # the others then find the tokens
             datamodule.setup("test")
@@ -57,3 +56,8 @@ def cached_logps(
         )
         for split, rows in datamodule.splits.rows.items()
     }
+
+
+def cache_folder(trainer: pl.Trainer, config: ReferenceConfig) -> Path:
+    """Where the files lie."""
+    return Path(config.cache_dir or Path(trainer.default_root_dir) / "reference_logps")

@@ -14,6 +14,7 @@ from lit_isdpo.training.inspection import inspect_data
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.plan import make_plan, print_plan
 from lit_isdpo.training.preference import PreferenceModule
+from lit_isdpo.training.reference_cache import cache_folder
 from lit_isdpo.types import InputError
 
 P = ParamSpec("P")
@@ -64,7 +65,7 @@ class IsdpoTrainer(Trainer):
         untyped.callbacks = []
         self.fit_loop.epoch_loop.max_steps = 0
         self.fit(model, datamodule=datamodule)
-        rank_zero_info(f"The reference's log-probs are in {model.reference_config.cache_dir}")
+        rank_zero_info(f"The reference's log-probs are in {cache_folder(self, model.reference_config)}")
 
     def inspect(
         self,

@@ -71,6 +71,16 @@ def test_batches_of_every_stage(make):
     assert reader.seen["test"] == reader.seen["predict"] == [[0, 1], [2]]
 
 
+def test_several_pairs_share_a_row_where_they_are_packed(make):
+    reader, data = Reader(), make(packing_length=10_000)
+    reader.shares_prompts = True
+    make_trainer(max_steps=1).fit(reader, data)
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch.row_ids) == 4
+    assert len(batch.tokens.input_ids) == 1
+    assert next(iter(data.val_dataloader())).tokens.input_ids.shape[0] == 1
+
+
 @pytest.mark.parametrize(("split", "num"), [(None, 3), ("train", 22), ("val", 5), ("test", 3)])
 def test_predict_takes_the_rows_that_are_asked_for(make, split, num):
     reader = Reader()
@@ -143,7 +153,7 @@ def test_a_resume_on_other_data_is_said(make, tmp_path, write_rows):
     path = tmp_path / "a.ckpt"
     make_trainer(max_epochs=1).fit(Reader(5, path, "on_train_epoch_end"), make())
     other = write_rows(tmp_path / "other.jsonl", pairs(30, 50))
-    with pytest.warns(UserWarning, match="trained with other rows, batch_size; training goes on at its step"):
+    with pytest.warns(UserWarning, match="trained with other tokens of rows, batch_size; training goes on at its step"):
         make_trainer(max_steps=7).fit(Reader(), make(train=other, batch_size=8), ckpt_path=path)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_isdpo.data.datamodule import ProbePrompt
 from lit_isdpo.evaluation import evaluator as module
 from lit_isdpo.evaluation import measures
 from lit_isdpo.evaluation.evaluator import Evaluator, Outcome, SamplingSettings, Vocabulary
@@ -19,7 +18,7 @@ from lit_isdpo.evaluation.judge import Judge, Verdict
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import AdapterOffReference, ResidentReference
-from lit_isdpo.types import Prompt
+from lit_isdpo.types import ProbePrompt, Prompt
 
 PROMPTS = [
     ProbePrompt([1, 5 + number], f"prompt {number}", "a chosen one", number, f"source {number}") for number in range(12)

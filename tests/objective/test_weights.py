@@ -153,6 +153,7 @@ def test_batch_mean() -> None:
     [
         ({"epsilon": float("nan")}, "epsilon must be a number of nats"),
         ({"epsilon": -math.inf}, "epsilon must be a number of nats"),
+        ({"epsilon": 2e38}, "epsilon"),  # the cap is at twice that
         ({"cap": "token"}, "'joint' or 'response'"),
         ({"floor": -1.0}, "floor must lie between"),
         ({"epsilon": 0.0, "floor": 1.5}, "floor must lie between"),

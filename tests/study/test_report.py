@@ -1,10 +1,12 @@
 """A report of made-up runs: its words and tables say what the numbers say, and every picture is there."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from lit_isdpo.study import figures
 from lit_isdpo.study.plan import Run
 from lit_isdpo.study.report import write_report
 from lit_isdpo.types import InputError
@@ -117,3 +119,11 @@ def test_a_run_without_validations_is_named(tmp_path: Path) -> None:
     (tmp_path / run.folder / "version_0" / "metrics.csv").write_text("step,train/loss\n1,0.5\n")
     with pytest.raises(InputError, match="toy, DPO, seed 0: there is no validation in its log"):
         report(tmp_path / "out", [run], tmp_path)
+
+
+def test_a_method_without_a_setting_is_drawn_at_each_of_its_values() -> None:
+    rows = [("DPO", math.nan, 0.5), ("IS-DPO", 0.0, 1.0), ("IS-DPO", 1.0, 2.0)]
+    summary = pd.DataFrame(rows, columns=["method", "epsilon", "gold_final"])
+    axis = figures.draw_heat_map(summary, ["epsilon"], "gold_final", "gold").axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["DPO", "IS-DPO"]
+    assert axis.images[0].get_array().tolist() == [[0.5, 0.5], [1.0, 2.0]]

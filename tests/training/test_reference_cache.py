@@ -10,12 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 
 from lit_isdpo.cli import main
+from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.evaluation import reference_logps
 from lit_isdpo.evaluation.files import write_table
+from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.training.preference import PreferenceModule
 from tests.conftest import newest_run, read_metrics
 from tests.ranks import DDP, run_on_ranks
@@ -140,6 +144,28 @@ def test_a_resumed_fit_reads_the_untrained_references_values(
     assert ends[0]["global_step"] == ends[1]["global_step"] == 4
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+
+
+def test_one_module_is_fitted_and_tested(model_dir: str, pairs_file: str, tmp_path: Path) -> None:
+    """Its second run has rows that the first had not, and its policy is not the reference any more."""
+    config = ReferenceConfig(cache=True, cache_dir=str(tmp_path / "cache"))
+
+    def optimizer(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+    module = PreferenceModule(PolicyConfig(path=model_dir), reference=config, optimizer=optimizer)
+    lengths = {"max_length": 64, "max_prompt_length": 48}
+    data = PreferenceDataModule(train=pairs_file, test=pairs_file, val_size=8, batch_size=8, **lengths)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", max_steps=4, use_distributed_sampler=False, **quiet)
+    trainer.fit(module, data)
+    (tested,) = trainer.test(module, data, verbose=False)
+    assert abs(tested["test/logratios/chosen"]) > 1e-3
+    live = PreferenceModule(PolicyConfig(path=model_dir), optimizer=optimizer)
+    live_trainer = Trainer(accelerator="cpu", max_steps=4, use_distributed_sampler=False, **quiet)
+    live_trainer.fit(live, data)
+    (expected,) = live_trainer.test(live, data, verbose=False)
+    assert tested["test/logratios/chosen"] == pytest.approx(expected["test/logratios/chosen"], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -221,3 +221,13 @@ def test_at_reference_forgets_the_policy() -> None:
     pairs = pair_logps(*torch.randn(2, 3), ref=(-1.0, -2.0))
     assert not pairs.at_reference().chosen_logratios.any()
     assert UniformWeighting()(pairs).weights.sum() == 3
+
+
+@pytest.mark.slow  # its kernel is compiled
+def test_packed_rows_are_worth_the_plain_ones(tiny: list[str], tmp_path: Path) -> None:
+    packed = ["--data.packing_length=256", "--model.policy.attn_implementation=flex_attention"]
+    for name, options in (("plain", []), ("packed", packed)):
+        main(["validate", *tiny, *options, "--probe.num_prompts=0", f"--trainer.default_root_dir={tmp_path / name}"])
+    values, expected = (read_metrics(tmp_path / name / "version_0") for name in ("packed", "plain"))
+    for key in ("val/loss", "val/logps/chosen", "val/logps/rejected"):
+        assert values[key] == pytest.approx(expected[key], abs=1e-4), key

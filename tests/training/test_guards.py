@@ -11,7 +11,10 @@ from lit_isdpo.training.guards import warn_of_vanishing_weights
 
 @pytest.mark.parametrize(
     ("mean", "ess", "message"),
-    [(0.05, 0.5, "mean importance weight fell below"), (0.5, 0.005, "effective sample size fell below")],
+    [
+        (0.05, 0.5, "mean importance weight of the training pairs fell below"),
+        (0.5, 0.005, "effective sample size fell below"),
+    ],
 )
 def test_vanishing_weights_warn(mean: float, ess: float, message: str) -> None:
     values = {"weights/mean": torch.tensor(mean), "weights/ess": torch.tensor(ess)}

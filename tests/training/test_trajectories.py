@@ -12,7 +12,7 @@ from tests.training.trajectories import METHODS, NUM_STEPS, distance, stored, tr
 QUICK = "is_dpo"
 
 
-@pytest.mark.filterwarnings("ignore:The mean importance weight fell below")  # as it does, at the end
+@pytest.mark.filterwarnings("ignore:The mean importance weight of the training pairs fell")  # as it does, at the end
 @pytest.mark.parametrize(
     "method", [pytest.param(method, marks=[] if method == QUICK else pytest.mark.slow) for method in METHODS]
 )

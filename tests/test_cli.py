@@ -308,9 +308,7 @@ def takes_a_step(config: Path, arguments: list[str], folder: Path) -> None:
     assert checkpoint["global_step"] == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The mean importance weight of the training pairs fell"
-)  # that is what some of them show
+@pytest.mark.filterwarnings("ignore:The mean importance weight of the training pairs fell")
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
     takes_a_step(config, tiny, tmp_path)

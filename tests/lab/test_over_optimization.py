@@ -16,9 +16,7 @@ from tests.conftest import read_metrics
 EXPERIMENTS = Path(__file__).parent.parent.parent / "configs" / "experiment"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings(
-        "ignore:The mean importance weight of the training pairs fell", "ignore:The effective sample size fell"
-    ),
+    pytest.mark.filterwarnings("ignore:The mean importance weight of", "ignore:The effective sample size fell"),
 ]
 
 

@@ -12,7 +12,7 @@ from lit_isdpo.training.guards import warn_of_vanishing_weights
 @pytest.mark.parametrize(
     ("mean", "ess", "message"),
     [
-        (0.05, 0.5, "mean importance weight of the training pairs fell below"),
+        (0.05, 0.5, "weight of the training pairs fell below"),
         (0.5, 0.005, "effective sample size fell below"),
     ],
 )

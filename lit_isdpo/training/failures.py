@@ -93,8 +93,6 @@ def explain(error: BaseException) -> Failure | None:
     for cause in causes:  # the parser wraps what constructors raise
         if isinstance(cause, InputError | MisconfigurationException):
             return Failure(str(cause), EX_USAGE)
-        if isinstance(cause, ValueError | TypeError) and _lightning_raised(cause):  # it refuses arguments so too
-            return Failure(str(cause), EX_USAGE)
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in OF_THE_SYSTEM:
             where = (
@@ -110,7 +108,9 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(
                 f"data.num_workers: {first}; it may have been out of memory: use fewer, or 0. {KEPT}", EX_OSERR
             )
-    for cause in causes:
+    for cause in causes:  # after the system: what a logger could not write, Lightning calls a value of a wrong kind
+        if isinstance(cause, ValueError | TypeError) and _lightning_raised(cause):  # it refuses arguments so too
+            return Failure(str(cause), EX_USAGE)
         if _is_of_ranks(cause):
             first = str(cause).splitlines()[0]
             return Failure(f"Another rank died or is out of reach ({first}). {KEPT}", EX_OSERR)

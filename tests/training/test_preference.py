@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -222,16 +221,3 @@ def test_at_reference_forgets_the_policy() -> None:
     pairs = pair_logps(*torch.randn(2, 3), ref=(-1.0, -2.0))
     assert not pairs.at_reference().chosen_logratios.any()
     assert UniformWeighting()(pairs).weights.sum() == 3
-
-
-@pytest.mark.slow  # compiles
-@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled, on the CPU by a C++ compiler")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers'
-def test_packed_rows_are_worth_the_plain_ones(tiny: list[str], tmp_path: Path) -> None:
-    packed = ["--data.packing_length=256", "--model.policy.attn_implementation=flex_attention"]
-    for name, options in (("plain", []), ("packed", packed)):
-        main(["validate", *tiny, *options, "--probe.num_prompts=0", f"--trainer.default_root_dir={tmp_path / name}"])
-    values, expected = (read_metrics(tmp_path / name / "version_0") for name in ("packed", "plain"))
-    for key in ("val/loss", "val/logps/chosen", "val/logps/rejected"):
-        assert values[key] == pytest.approx(expected[key], abs=1e-4), key

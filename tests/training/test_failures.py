@@ -1,9 +1,11 @@
 """What ends a command, in a sentence and a status."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_isdpo.training.failures import EX_IOERR, EX_OSERR, EX_USAGE, RankDiedError, explain
 from lit_isdpo.types import InputError
@@ -40,3 +42,19 @@ def test_an_error_that_comes_from_itself_ends() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__context__, second.__context__ = second, first
     assert explain(first) is None
+
+
+def test_what_a_logger_could_not_write_is_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning calls it a value that it cannot log."""
+    logger = TensorBoardLogger(tmp_path)
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "events")
+
+    monkeypatch.setattr(logger.experiment, "add_scalar", refuse)
+    with pytest.raises(ValueError, match="you tried to log") as raised:
+        logger.log_metrics({"loss": 1.0}, step=0)
+    failure = explain(raised.value)
+    assert failure is not None
+    assert failure.status == EX_IOERR
+    assert "Read-only file system" in failure.sentence

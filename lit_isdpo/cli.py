@@ -34,6 +34,7 @@ from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.misspelt import explain_option
 from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.options import check, is_sharded
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
@@ -46,7 +47,7 @@ from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
-MODULES = (PreferenceModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
+MODULES = (PreferenceModule, OnlineModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
 OWN_VERBS: dict[str, Callable[..., None]] = {"export": export, "study": study}
 DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
 configs/quickstart.yaml. Besides the subcommands below there are lit-isdpo export, which writes a checkpoint as a
@@ -239,10 +240,10 @@ def _path(cls: type) -> str:
 
 
 def _resolve_lab(config: Any, root: Path, *, default: Any) -> None:
-    """Replaces, in place, every string that names something of the lab by its folder."""
+    """Replaces, in place, every string that names something of the lab by its folder; a reward's task is a name."""
     items = config.items() if isinstance(config, Namespace | dict) else enumerate(config)
     for key, value in list(items):
-        if isinstance(value, str) and value.startswith(PREFIX):
+        if isinstance(value, str) and value.startswith(PREFIX) and str(key).rpartition(".")[2] != "task":
             config[key] = str(resolve(value, root, default=default, say=rank_zero_info))
         elif isinstance(value, Namespace | dict | list):
             _resolve_lab(value, root, default=default)

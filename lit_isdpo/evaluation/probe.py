@@ -36,7 +36,8 @@ class ProbeValues(NamedTuple):
         kl: ``(P, n, 3)`` Rao-Blackwell, k1 and k3 in nats; ``None`` without a reference.
         num_tokens: ``(P, n)`` response length, EOS included.
         finished: ``(P, n)`` 1 where the response ended by itself.
-        rewards: ``(P, n)``; ``None`` without a reward.
+        rewards: ``(P, n)`` gold rewards; ``None`` where none is known.
+        proxy_rewards: ``(P, n)`` of the reward that the policy is trained on; ``None`` where it is trained on none.
         texts: the prompts, each with its first response.
     """
 
@@ -44,6 +45,7 @@ class ProbeValues(NamedTuple):
     num_tokens: Tensor
     finished: Tensor
     rewards: Tensor | None
+    proxy_rewards: Tensor | None
     texts: list[SampledText]
 
 
@@ -62,6 +64,7 @@ def run_probe(
     seed: int,
     num_responses: int = 1,
     reward: Reward | None = None,
+    proxy: Reward | None = None,
 ) -> ProbeValues:
     """Samples responses from ``policy`` and measures them.
 
@@ -78,7 +81,8 @@ def run_probe(
         batch_size: responses sampled at a time.
         seed: the responses are a function of it.
         num_responses: to each prompt.
-        reward: scores the responses.
+        reward: scores the responses: the gold reward, where it is known.
+        proxy: likewise: what the policy is trained on.
     """
     drawn = sample_many(
         policy,
@@ -106,15 +110,17 @@ def run_probe(
         kl = sampled_kl(policy, reference, [prompts[row] for row in rows], responses, pad_token_id=pad_token_id)
     texts = [decode(response.token_ids) for response in responses]
     finished = [response.finished for response in responses]
-    rewards = None
-    if reward is not None:
-        rewards = torch.tensor(list(reward([(sources or prompt_texts)[row] for row in rows], texts, finished)))
+    asked = [(sources or prompt_texts)[row] for row in rows]
+    rewards, proxy_rewards = (
+        None if source is None else torch.tensor(list(source(asked, texts, finished))) for source in (reward, proxy)
+    )
     first = [int(place) * num_responses for place in back]  # of each prompt's responses, in the flat order
     return ProbeValues(
         kl=None if kl is None else shaped(kl),
         num_tokens=shaped(torch.tensor([len(response.token_ids) for response in responses], dtype=torch.float32)),
         finished=shaped(torch.tensor(finished, dtype=torch.float32)),
         rewards=None if rewards is None else shaped(rewards),
+        proxy_rewards=None if proxy_rewards is None else shaped(proxy_rewards),
         texts=[
             SampledText(prompt, texts[i], finished[i], None if rewards is None else rewards[i].item())
             for prompt, i in zip(prompt_texts, first, strict=True)
@@ -142,6 +148,8 @@ def summarize(values: ProbeValues, ref_rewards: Tensor | None) -> dict[str, floa
         estimates["gold_reward"] = values.rewards
         if ref_rewards is not None:
             estimates["win_rate"] = win_scores(values.rewards, ref_rewards)
+    if values.proxy_rewards is not None:
+        estimates["reward"] = values.proxy_rewards
     for key, per_response in estimates.items():
         estimate = Estimate.of(per_response.mean(dim=1))
         keys[key] = estimate.mean.item()

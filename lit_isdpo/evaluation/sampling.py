@@ -20,6 +20,7 @@ def sample_many(
     seed: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    apart: bool = False,
 ) -> list[list[Response]]:
     """Draws ``num_responses`` to each of P prompts, in the numerics that the policy is scored in.
 
@@ -34,6 +35,7 @@ def sample_many(
         seed: the responses are a function of it, the weights and ``batch_size``.
         temperature: divides the logits.
         top_p: nucleus.
+        apart: whether ranks that share the weights ask for different prompts, as many each; else all ask the same.
 
     Returns:
         P lists.
@@ -56,7 +58,7 @@ def sample_many(
             top_p=top_p,
             seed=seed * 100_003 + number,
             compute_dtype=policy.compute_dtype,
-            generate=policy.generate,
+            generate=policy.generate_apart if apart else policy.generate,
         )
         for row, response in zip(rows, drawn, strict=True):
             responses[row].append(response)

@@ -30,11 +30,12 @@ def shipped_reference(design: Design) -> ResponseDistribution:
 
 
 def pair_logps(design: Design, part: str, reference: ResponseDistribution) -> Tensor:
-    """``(P, N)`` log mu, the true distribution of either response of a pair: the reference's given the support.
+    """``(P, N)`` log mu, the true distribution of either response of a pair: the reference's given the support, sharper
+    or flatter by the part's temperature.
 
     It is exact for two independent responses; of the data those pairs are left out in which both are the same.
     """
-    within = reference.logps.masked_fill(~design.parts[part].support, -math.inf)
+    within = (reference.logps / design.parts[part].temperature).masked_fill(~design.parts[part].support, -math.inf)
     return within - within.logsumexp(dim=1, keepdim=True)
 
 

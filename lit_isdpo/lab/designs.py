@@ -24,7 +24,9 @@ q is the mean over the words (0 for none) of a word's quality: a random number f
 this prompt, over the words of mean 0 and variance 1. No end within 9 tokens earns -5, where g would go on.
 Demonstrations have n - 1 ~ Binomial(7, 0.35), and within an n probabilities in proportion to exp(the sum of the words'
 q'). Pairs are two responses of the reference that are not empty (an empty response is no preference data); those of
-``pairs_hole`` have at most 4 words, so that the reward rises with n inside the data and falls outside.
+``pairs_hole`` have at most 4 words, so that the reward rises with n inside the data and falls outside. Those of
+``pairs_sharp`` have at most 5, and the reference writes them at temperature 0.7 (of whole responses): so mu is not the
+reference anywhere.
 
 **Labels** are Bradley-Terry's, ``sigmoid(gold_first - gold_second)``, and then 10 % of them are turned round.
 
@@ -61,10 +63,12 @@ class PairsPart(NamedTuple):
         support: ``(N,)`` bool, the responses that its pairs are made of.
         true_mu: whether its behavior log-probs are those of the policy that wrote the responses; if not, they are wrong
             on purpose: those of a policy that draws each word of the response uniformly.
+        temperature: divides the reference's log-probs of whole responses: below 1 it writes what it likes best.
     """
 
     support: Tensor
     true_mu: bool = True
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +189,11 @@ def length() -> Design:
         malformed_gold=WORST,
         target=_stratified(_sums(_correlated(score, quality), tree), feature, [0.0, *_binomial(7, 0.35)]),
         feature=feature,
-        parts={"pairs": PairsPart(feature >= 1), "pairs_hole": PairsPart((feature >= 1) & (feature <= 4))},
+        parts={
+            "pairs": PairsPart(feature >= 1),
+            "pairs_hole": PairsPart((feature >= 1) & (feature <= 4)),
+            "pairs_sharp": PairsPart((feature >= 1) & (feature <= 5), temperature=0.7),
+        },
     )
 
 

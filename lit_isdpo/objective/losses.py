@@ -42,7 +42,7 @@ class PreferenceLoss(ABC):
     needs_reference: bool = True
 
     def __init__(self, beta: float) -> None:
-        self.beta = _checked("beta", beta, above=0.0)
+        self.beta = checked("beta", beta, above=0.0)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Computes the unweighted loss of each pair, ``(B,)``, with the policy's gradient."""
@@ -143,7 +143,7 @@ class CDPOLoss(DPOLoss):
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1) -> None:
         super().__init__(beta)
-        self.label_smoothing = _checked("label_smoothing", label_smoothing, least=0.0, below=0.5)
+        self.label_smoothing = checked("label_smoothing", label_smoothing, least=0.0, below=0.5)
 
     def penalty(self, preference: Tensor) -> Tensor:
         """Cross-entropy with a smoothed label."""
@@ -176,7 +176,7 @@ class RPOLoss(DPOLoss):
 
     def __init__(self, beta: float = 0.1, eta: float = 0.005) -> None:
         super().__init__(beta)
-        self.eta = _checked("eta", eta, least=0.0)
+        self.eta = checked("eta", eta, least=0.0)
 
     def auxiliary(self, pairs: PairLogps) -> Tensor:
         """Negative log-likelihood of the chosen response."""
@@ -195,7 +195,7 @@ class IRPOLoss(DPOLoss):
 
     def __init__(self, beta: float = 0.1, alpha: float = 1.0) -> None:
         super().__init__(beta)
-        self.alpha = _checked("alpha", alpha, least=0.0)
+        self.alpha = checked("alpha", alpha, least=0.0)
 
     def auxiliary(self, pairs: PairLogps) -> Tensor:
         """Negative log-likelihood of a token of the chosen response."""
@@ -221,9 +221,9 @@ class ChiPOLoss(DPOLoss):
         self, beta: float = 0.1, alpha: float = 1.0, gamma: float = 1.0, reward_bound: float = math.inf
     ) -> None:
         super().__init__(beta)
-        self.alpha = _checked("alpha", alpha, above=0.0)
-        self.gamma = _checked("gamma", gamma, least=0.0)
-        self.reward_bound = _checked("reward_bound", reward_bound, above=0.0, finite=False)
+        self.alpha = checked("alpha", alpha, above=0.0)
+        self.gamma = checked("gamma", gamma, least=0.0)
+        self.reward_bound = checked("reward_bound", reward_bound, above=0.0, finite=False)
 
     def link(self, utility: Tensor) -> Tensor:
         """The exponent is bounded, so that two ratios that overflow do not make a NaN."""
@@ -246,7 +246,7 @@ class LengthRegularizedDPOLoss(DPOLoss):
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.01) -> None:
         super().__init__(beta)
-        self.alpha = _checked("alpha", alpha, least=0.0)
+        self.alpha = checked("alpha", alpha, least=0.0)
 
     def shift(self, pairs: PairLogps) -> Tensor:
         """Difference of lengths, EOS included on both sides."""
@@ -267,8 +267,8 @@ class SimPOLoss(DPOLoss):
 
     def __init__(self, beta: float = 2.0, gamma_beta_ratio: float = 0.25) -> None:
         super().__init__(beta)
-        self.gamma_beta_ratio = _checked("gamma_beta_ratio", gamma_beta_ratio, least=0.0)
-        _checked("beta x gamma_beta_ratio", beta * gamma_beta_ratio)
+        self.gamma_beta_ratio = checked("gamma_beta_ratio", gamma_beta_ratio, least=0.0)
+        checked("beta x gamma_beta_ratio", beta * gamma_beta_ratio)
 
     def utilities(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Mean log-probs of a token."""
@@ -279,7 +279,7 @@ class SimPOLoss(DPOLoss):
         return torch.full_like(pairs.margins, -self.gamma_beta_ratio * self.beta)
 
 
-def _checked(
+def checked(
     name: str,
     value: float,
     *,
@@ -287,8 +287,22 @@ def _checked(
     above: float = -math.inf,
     below: float = math.inf,
     finite: bool = True,
+    of: str = "model.loss",
 ) -> float:
-    """The value, if it is in range; ``least`` is allowed itself, ``above`` and ``below`` are not."""
+    """The value, if it is in range; ``least`` is allowed itself, ``above`` and ``below`` are not.
+
+    Args:
+        name: the argument's, as the user writes it.
+        value: of the argument.
+        least: smallest value.
+        above: the value is larger.
+        below: the value is smaller.
+        finite: whether infinity is refused.
+        of: the option whose argument it is.
+
+    Raises:
+        InputError: the value is out of range, or NaN.
+    """
     held = abs(value) <= torch.finfo(torch.float32).max or (value == math.inf and not finite)
     if held and value >= least and value > above and (value < below or not finite):
         return value
@@ -298,4 +312,4 @@ def _checked(
         *([f"below {below:g}"] if below < math.inf else []),
     ]
     kind = "a finite number" if finite else "a number"
-    raise InputError(f"model.loss.{name} must be {kind} {' and '.join(bounds)}, not {value}.")
+    raise InputError(f"{of}.{name} must be {kind} {' and '.join(bounds)}, not {value}.")

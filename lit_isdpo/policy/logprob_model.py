@@ -68,13 +68,23 @@ class LogProbModel(nn.Module):
 
     def generate(self, **arguments: Any) -> Tensor:
         """As transformers' own, in here, so that what wraps this module sees it begin and end."""
-        generate: Any = self.model.generate
+        generated = self._generate(**arguments)
         if not self.is_sharded:
-            return cast(Tensor, generate(**arguments))
-        # All ranks are asked the same. Should rounding part them, they still make as many forwards, and go on alike.
-        told: list[Tensor] = [generate(**arguments, synced_gpus=True).cpu()]
+            return generated
+        told: list[Tensor] = [
+            generated.cpu()
+        ]  # all ranks are asked the same; should rounding part them, they go on alike
         dist.broadcast_object_list(told)
         return told[0].to(self.device)
+
+    def generate_apart(self, **arguments: Any) -> Tensor:
+        """Like ``generate``, where each rank that shares the weights has prompts of its own, as many as the others."""
+        return self._generate(**arguments)
+
+    def _generate(self, **arguments: Any) -> Tensor:
+        generate: Any = self.model.generate
+        # Ranks that share the weights make as many forwards, whoever is done first.
+        return cast(Tensor, generate(**arguments, **({"synced_gpus": True} if self.is_sharded else {})))
 
     @property
     def is_sharded(self) -> bool:

@@ -106,7 +106,7 @@ class Sharding:
         else:
             self._receive(model, config, option)
         model.model.tie_weights()
-        for method in ("completion_logits", "generate", "why_not_shared", "check_head"):
+        for method in ("completion_logits", "generate", "generate_apart", "why_not_shared", "check_head"):
             register_fsdp_forward_method(model, method)  # each begins with gathered weights, as the forward does
         model.check_head()
         return model

@@ -10,11 +10,12 @@ from lightning.pytorch import Trainer
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.objective import losses, weights
 from lit_isdpo.training.evaluation import Evaluation
+from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.reward import RewardModule
 
-_CLASSES = (PreferenceModule, RewardModule, PreferenceDataModule, SamplingProbe, Evaluation, Trainer)
+_CLASSES = (PreferenceModule, OnlineModule, RewardModule, PreferenceDataModule, SamplingProbe, Evaluation, Trainer)
 _KINDS: dict[str, list[str]] = {
     name: [key for key, cls in vars(module).items() if inspect.isclass(cls) and base in inspect.getmro(cls)[1:]]
     for name, module, base in (("loss", losses, losses.PreferenceLoss), ("weighting", weights, weights.PairWeighting))

@@ -22,6 +22,9 @@ from lit_isdpo.types import InputError
 class SamplingProbe(Callback):
     """Logs ``val/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
 
+    Of a policy that is trained on a reward, ``val/reward`` is what that one says to the same responses: where it goes on
+    rising while the gold reward falls, the reward is over-optimized (arXiv 2210.10760).
+
     The same seed serves every validation: differences between two steps are then less noisy than either value. On tasks
     of the lab whose responses can be enumerated, ``exact/*`` is logged too: sums over all of them, for every prompt of
     the task.
@@ -102,7 +105,8 @@ class SamplingProbe(Callback):
                     drawn = self._draw(model, None, prompts, module, trainer, seed=self.seed + 1)
                     self._ref_responses = None if self._exact is None else self._exact.enumerate(model)
                 self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
-        values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed)
+        proxy = getattr(module, "reward", None)
+        values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed, proxy=proxy)
         self.samples = values.texts
         module.log_dict({f"val/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
         if self._exact is not None:  # on every rank alike
@@ -119,6 +123,7 @@ class SamplingProbe(Callback):
         trainer: Trainer,
         *,
         seed: int,
+        proxy: Reward | None = None,
     ) -> ProbeValues:
         tokenizer = module.tokenizer
         values = run_probe(
@@ -135,6 +140,7 @@ class SamplingProbe(Callback):
             num_responses=self.num_responses,
             seed=seed * 1009 + (0 if module.policy.is_sharded else trainer.global_rank),
             reward=self.reward,
+            proxy=proxy,
         )
         in_shares = trainer.world_size > 1 and not module.policy.is_sharded
         return _gather(values, trainer.world_size) if in_shares else values
@@ -161,12 +167,16 @@ def _gather(values: ProbeValues, world_size: int) -> ProbeValues:
     """Joins the ranks' responses; ranks may hold different numbers of them."""
     parts: list[ProbeValues] = [values] * world_size
     torch.distributed.all_gather_object(parts, values)
+
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        return torch.cat(there) if there else None
+
     return ProbeValues(
-        kl=None if values.kl is None else torch.cat([part.kl for part in parts if part.kl is not None]),
+        kl=joined([part.kl for part in parts]),
         num_tokens=torch.cat([part.num_tokens for part in parts]),
         finished=torch.cat([part.finished for part in parts]),
-        rewards=None
-        if values.rewards is None
-        else torch.cat([part.rewards for part in parts if part.rewards is not None]),
+        rewards=joined([part.rewards for part in parts]),
+        proxy_rewards=joined([part.proxy_rewards for part in parts]),
         texts=[text for part in parts for text in part.texts],
     )

@@ -34,6 +34,7 @@ ROWS = (
     ("weights, ESS / pairs", "weights/ess", "{:.3f}"),
     ("weights, clipped", "weights/clip_fraction", "{:.3f}"),
     ("KL(policy, reference), nats", "kl/rao_blackwell", "{:.2f}"),
+    ("reward that is trained on", "reward", "{:.3f}"),
     ("gold reward", "gold_reward", "{:.3f}"),
     ("win rate against reference", "win_rate", "{:.3f}"),
     ("response length, tokens", "response_length", "{:.1f}"),

@@ -52,9 +52,11 @@ def test_prompts_are_the_sample() -> None:
         num_tokens=torch.ones(2, 2),
         finished=torch.ones(2, 2),
         rewards=torch.tensor([[0.0, 2.0], [2.0, 2.0]]),
+        proxy_rewards=torch.tensor([[4.0, 4.0], [6.0, 8.0]]),
         texts=[],
     )
     keys = summarize(values, torch.tensor([[1.0, 1.0], [2.0, 3.0]]))
+    assert keys["reward"] == 5.5, "what is trained on, beside the gold reward"
     assert keys["kl/rao_blackwell"] == keys["gold_reward"] == 1.5
     assert keys["kl/k3_stderr"] == keys["gold_reward_stderr"] == pytest.approx(0.5)
     assert keys["win_rate"] == 0.375

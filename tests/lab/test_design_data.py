@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.tokenization import tokenize_pair
 from lit_isdpo.lab import designs
 from lit_isdpo.lab.design_data import pair_logps, sample_demonstrations, sample_pairs, shipped_reference
-from lit_isdpo.lab.designs import Design
+from lit_isdpo.lab.designs import Design, PairsPart
 from lit_isdpo.lab.enumeration import ResponseDistribution, enumerate_responses
 from lit_isdpo.lab.environments import Enumerable
 from lit_isdpo.lab.pairs import PairRow
@@ -90,6 +91,21 @@ def test_a_wrong_mu_is_said_of_the_same_pairs() -> None:
             "chosen_behavior_logps": 0,
             "rejected_behavior_logps": 0,
         }
+
+
+def test_a_temperature_sharpens_the_writer_of_the_pairs(toy: Design) -> None:
+    """At temperature 1/2 two responses of the support have twice the reference's difference of log-probs."""
+    support = toy.parts["pairs"].support
+    sharp = replace(toy, parts={"sharp": PairsPart(support, temperature=0.5)})
+    reference = shipped_reference(toy)
+    ours, theirs = pair_logps(sharp, "sharp", reference)[:, support], reference.logps[:, support]
+    assert ours.exp().sum(dim=1).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(ours.diff(dim=1), 2 * theirs.diff(dim=1))
+    rows, _ = sample_pairs(sharp, "sharp", split="train", num_pairs=10, seed=0)
+    said = pair_logps(sharp, "sharp", reference)
+    for row in rows:
+        prompt = toy.prompts.index(tuple(toy.read(row["prompt"]) or ()))
+        assert row["chosen_behavior_logps"] == said[prompt, node_of(toy, row["chosen"])]
 
 
 def test_labels_are_bradley_terrys_with_a_tenth_turned_round() -> None:

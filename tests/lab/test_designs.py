@@ -77,6 +77,7 @@ def test_length_is_paid_until_four_and_quality_is_a_mean() -> None:
         assert design.target[:, design.feature == words].sum(dim=1).tolist() == pytest.approx([expected] * 8)
     assert design.feature[design.parts["pairs"].support].unique().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert design.feature[design.parts["pairs_hole"].support].unique().tolist() == [1, 2, 3, 4]
+    assert design.feature[design.parts["pairs_sharp"].support].unique().tolist() == [1, 2, 3, 4, 5]
 
 
 @BOTH

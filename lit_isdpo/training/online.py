@@ -1,0 +1,149 @@
+"""Online methods beside the offline ones: the policy samples, a reward judges, the same prompts are trained on."""
+
+from typing import Any
+
+from jsonargparse.typing import lazy_instance
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lit_isdpo.data.datamodule import PreferenceDataModule
+from lit_isdpo.evaluation.rewards import Reward
+from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, RolloutMetrics
+from lit_isdpo.objective.weights import ImportanceWeighting
+from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.reference import ReferenceConfig
+from lit_isdpo.training.alignment import AlignmentModule, Mu
+from lit_isdpo.training.guards import NonFinite
+from lit_isdpo.training.language import Schedule, adamw
+from lit_isdpo.training.module import Sampling
+from lit_isdpo.training.rollouts import (
+    RolloutConfig,
+    SampledResponses,
+    check_rollouts,
+    imitate_rollouts,
+    sample_rollouts,
+    score_rollouts,
+)
+from lit_isdpo.types import InputError, PreferenceBatch
+
+
+class OnlineModule(AlignmentModule):
+    """A policy that is trained on its own responses, by RLOO, GRPO or online DPO.
+
+    Of the data's pairs it is trained on the prompts alone: ``data.batch_size`` prompts an optimizer step, with
+    ``rollout.num_responses`` responses each, which a reward scores. The held-out pairs measure it as they do an offline
+    policy: by the loss that its objective implies, and by the importance weights, which say how much of the data's
+    responses it would still produce.
+
+    Args:
+        policy: the model that is trained.
+        reference: the frozen model that the KL is taken to; by default the policy before training. It cannot be null.
+        reward: scores the responses: ``LabReward``, a ``RewardModel`` that was trained on the same pairs, or a class of
+            your own.
+        objective: what is made of the scores.
+        rollout: how responses are sampled.
+        unfinished_penalty: what a response loses that the token limit cut, at least 0.
+        mu: which policy the weights of the held-out pairs take for the one that wrote them, as of ``PreferenceModule``.
+        optimizer: makes the optimizer from the policy's parameters.
+        schedule: of the learning rate.
+        sampling: how ``predict`` samples.
+        nonfinite: what becomes of a step whose loss or gradient is NaN.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        policy: PolicyConfig = PolicyConfig(),
+        reference: ReferenceConfig | None = ReferenceConfig(),
+        objective: OnPolicyObjective = lazy_instance(RLOOObjective),
+        rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 - immutable
+        unfinished_penalty: float = 0.0,
+        mu: Mu = "auto",
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule = Schedule(),
+        sampling: Sampling = Sampling(),
+        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
+    ) -> None:
+        check_rollouts(reference, "model")
+        if not 0 <= unfinished_penalty < float("inf"):
+            raise InputError(
+                f"model.unfinished_penalty must be a finite number of at least 0, not {unfinished_penalty}."
+            )
+        super().__init__(
+            policy,
+            reference,
+            objective.implied,
+            ImportanceWeighting(),
+            mu,
+            optimizer,
+            schedule,
+            sampling,
+            nonfinite,
+            prefix_sharing="auto",
+        )
+        self.reward = reward
+        self.objective = objective
+        self.rollout = rollout
+        self.unfinished_penalty = unfinished_penalty
+        self.train_metrics = RolloutMetrics()
+
+    @property
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """The objective and its numbers."""
+        numbers = {"beta": self.objective.beta, "num_responses": self.rollout.num_responses}
+        return type(self.objective).__name__, numbers
+
+    def setup(self, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell."""
+        super().setup(stage)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and not isinstance(datamodule, PreferenceDataModule):
+            raise InputError("data: online methods take their prompts from PreferenceDataModule.")
+        if datamodule is not None and datamodule.packing_length is not None:
+            raise InputError("data.packing_length: online methods sample from single prompts; leave the option out.")
+
+    def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
+        """Mean loss of the micro-batch, its own responses in the place of sampled ones."""
+        assert self.reference is not None
+        return self.objective(imitate_rollouts(self.policy, self.reference, batch, self.rollout.num_responses)).mean()
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Samples, scores, and returns the mean loss of the micro-batch's prompts."""
+        assert self.reference is not None
+        sampled = sample_rollouts(self, batch, batch_idx, self.rollout)
+        rewards = self._rewards(batch, sampled)
+        rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id, rewards)
+        losses = batch.pair_weights * self.objective(rollouts)
+        self.train_metrics.update(losses, rollouts, sampled.finished.to(losses.device), batch.row_ids >= 0)
+        self.guard.add(losses, batch.row_ids)
+        return losses.mean()
+
+    def log_window(self) -> None:
+        """Logs the accumulation window once, as a whole."""
+        values: dict[str, Tensor] = self.train_metrics.compute()
+        self.train_metrics.reset()
+        self.log_dict({f"train/{key}": value for key, value in values.items()})
+        for short, key in (("loss", "loss"), ("reward", "reward/mean"), ("kl", "kl/k1")):
+            self.log(short, values[key], prog_bar=True, logger=False)
+
+    def forget_window(self) -> None:
+        """Empties the sums."""
+        self.train_metrics.reset()
+
+    def _rewards(self, batch: PreferenceBatch, sampled: SampledResponses) -> list[float]:
+        """Of each response, to its prompt as the data has it."""
+        prompt = self.trainer.datamodule.splits.prompt  # type: ignore[attr-defined]
+        sources = [
+            source
+            for source in (prompt("train", row_id) for row_id in batch.row_ids.tolist())
+            for _ in range(sampled.num_responses)
+        ]
+        texts = [
+            str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True)) for response in sampled.responses
+        ]
+        finished = [response.finished for response in sampled.responses]
+        scores = self.reward(sources, texts, finished)
+        return [
+            float(score) - (0.0 if ended else self.unfinished_penalty)
+            for score, ended in zip(scores, finished, strict=True)
+        ]

@@ -30,8 +30,7 @@ def shipped_reference(design: Design) -> ResponseDistribution:
 
 
 def pair_logps(design: Design, part: str, reference: ResponseDistribution) -> Tensor:
-    """``(P, N)`` log mu, the true distribution of either response of a pair: the reference's given the support, sharper
-    or flatter by the part's temperature.
+    """``(P, N)`` log mu, the true distribution of a response of a pair: the reference's on the support, sharpened.
 
     It is exact for two independent responses; of the data those pairs are left out in which both are the same.
     """

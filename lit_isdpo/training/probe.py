@@ -22,8 +22,8 @@ from lit_isdpo.types import InputError
 class SamplingProbe(Callback):
     """Logs ``val/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
 
-    Of a policy that is trained on a reward, ``val/reward`` is what that one says to the same responses: where it goes on
-    rising while the gold reward falls, the reward is over-optimized (arXiv 2210.10760).
+    Of a policy that is trained on a reward, ``val/reward`` is what that one says to the same responses: where it goes
+    on rising while the gold reward falls, the reward is over-optimized (arXiv 2210.10760).
 
     The same seed serves every validation: differences between two steps are then less noisy than either value. On tasks
     of the lab whose responses can be enumerated, ``exact/*`` is logged too: sums over all of them, for every prompt of

@@ -161,6 +161,35 @@ def draw_sampled_over_exact(history: pd.DataFrame, color: Mapping[str, str]) -> 
     return figure
 
 
+def draw_proxy(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
+    """What a policy gained by the reward that it is trained on, and by gold, over sqrt(KL): a panel a method.
+
+    Both are above their values at the start. Where the dashed line leaves the other, the reward is over-optimized
+    (arXiv 2210.10760, figure 1).
+    """
+    trained = history[history["proxy"].notna()]
+    methods = list(trained["method"].unique())
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(methods), figsize=(1.2 + 3.1 * len(methods), 3.2), layout="constrained", squeeze=False, sharey=True
+        )
+        for axis, method in zip(axes[0], methods, strict=True):
+            rows = trained[trained["method"] == method]
+            start = rows[rows["progress"] == 0]
+            curve = rows.groupby("step")[["kl", "gold", "proxy"]].mean()
+            shade = color.get(method, COLORS[1])
+            for column, style in (("gold", "-"), ("proxy", "--")):
+                gained = rows[column] - start[column].mean()
+                axis.scatter(np.sqrt(rows["kl"]), gained, s=7, alpha=0.3, color=shade, lw=0)
+                label = "gold" if column == "gold" else "reward that is trained on"
+                axis.plot(np.sqrt(curve["kl"]), curve[column] - start[column].mean(), style, color=shade, label=label)
+            axis.axhline(0, color="black", lw=0.6, ls=":")
+            axis.set(title=method, xlabel="sqrt KL, sqrt nats")
+        axes[0, 0].set_ylabel("gained over the reference")
+        axes[0, 0].legend()
+    return figure
+
+
 def draw_heat_map(summary: pd.DataFrame, settings: Sequence[str], column: str, label: str) -> Figure:
     """Means over seeds: a line a method, a column a value of the first setting, a panel a combination of the rest."""
     first, rest = settings[0], list(settings[1:])

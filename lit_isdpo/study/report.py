@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 from lit_isdpo import __version__
 from lit_isdpo.study import figures
 from lit_isdpo.study.plan import Run
-from lit_isdpo.study.results import KL_BUDGETS, against_baseline, fit_gao, groups, interval, read_runs
+from lit_isdpo.study.results import (
+    KL_BUDGETS,
+    across_designs,
+    against_baseline,
+    fit_gao,
+    groups,
+    interval,
+    paired_effect,
+    read_runs,
+)
 
 COLUMNS = {
     "gold_peak": "peak gold",
@@ -80,6 +89,8 @@ def write_report(
         if here["gold"].notna().any():
             lines += _budgets(of_runs, varied)
             lines += _fits(here)
+    if summary["design"].nunique() > 1 and summary["gold_final"].notna().all():
+        lines += _across(summary, [key for key in settings if summary[key].nunique() > 1])
     (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -96,6 +107,8 @@ def _pictures(
         if gold:
             pictures.append(("final_gold", figures.draw_heat_map(summary, settings, "gold_final", "final gold reward")))
         pictures.append(("final_kl", figures.draw_heat_map(summary, settings, "kl", "final KL, nats")))
+    if gold and history["proxy"].notna().any():
+        pictures.append(("proxy", figures.draw_proxy(history, color)))
     if {"sampled_kl", "sampled_gold"} <= set(history) and not history["kl"].equals(history["sampled_kl"]):
         pictures.append(("sampled_over_exact", figures.draw_sampled_over_exact(history, color)))
     return pictures
@@ -154,15 +167,20 @@ def _differences(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequenc
         return []
     lines = [
         f"Differences to {baseline}, paired over seeds. *At equal KL*: the method's end against {baseline} stopped",
-        "where it first had that KL (only for the seeds on which it came so far; their number in brackets).",
+        "where it first had that KL (only for the seeds on which it came so far; their number in brackets). *d*: mean",
+        "over standard deviation of the differences in final gold; with eight seeds or more, a 95 % bootstrap interval",
+        "of their mean.",
         "",
-        *_head(["method", *settings, "final gold", "peak gold", "final KL", "at equal KL"]),
+        *_head(["method", *settings, "final gold", "bootstrap", "d", "peak gold", "final KL", "at equal KL"]),
     ]
     for key, rows in groups(differences, settings):
         _, *identity = key
         known = rows["equal_kl"].dropna().tolist()
         equal = f"{_pm(known, signed=True)} ({len(known)})" if known else "-"
-        lines.append(_row([*identity, *(_pm(rows[c].tolist(), signed=True) for c in ("final", "peak", "kl")), equal]))
+        low, high, effect = paired_effect(rows["final"].tolist())
+        ends = "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+        final, peak, kl = (_pm(rows[column].tolist(), signed=True) for column in ("final", "peak", "kl"))
+        lines.append(_row([*identity, final, ends, "-" if math.isnan(effect) else f"{effect:+.1f}", peak, kl, equal]))
     return [*lines, ""]
 
 
@@ -191,6 +209,24 @@ def _fits(history: pd.DataFrame) -> list[str]:
         fit = fit_gao(rows["kl"].tolist(), (rows["gold"] - start).tolist())
         lines.append(_row([method, *("-" if math.isnan(value) else f"{value:.2f}" for value in fit)]))
     return [*lines, ""]
+
+
+def _across(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
+    table = across_designs(summary, settings)
+    designs = list(summary["design"].unique())
+    lines = [
+        "",
+        "## All designs together",
+        "",
+        "Final gold reward above the reference's, as a share of that of the best row on the same design: 1 is the",
+        "best, 0 the reference, below 0 is harm. The best mean comes first.",
+        "",
+        *_head(["method", *settings, *designs, "mean", "worst"]),
+    ]
+    for _, row in table.iterrows():
+        identity = ["-" if pd.isna(row[key]) else row[key] for key in settings]
+        lines.append(_row([row["method"], *identity, *(f"{row[key]:.2f}" for key in (*designs, "mean", "worst"))]))
+    return lines
 
 
 def _head(cells: Sequence[object]) -> list[str]:

@@ -14,9 +14,11 @@ from lit_isdpo.study.plan import Run
 from lit_isdpo.types import InputError
 
 KL_BUDGETS = (0.5, 1.0, 2.0, 4.0)
+ENOUGH_SEEDS = 8  # for a bootstrap over seeds: with fewer it knows nothing about what it has not seen
 SOURCES = {
     "gold": ("val/exact/gold_reward", "val/gold_reward"),
     "kl": ("val/exact/kl", "val/kl/rao_blackwell"),
+    "proxy": ("val/reward",),
     "win_rate": ("val/exact/win_rate", "val/win_rate"),
     "weight": ("val/weights/mean",),
     "ess": ("val/weights/ess",),
@@ -94,7 +96,8 @@ def summarize(history: pd.DataFrame) -> dict[str, float]:
         ``gold_{start,peak,final}``; ``gold_lost``, peak minus final: the over-optimization; ``gold_low``, the least
         after half of the training; ``gold_area``, the mean over the training; ``gold_at_kl_B``, the best of the
         checkpoints within B nats; ``peak_progress``, the share of the training at which gold peaked; ``kl_peak``; and
-        the final ``kl``, ``win_rate``, ``weight``, ``ess``, ``accuracy``, ``loss``, ``length`` and ``support_mass``.
+        the final ``kl``, ``proxy`` (of a policy that is trained on a reward, what that one says), ``win_rate``,
+        ``weight``, ``ess``, ``accuracy``, ``loss``, ``length`` and ``support_mass``.
     """
     gold, last = history["gold"], history.iloc[-1]
     # Of data without a known reward there is no peak.
@@ -109,7 +112,7 @@ def summarize(history: pd.DataFrame) -> dict[str, float]:
         "peak_progress": at_peak["progress"],
         "kl_peak": at_peak["kl"],
     }
-    for column in ("kl", "win_rate", "weight", "ess", "accuracy", "loss", "length", "support_mass"):
+    for column in ("kl", "proxy", "win_rate", "weight", "ess", "accuracy", "loss", "length", "support_mass"):
         values[column] = last[column]
     for budget in KL_BUDGETS:
         values[f"gold_at_kl_{budget:g}"] = gold[history["kl"] <= budget].max()
@@ -195,6 +198,42 @@ def against_baseline(
             }
         )
     return pd.DataFrame(rows, columns=["design", "method", *settings, "seed", "final", "peak", "kl", "equal_kl"])
+
+
+def paired_effect(differences: Sequence[float]) -> tuple[float, float, float]:
+    """What paired differences over seeds say beside their mean.
+
+    Returns:
+        The ends of the mean's 95 % bootstrap interval (bias-corrected and accelerated, 10,000 draws), NaN below
+        ``ENOUGH_SEEDS``, and Cohen's d: the mean over the standard deviation of the differences.
+    """
+    known = np.asarray([value for value in differences if not math.isnan(value)], dtype=float)
+    spread = known.std(ddof=1) if len(known) > 1 else 0.0
+    if not spread:
+        return math.nan, math.nan, math.nan
+    effect = float(known.mean() / spread)
+    if len(known) < ENOUGH_SEEDS:
+        return math.nan, math.nan, effect
+    drawn = stats.bootstrap((known,), np.mean, n_resamples=10_000, rng=np.random.default_rng(0))
+    low, high = drawn.confidence_interval
+    return float(low), float(high), effect
+
+
+def across_designs(summary: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """How near each method came to the best of all, design by design: a row a method and settings, the best first.
+
+    The *share* of a design is the mean final gold reward above the reference's, as a share of that of the best row on
+    that design: 1 is the best, 0 is the reference. Rows that were not run on all designs are left out.
+
+    Returns:
+        ``method``, the settings, a column a design, ``mean`` and ``worst`` over the designs.
+    """
+    designs = list(summary["design"].unique())
+    means = summary.groupby(["method", *settings, "design"], sort=False, dropna=False)["gold_final"].mean()
+    gained = means.unstack("design")[designs] - summary.groupby("design")["gold_start"].mean()[designs]
+    shares = (gained / gained.max()).dropna()
+    table = shares.assign(mean=shares.mean(axis=1), worst=shares.min(axis=1))
+    return table.sort_values("mean", ascending=False).reset_index()
 
 
 def _is(table: pd.DataFrame, row: "pd.Series[float]", keys: Sequence[str]) -> "pd.Series[bool]":

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lit_isdpo.evaluation.files import write_text
-from lit_isdpo.study.plan import Run
+from lit_isdpo.study.plan import EXPORTED, Run
 from lit_isdpo.types import InputError
 
 CLI = "lit_isdpo.cli"  # by its name, as a user calls it: this room is below the command line
@@ -34,15 +35,17 @@ SHARED_LAB = "lab"
 
 
 def is_done(run: Run, root: Path) -> bool:
-    """Whether a run has ended well, in this study or another."""
-    return (root / run.folder / DONE).is_file()
+    """Whether a run has ended well, in this study or another; a preparation must have its model still."""
+    folder = root / run.folder
+    return (folder / DONE).is_file() and (not run.exports or (folder / EXPORTED).is_dir())
 
 
 def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -> list[Run]:
     """Makes the runs that are not done yet, and returns those that failed.
 
     What a run prints is in its folder, ``output.log``. One that was cut off goes on from its last checkpoint. Where
-    there are GPUs, the workers take them in turn.
+    there are GPUs, the workers take them in turn. What runs need is made before them; where it failed they are not
+    started, and count as failed.
 
     Args:
         runs: of the study.
@@ -54,12 +57,14 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
         InputError: the options of a run cannot be parsed; none has been started.
         KeyboardInterrupt: the user stopped the study; the runs have saved where they were.
     """
-    waiting = [run for run in runs if not is_done(run, root)]
+    total = len(_with_needs(runs))
+    missing = _with_needs([run for run in runs if not is_done(run, root)], root)
+    waiting = list(missing.values())
     # A fork of a server that has imported everything: a clean process, without the seconds that the imports take.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([cli])
     # What is wrong in a study's file is told at once, and not hours later where a run of a kind is first made.
-    kinds = {(run.design, run.method, *run.settings.items()): run for run in waiting}.values()
+    kinds = {(run.exports, run.design, run.method, *run.settings.items()): run for run in waiting}.values()
     with ProcessPoolExecutor(min(num_workers, len(kinds)) or 1, mp_context=context) as pool:
         for run, error in zip(kinds, pool.map(partial(_parse, cli=cli), kinds), strict=True):
             if error:
@@ -72,12 +77,14 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # By default the remaining time follows from the last half minute, in which a run may well not have ended.
     with Progress(*columns, console=console, speed_estimate_period=inf) as progress:
-        bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+        bar = progress.add_task("runs", total=total, completed=total - len(waiting))
         try:
             while waiting or working:
                 for worker in (worker for worker in range(num_workers) if worker not in working):
-                    if waiting:
-                        run = waiting.pop(0)
+                    ready = [one for one in waiting if not any(need.folder in missing for need in one.needs)]
+                    if ready:
+                        run = ready[0]
+                        waiting.remove(run)
                         new = context.Process(target=_work, args=(run, root, threads, worker, cli), name=run.name)
                         new.start()
                         working[worker] = (new, run, monotonic())
@@ -88,10 +95,16 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
                         seconds = monotonic() - started
                         if process.exitcode == 0:
                             _mark(run, root, seconds)
+                            del missing[run.folder]
                             progress.console.print(f"{run.name}: {seconds:.0f} s")
                         else:
                             failed.append(run)
-                            progress.console.print(f"{run.name}: failed, see {root / run.folder / LOG}")
+                            lost = [one for one in waiting if run.folder in _with_needs(one.needs)]
+                            waiting = [one for one in waiting if run.folder not in _with_needs(one.needs)]
+                            failed += lost
+                            more = f"; runs that build upon it and are not started: {len(lost)}" if lost else ""
+                            progress.console.print(f"{run.name}: failed, see {root / run.folder / LOG}{more}")
+                            progress.advance(bar, len(lost))
                         progress.advance(bar)
         except KeyboardInterrupt:
             for process, _, _ in working.values():  # Ctrl-C has reached them too, kill -INT of this process has not
@@ -101,6 +114,16 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
                 process.join(60)
             raise
     return failed
+
+
+def _with_needs(runs: Sequence[Run], root: Path | None = None) -> dict[str, Run]:
+    """The runs by their folders, each behind what it needs; with ``root`` only what is not done there."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        if run.folder not in found and (root is None or not is_done(run, root)):
+            found.update({folder: need for folder, need in _with_needs(run.needs, root).items() if folder not in found})
+            found[run.folder] = run
+    return found
 
 
 def _parse(run: Run, cli: str) -> str:
@@ -120,7 +143,7 @@ def _mark(run: Run, root: Path, seconds: float) -> None:
 
 
 def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:
-    """What a process does: one fit, its output into a file."""
+    """What a process does: one fit, its output into a file, and the export of a preparation."""
     _end_with_parent()
     folder = root / run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,11 +163,25 @@ def _work(run: Run, root: Path, threads: int, worker: int, cli: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit("error: another study is making this run; wait for it, or stop it.") from None
+    exported = folder / EXPORTED
+    if run.exports and exported.is_dir():  # it was cut off just before it was marked; the folder is there as a whole
+        return
+    main = importlib.import_module(cli).main
     arguments = [*run.arguments, f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-    checkpoints = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if checkpoints:
-        arguments.append(f"--ckpt_path={checkpoints[-1]}")
-    importlib.import_module(cli).main(["fit", *arguments])
+    if checkpoint := _last_checkpoint(folder):
+        arguments.append(f"--ckpt_path={checkpoint}")
+    main(["fit", *arguments])
+    if run.exports:
+        if (checkpoint := _last_checkpoint(folder)) is None:
+            raise SystemExit("error: the fit has left no last.ckpt, so there is no model to export.")
+        for rest in folder.glob(f".{EXPORTED}-*"):  # of an export that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+        main(["export", f"--ckpt_path={checkpoint}", f"--output_dir={exported}"])
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    checkpoints = folder.glob("version_*/checkpoints/last.ckpt")
+    return max(checkpoints, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def _gpu(worker: int, num_gpus: int, environment: Mapping[str, str]) -> str:

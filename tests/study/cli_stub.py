@@ -11,6 +11,14 @@ def main(arguments: list[str]) -> None:
             print("error: no such option", file=sys.stderr)
         raise SystemExit(2 if "--is_wrong=true" in arguments else 0)
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments[1:])
+    if arguments[0] == "export":
+        checkpoint, exported = Path(flags["ckpt_path"]), Path(flags["output_dir"])
+        with (exported.parent / "calls.txt").open("a") as calls:
+            calls.write(" ".join(arguments) + "\n")
+        if checkpoint.read_text() == "damaged":
+            raise SystemExit(2)
+        exported.mkdir()  # an error where it is there already, as the real one
+        return
     folder = Path(flags["trainer.default_root_dir"])
     with (folder / "calls.txt").open("a") as calls:
         calls.write(" ".join(arguments) + "\n")
@@ -20,3 +28,6 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(2)
     time.sleep(float(flags.get("lasts", 0)))
     (folder / "ended.txt").write_text("")
+    last = folder / "version_0" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True, exist_ok=True)
+    last.write_text(flags.get("leaves", ""))

@@ -1,20 +1,28 @@
 """Which runs a study consists of, and what makes two of them the same."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 
-from lit_isdpo.study.plan import COLUMNS, Variant, plan_runs
+from lit_isdpo.study.plan import COLUMNS, Run, Variant, plan_runs
 from lit_isdpo.study.results import SOURCES
+from lit_isdpo.study.study import study
 from lit_isdpo.types import InputError
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("design", "dpo", "is_dpo"):
+    for name in ("design", "dpo", "is_dpo", "sft", "reward"):
         Path(f"{name}.yaml").write_text(f"# a head\nname: {name}\n")
+
+
+def flags(run: Run) -> dict[str, str]:
+    return dict(argument.removeprefix("--").split("=", 1) for argument in run.arguments)
 
 
 def plan(**changes):
@@ -110,6 +118,171 @@ def test_a_method_without_a_setting_takes_it_from_the_options() -> None:
     methods = {"DPO": Variant(without=["eps"], options={"eps": 3}), "IS": Variant()}
     first, *_ = plan(methods=methods, grid={"eps": [1, 2]}, seeds=[0], options={"eps": 4})
     assert "--eps=3" in first.arguments
+
+
+REWARD = {"class_path": "RewardModel", "init_args": {"path": "{reward model}", "seeds": ["{seed}", 1, "a/{foo}"]}}
+
+
+def prepared(**changes) -> list[Run]:
+    """DPO needs nothing; RLOO a reward model, which is made of an SFT model."""
+    given = {
+        "methods": {
+            "DPO": Variant(config="dpo.yaml"),
+            "RLOO": Variant(config="is_dpo.yaml", options={"reward": REWARD}),
+        },
+        "prepare": {
+            "sft": Variant(config="sft.yaml", options={"data.train": "texts@{seed}"}),
+            "reward model": Variant(config=["reward.yaml"], options={"backbone": "{sft}"}),
+        },
+        "root": Path("runs"),
+    }
+    return plan(**{**given, **changes})
+
+
+@pytest.mark.usefixtures("files")
+def test_a_mention_is_the_folder_of_what_was_prepared_for_the_design_and_the_seed() -> None:
+    runs = prepared(options={"z": 1})
+    assert [run.method for run in runs] == ["DPO", "DPO", "RLOO", "RLOO"] * 2
+    assert not any(run.needs or run.exports for run in runs if run.method == "DPO")
+    for run in (run for run in runs if run.method == "RLOO"):
+        (reward,) = run.needs
+        (sft,) = reward.needs
+        assert (reward.design, reward.method, reward.seed, reward.settings) == ("toy", "reward model", run.seed, {})
+        assert reward.exports
+        assert sft.exports
+        assert not run.exports
+        folder = Path("runs").absolute() / reward.folder / "exported"
+        assert yaml.safe_load(flags(run)["reward"]) == {
+            "class_path": "RewardModel",
+            "init_args": {"path": str(folder), "seeds": [str(run.seed), 1, "a/{foo}"]},
+        }
+        assert reward.arguments == (
+            "--config=design.yaml",
+            "--config=reward.yaml",
+            "--z=1",
+            f"--data.train=pairs@{run.seed}",
+            f"--backbone={Path('runs').absolute() / sft.folder / 'exported'}",
+            f"--seed_everything={run.seed}",
+        )
+        assert sft.folder.startswith(f"toy/sft-seed={run.seed}-")
+        assert reward.folder.startswith(f"toy/reward_model-seed={run.seed}-")
+    assert len({run.needs[0].folder for run in runs if run.needs}) == 2  # a seed's runs share it
+
+
+@pytest.mark.usefixtures("files")
+def test_a_designs_or_the_studys_options_may_mention_too_and_the_last_one_counts() -> None:
+    sft = Variant(options={"policy": "init"})
+    for place in ({"options": {"policy": "{sft}"}}, {"designs": {"toy": Variant(options={"policy": "{sft}"})}}):
+        methods = {"DPO": Variant(), "own": Variant(options={"policy": "lab"})}
+        dpo, own = plan(**place, methods=methods, prepare={"sft": sft}, grid={}, seeds=[3])
+        assert [need.method for need in dpo.needs] == ["sft"]
+        assert "--policy=init" in dpo.needs[0].arguments
+        assert own.needs == ()
+
+
+@pytest.mark.usefixtures("files")
+def test_only_what_is_mentioned_is_prepared() -> None:
+    designs = {"a": Variant(options={"policy": "{sft}"}), "b": Variant()}
+    runs = plan(designs=designs, methods={"DPO": Variant()}, prepare={"sft": Variant(options={"policy": "init"})})
+    assert {(run.design, bool(run.needs)) for run in runs} == {("a", True), ("b", False)}
+
+
+@pytest.mark.usefixtures("files")
+def test_a_changed_preparation_gives_new_folders_to_the_runs_that_build_upon_it() -> None:
+    def folders(runs: list[Run], method: str) -> set[str]:
+        return {run.folder for run in runs if run.method == method}
+
+    before = prepared()
+    assert folders(before, "DPO") == folders(plan(), "DPO")
+    Path("sft.yaml").write_text("name: another\n")  # the RLOO runs mention it only by way of the reward model
+    after = prepared()
+    assert folders(after, "DPO") == folders(before, "DPO")
+    assert not folders(after, "RLOO") & folders(before, "RLOO")
+    elsewhere = prepared(root=Path("/elsewhere"))
+    assert folders(elsewhere, "RLOO") == folders(after, "RLOO")
+    assert "--backbone=/elsewhere/toy/sft-" in " ".join(elsewhere[-1].needs[0].arguments)
+
+
+@pytest.mark.usefixtures("files")
+def test_folders_have_the_names_that_they_had_before_there_were_preparations() -> None:
+    (run,) = plan(methods={"DPO": Variant(config="dpo.yaml", options={"a": {"b": "x@{seed}"}})}, grid={}, seeds=[1])
+    assert run.folder == "toy/DPO-seed=1-d3f2f600"
+
+
+@pytest.mark.usefixtures("files")
+def test_a_preparation_is_no_run_of_a_method_with_the_same_options() -> None:
+    methods = {"sft": Variant(), "DPO": Variant(options={"policy": "{sft}"})}
+    sft, dpo = plan(methods=methods, prepare={"sft": Variant()}, grid={}, seeds=[0])
+    assert replace(sft, digest="", exports=True) == replace(dpo.needs[0], digest="")
+    assert sft.folder != dpo.needs[0].folder
+
+
+@pytest.mark.usefixtures("files")
+def test_a_folder_that_looks_like_a_mention_is_left_as_it_is() -> None:
+    method = Variant(options={"a": "{sft}", "b": {"path": "{sft}"}})
+    (run,) = plan(methods={"DPO": method}, prepare={"sft": Variant()}, grid={}, seeds=[0], root=Path("/{seed}: {sft}"))
+    folder = f"/{{seed}}: {{sft}}/{run.needs[0].folder}/exported"
+    assert flags(run)["a"] == folder
+    assert yaml.safe_load(flags(run)["b"]) == {"path": folder}
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("name", ["sft", "reward model", "SFT, long"])
+def test_a_mention_without_quotes_is_one_too(name: str) -> None:
+    """YAML reads it as a mapping, and so does jsonargparse where a name has a space."""
+    options = yaml.safe_load(f"{{a: {{{name}}}, b: [{{{name}}}]}}")
+    assert options != {"a": f"{{{name}}}", "b": [f"{{{name}}}"]}
+    (run,) = plan(methods={"DPO": Variant(options=options)}, prepare={name: Variant()}, grid={}, seeds=[0])
+    folder = str(Path.cwd() / run.needs[0].folder / "exported")
+    assert flags(run)["a"] == folder
+    assert yaml.safe_load(flags(run)["b"]) == [folder]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward model"])
+def test_the_command_line_leaves_options_as_they_are(name: str) -> None:
+    """It neither builds what has a class_path nor reads a value otherwise than before."""
+    reward = {"class_path": "lit_isdpo.evaluation.rewards.RewardModel", "init_args": {"path": f"{{{name}}}"}}
+    given = {"reward": reward, "policy": f"{{{name}}}", "a": "3", "b": [1, "2"], "c": None}
+    variant = {"DPO": {"config": "x.yaml", "options": given}}
+    parser = ArgumentParser()
+    parser.add_function_arguments(study)
+    config = {"title": "x", "output_dir": "x", "designs": variant, "methods": variant, "seeds": [0], "options": given}
+    parsed = parser.instantiate_classes(parser.parse_string(yaml.safe_dump({**config, "prepare": {name: "x.yaml"}})))
+    assert parsed.prepare == {name: "x.yaml"}
+    for options in (parsed.options, parsed.methods["DPO"].options):
+        assert options["reward"] == reward
+        assert options["policy"] in (f"{{{name}}}", {name: None})
+        assert (options["a"], options["b"], options["c"]) == (3, [1, "2"], None)
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prepare": {"seed": Variant()}}, r"prepare: \{seed\} stands for the run's seed already"),
+        ({"prepare": {"sft": Variant(without=["model.loss.beta"])}}, "prepare.sft.without: a preparation has no flag"),
+        ({"prepare": {"sft": Variant(options={"seed_everything": 1})}}, "prepare.sft.options: seed_everything is each"),
+        ({"prepare": {"sft": Variant(config="none.yaml")}}, "cannot read 'none.yaml'"),
+        (
+            {"prepare": {"reward model": Variant(), "sft": Variant()}},
+            r"no run builds upon \['sft'\]; mention \{sft\} in",
+        ),
+        (
+            {"prepare": {"reward model": Variant(options={"a": ["x/{reward model}"]})}},
+            r"prepare.reward model: its options, with those of 'toy' and the study, mention \{reward model\}; a prep",
+        ),
+        (
+            {"prepare": {"reward model": Variant(options={"a": "{sft}"}), "sft": Variant()}},
+            r"prepare.reward model: .* mention \{sft\}; a preparation can build upon those before it",
+        ),
+        ({"options": {"reward": "{reward model}"}}, r"prepare.sft: .* mention \{reward model\}; a preparation can"),
+    ],
+)
+def test_preparations_that_cannot_be_planned(changes, message) -> None:
+    if "options" in changes:  # the SFT model is made first, and its options have what all options have
+        changes["methods"] = {"DPO": Variant(options={"policy": "{sft}"})}
+    with pytest.raises(InputError, match=message):
+        prepared(**changes)
 
 
 @pytest.mark.usefixtures("files")

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lit_isdpo.study.plan import Run
+from lit_isdpo.study.plan import Run, Variant
 from lit_isdpo.study.runner import execute, is_done
+from lit_isdpo.study.study import study
 from lit_isdpo.types import InputError
 
 STUB = "cli_stub"
@@ -54,6 +56,98 @@ def test_nothing_is_run_where_one_kind_of_run_cannot_be_parsed(tmp_path: Path) -
     with pytest.raises(InputError, match=r"^toy, wrong, seed 0: no such option$"):
         execute([good, wrong], tmp_path, 2, cli=STUB)
     assert not (tmp_path / good.folder).exists()
+
+
+def preparation(name: str, *arguments: str, needs: tuple[Run, ...] = ()) -> Run:
+    return Run("toy", name, {}, 0, arguments, "2", needs, exports=True)
+
+
+def upon(name: str, *needs: Run) -> Run:
+    return Run("toy", name, {}, 0, (), "1", needs)
+
+
+def test_what_a_run_needs_is_fitted_and_exported_before_it(tmp_path: Path) -> None:
+    sft = preparation("sft", "--lasts=0.5")
+    reward = preparation("reward", needs=(sft,))
+    runs = [upon("RLOO", reward), upon("both", sft, reward), run_of("DPO")]
+    assert execute(runs, tmp_path, 3, cli=STUB) == []
+    for run in (sft, reward):
+        folder = tmp_path / run.folder
+        last = folder / "version_0" / "checkpoints" / "last.ckpt"
+        fit, export = calls(run, tmp_path)
+        assert fit.startswith("fit ")
+        assert export == f"export --ckpt_path={last} --output_dir={folder / 'exported'}"
+        assert is_done(run, tmp_path)
+    ended = [(tmp_path / run.folder / "done.json").stat().st_mtime for run in (sft, reward)]
+    started = [(tmp_path / run.folder / "lock").stat().st_mtime for run in (reward, *runs)]
+    assert ended[0] <= started[0]
+    assert ended[1] <= min(started[1:3])
+    assert started[3] <= ended[0]  # it needs nothing
+    for run in (sft, reward):  # somebody needs the space
+        (tmp_path / run.folder / "exported").rmdir()
+    assert execute([*runs, upon("another", sft)], tmp_path, 3, cli=STUB) == []
+    assert len(calls(sft, tmp_path)) == 4
+    assert len(calls(reward, tmp_path)) == 2  # nobody needs it now
+
+
+def test_a_preparation_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    marked, exporting = preparation("marked"), preparation("exporting")
+    (tmp_path / marked.folder / "exported").mkdir(parents=True)
+    half = tmp_path / exporting.folder / ".exported-x1"
+    (half / "exported").mkdir(parents=True)
+    assert execute([upon("RLOO", marked, exporting)], tmp_path, 2, cli=STUB) == []
+    assert is_done(marked, tmp_path)
+    assert not (tmp_path / marked.folder / "calls.txt").exists()
+    assert [call.split()[0] for call in calls(exporting, tmp_path)] == ["fit", "export"]
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("how", ["--fails=true", "--leaves=damaged"])
+def test_what_builds_upon_a_failed_preparation_is_not_started(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft = preparation("sft", how)
+    reward = preparation("reward", needs=(sft,))
+    good, rloo, other = run_of("good"), upon("RLOO", reward), upon("other", sft)
+    assert execute([rloo, good, other], tmp_path, 1, cli=STUB) == [sft, reward, rloo, other]
+    assert is_done(good, tmp_path)
+    assert not is_done(sft, tmp_path)
+    assert not any((tmp_path / run.folder).exists() for run in (reward, rloo, other))
+    said = capsys.readouterr().out
+    assert f"see {tmp_path / sft.folder / 'output.log'}; runs that build upon it and are not started: 3\n" in said
+
+
+def test_a_preparation_is_parsed_too_before_anything_is_started(tmp_path: Path) -> None:
+    wrong = preparation("RLOO", "--is_wrong=true")
+    with pytest.raises(InputError, match=r"^toy, RLOO, seed 0: no such option$"):
+        execute([run_of("good"), upon("RLOO", wrong)], tmp_path, 2, cli=STUB)
+    assert not (tmp_path / "toy").exists()
+
+
+def test_a_study_says_what_failed_and_what_was_not_started_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_isdpo.study.study.execute", partial(execute, cli=STUB))
+    reported = {}
+    monkeypatch.setattr("lit_isdpo.study.report.write_report", lambda folder, **given: reported.update(given))
+    with pytest.raises(InputError) as error:
+        study(
+            "A title",
+            str(tmp_path / "report"),
+            designs={"toy": Variant()},
+            methods={"DPO": Variant(), "RLOO": Variant(options={"path": "{reward model}"})},
+            seeds=[0],
+            runs_dir=str(tmp_path / "runs"),
+            num_workers=1,
+            prepare={"reward model": Variant(options={"fails": True})},
+        )
+    (log,) = tmp_path.glob("runs/toy/reward_model-*/output.log")
+    assert str(error.value) == (
+        f"1 runs failed (the same command tries them again): toy, reward model, seed 0 ({log}); not started, as they "
+        "build upon what failed: toy, RLOO, seed 0."
+    )
+    assert [run.method for run in reported["runs"]] == ["DPO"]
+    assert reported["num_planned"] == 2
 
 
 SCRIPT = """

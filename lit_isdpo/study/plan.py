@@ -196,6 +196,11 @@ class _Planner:
             )
         needs = tuple(self._preparation(one, design, seed) for one in names if one in mentioned)
         words = {f"{{{need.method}}}": str(self.root / need.folder / EXPORTED) for need in needs}
+        if crooked := [folder for folder in words.values() if ": " in folder]:  # the command line reads a mapping
+            raise InputError(
+                f"prepare: no option can be given the folder {crooked[0]!r}, as ': ' is in its name; name runs_dir and "
+                "the design without it."
+            )
         words[f"{{{SEED}}}"] = str(seed)
         arguments = (
             *(f"--config={file}" for file in files),

@@ -220,8 +220,8 @@ def test_a_preparation_is_no_run_of_a_method_with_the_same_options() -> None:
 @pytest.mark.usefixtures("files")
 def test_a_folder_that_looks_like_a_mention_is_left_as_it_is() -> None:
     method = Variant(options={"a": "{sft}", "b": {"path": "{sft}"}})
-    (run,) = plan(methods={"DPO": method}, prepare={"sft": Variant()}, grid={}, seeds=[0], root=Path("/{seed}: {sft}"))
-    folder = f"/{{seed}}: {{sft}}/{run.needs[0].folder}/exported"
+    (run,) = plan(methods={"DPO": method}, prepare={"sft": Variant()}, grid={}, seeds=[0], root=Path("/{seed} #{sft}"))
+    folder = f"/{{seed}} #{{sft}}/{run.needs[0].folder}/exported"
     assert flags(run)["a"] == folder
     assert yaml.safe_load(flags(run)["b"]) == {"path": folder}
 
@@ -274,6 +274,14 @@ def test_the_command_line_leaves_options_as_they_are(name: str) -> None:
         (
             {"prepare": {"reward model": Variant(options={"a": "{sft}"}), "sft": Variant()}},
             r"prepare.reward model: .* mention \{sft\}; a preparation can build upon those before it",
+        ),
+        (
+            {"designs": {"toy: x": Variant()}},
+            r"no option can be given the folder .*runs/toy: x/sft-.*, as ': ' is in its",
+        ),
+        (
+            {"root": Path("my: runs")},
+            r"no option can be given the folder .*/my: runs/toy/sft-.*; name runs_dir and the des",
         ),
         ({"options": {"reward": "{reward model}"}}, r"prepare.sft: .* mention \{reward model\}; a preparation can"),
     ],

@@ -273,11 +273,12 @@ def test_every_other_config_parses(config: Path, capsys: pytest.CaptureFixture[s
 def planned(config: Path) -> list[Run]:
     """The runs of a study."""
     given = yaml.safe_load(config.read_text())
-    designs, methods = (
+    designs, methods, prepare = (
         {name: Variant(config=value) if isinstance(value, str) else Variant(**value) for name, value in part.items()}
-        for part in (given["designs"], given["methods"])
+        for part in (given["designs"], given["methods"], given.get("prepare", {}))
     )
-    return plan_runs(designs, methods, given.get("grid", {}), given["seeds"], given.get("options", {}))
+    grid, options = given.get("grid", {}), given.get("options", {})
+    return plan_runs(designs, methods, grid, given["seeds"], options, prepare=prepare)
 
 
 @pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """A report of made-up runs: its words and tables say what the numbers say, and every picture is there."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -127,3 +128,30 @@ def test_a_method_without_a_setting_is_drawn_at_each_of_its_values() -> None:
     axis = figures.draw_heat_map(summary, ["epsilon"], "gold_final", "gold").axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["DPO", "IS-DPO"]
     assert axis.images[0].get_array().tolist() == [[0.5, 0.5], [1.0, 2.0]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_reward_that_is_trained_on_is_drawn_beside_gold(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs", settings={}, exact=True)
+    assert "proxy" not in report(tmp_path / "before", runs, tmp_path / "runs")
+    for file in (tmp_path / "runs").rglob("IS-DPO*/**/metrics.csv"):
+        log = pd.read_csv(file)
+        log.assign(**{"val/reward": [0.0, 2.0, 3.0]}).to_csv(file, index=False)
+    assert "![toy: proxy](toy_proxy.png)" in report(tmp_path / "after", runs, tmp_path / "runs")
+    history = pd.read_csv(tmp_path / "after" / "history.csv")
+    (axis,) = figures.draw_proxy(history, {}).axes
+    assert axis.get_title() == "IS-DPO"
+    gold, proxy = (line.get_ydata() for line in axis.lines[:2])
+    assert list(gold) == pytest.approx([0.0, 0.9, 0.81])
+    assert list(proxy) == pytest.approx([0.0, 2.0, 3.0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_designs_are_put_side_by_side(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs", settings={}, exact=False)
+    assert "All designs" not in report(tmp_path / "one", runs, tmp_path / "runs")
+    others = [replace(run, design="other") for run in runs]
+    (tmp_path / "runs" / "other").symlink_to(tmp_path / "runs" / "toy")
+    text = report(tmp_path / "two", runs + others, tmp_path / "runs")
+    shares = {"IS-DPO": "1.00", "DPO": "0.63", "same": "0.60"}
+    assert text.endswith("".join(f"| {method} | {' | '.join([share] * 4)} |\n" for method, share in shares.items()))

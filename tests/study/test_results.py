@@ -8,7 +8,16 @@ import pandas as pd
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_isdpo.study.results import against_baseline, fit_gao, interval, read_log, summarize, validations
+from lit_isdpo.study.results import (
+    across_designs,
+    against_baseline,
+    fit_gao,
+    interval,
+    paired_effect,
+    read_log,
+    summarize,
+    validations,
+)
 from lit_isdpo.types import InputError
 
 
@@ -19,7 +28,7 @@ def write(folder: Path, text: str) -> None:
 
 def history(**columns) -> pd.DataFrame:
     num = len(columns["gold"])
-    default = {key: [math.nan] * num for key in ("win_rate", "weight", "ess", "accuracy", "loss", "length")}
+    default = {key: [math.nan] * num for key in ("proxy", "win_rate", "weight", "ess", "accuracy", "loss", "length")}
     steps = {"step": range(num), "progress": np.linspace(0, 1, num), "support_mass": [math.nan] * num}
     return pd.DataFrame({**default, **steps, **columns})
 
@@ -129,3 +138,37 @@ def test_the_fit_gives_back_what_made_the_curve() -> None:
     noise = np.random.default_rng(0).normal(size=30).tolist()
     assert fit_gao(kl.tolist(), noise)[2] < 0.5
     assert all(math.isnan(value) for value in fit_gao([0.0, 1.0], [0.0, 1.0]))
+
+
+def test_a_paired_effect_has_a_bootstrap_from_eight_seeds_on() -> None:
+    """Standard deviation 1 and mean 2 over two seeds; ten normal draws against the t interval, which is wider."""
+    low, high, effect = paired_effect([2 - math.sqrt(0.5), 2 + math.sqrt(0.5)])
+    assert (math.isnan(low), math.isnan(high), effect) == (True, True, pytest.approx(2.0))
+    assert all(math.isnan(value) for value in paired_effect([1.0, 1.0, 1.0])), "no spread, no scale"
+    differences = np.random.default_rng(0).normal(1.0, 0.5, size=10)
+    low, high, effect = paired_effect([*differences, math.nan])
+    mean, half = interval(differences.tolist())
+    assert mean - half < low < mean < high < mean + half
+    assert high - low > half
+    assert effect == pytest.approx(differences.mean() / differences.std(ddof=1))
+
+
+def test_shares_are_of_the_best_gain_on_each_design() -> None:
+    """On one design the best gains 1.0 over the reference, on the other 0.5; a row that was not run on both is out."""
+    rows = [
+        ("one", "A", 0.1, 1.5),
+        ("one", "B", 0.1, 1.0),
+        ("one", "B", 0.2, 1.4),
+        ("two", "A", 0.1, 0.25),
+        ("two", "B", 0.1, 0.5),
+    ]
+    summary = pd.DataFrame(rows, columns=["design", "method", "lr", "gold_final"])
+    summary["gold_start"] = summary["design"].map({"one": 0.5, "two": 0.0})
+    table = across_designs(summary, ["lr"])
+    assert table[["method", "one", "two", "mean", "worst"]].to_numpy().tolist() == [
+        ["A", 1.0, 0.5, 0.75, 0.5],
+        ["B", 0.5, 1.0, 0.75, 0.5],
+    ]
+    twice = across_designs(pd.concat([summary, summary.assign(gold_final=summary["gold_final"] - 0.5)]), ["lr"])
+    assert twice["method"].tolist() == ["B", "A"], "means over seeds come first: gains of 0.75 and 0.25, and 0 and 0.25"
+    assert twice["worst"].tolist() == pytest.approx([1 / 3, 0.0])

@@ -312,4 +312,4 @@ def checked(
         *([f"below {below:g}"] if below < math.inf else []),
     ]
     kind = "a finite number" if finite else "a number"
-    raise InputError(f"{of}.{name} must be {kind} {' and '.join(bounds)}, not {value}.")
+    raise InputError(f"{of}.{name} must be {' '.join([kind, ' and '.join(bounds)]).strip()}, not {value}.")

@@ -91,7 +91,6 @@ class OnPolicyObjective(ABC):
     def losses(self, rollouts: Rollouts) -> Tensor:
         """As ``__call__``."""
 
-    @property
     def implied(self) -> PreferenceLoss:
         """The offline loss by which held-out pairs measure this policy: here DPO's, of rewards ``beta log pi/ref``."""
         return DPOLoss(self.beta)
@@ -196,7 +195,6 @@ class OnlineDPOObjective(OnPolicyObjective):
             rejected_alignment=unknown,
         )
 
-    @property
     def implied(self) -> PreferenceLoss:
         """The pair's loss itself."""
         return self.loss

@@ -32,6 +32,8 @@ def explain_option(message: str, arguments: Sequence[str]) -> str:
     """
     if "invalid choice" in message and "argument subcommand" in message:
         return message.replace("(choose from ", "(choose from 'export', 'study', ")
+    if message == "the following arguments are required: reward":
+        return "model.reward: an online method needs one: LabReward, RewardModel or a class of your own"
     named = re.match(r"(?:Parser key|Option) [\"'](?P<key>[\w.]+)[\"']", message)
     if named is None:
         return message

@@ -72,7 +72,7 @@ class OnlineModule(AlignmentModule):
         super().__init__(
             policy,
             reference,
-            objective.implied,
+            objective.implied(),
             ImportanceWeighting(),
             mu,
             optimizer,

@@ -356,10 +356,10 @@ def test_the_defaults_are_those_that_are_documented() -> None:
 
 def test_what_held_out_pairs_are_measured_by() -> None:
     for objective in (RLOOObjective(0.3), GRPOObjective(0.3)):
-        assert type(objective.implied) is DPOLoss
-        assert objective.implied.beta == 0.3
+        assert type(objective.implied()) is DPOLoss
+        assert objective.implied().beta == 0.3
     loss = IPOLoss("sum", 0.3)
-    assert OnlineDPOObjective(loss).implied is loss
+    assert OnlineDPOObjective(loss).implied() is loss
 
 
 @pytest.mark.parametrize("objective", [RLOOObjective, GRPOObjective])

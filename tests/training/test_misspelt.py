@@ -24,6 +24,11 @@ from lit_isdpo.training.misspelt import explain_option
             ["train"],
             "argument subcommand: invalid choice: 'train' (choose from 'export', 'study', 'fit')",
         ),
+        (
+            "the following arguments are required: reward",
+            ["fit", "--model=OnlineModule"],
+            "model.reward: an online method needs one: LabReward, RewardModel or a class of your own",
+        ),
         ("something else", [], "something else"),
     ],
 )

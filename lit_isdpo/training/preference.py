@@ -97,6 +97,11 @@ class PreferenceModule(AlignmentModule):
                 f"{type(self.weighting).__name__} works within a micro-batch, so data.micro_batch_size must be at "
                 f"least {self.weighting.min_pairs}, not {datamodule.rows_per_forward}."
             )
+        is_packed = datamodule is not None and datamodule.packing_length is not None
+        if stage == "fit" and is_packed and self.on_policy_kl is not None:
+            raise InputError(
+                "data.packing_length: model.on_policy_kl samples from single prompts; leave one of the options out."
+            )
         self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
 
     def on_fit_start(self) -> None:

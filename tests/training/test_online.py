@@ -335,7 +335,9 @@ def test_what_was_cut_loses_the_penalty_and_nothing_else_does(module: OnlineModu
 
 
 def test_the_datas_weights_multiply_a_prompts_loss(module: OnlineModule) -> None:
+    module.reward = lambda prompts, responses, finished: [float(len(response)) for response in responses]
     plain = module.training_step(collate_pairs(PAIRS, [0, 1], pad_token_id=0), 0).item()
+    assert abs(plain) > 1
     weighted = [pair._replace(weight=3.0) for pair in PAIRS]
     module.train_metrics.reset()
     assert module.training_step(collate_pairs(weighted, [0, 1], pad_token_id=0), 0).item() == pytest.approx(3 * plain)
@@ -401,6 +403,7 @@ PACKED = ["--data.packing_length=128", "--model.policy.attn_implementation=flex_
         ("tiny", ["--model=OnlineModule"], "model.reward: an online method needs one: LabReward, RewardModel or"),
         ("hypo", [NULL, "--model.loss=SimPOLoss"], "model.on_policy_kl: sampled responses are held to a reference"),
         ("hypo", [CACHE], "model.on_policy_kl: responses that are sampled in training have no cached log-probs"),
+        ("hypo", PACKED, "data.packing_length: model.on_policy_kl samples from single prompts; leave one of"),
         ("hypo", ["--model.on_policy_kl.weight=0"], "model.on_policy_kl.weight must be a finite number above 0, not 0"),
         ("hypo", ["--model.on_policy_kl.weight=.inf"], "model.on_policy_kl.weight"),
         ("hypo", ["--model.on_policy_kl.num_responses=1"], "model.on_policy_kl.num_responses must be at least 2"),

@@ -26,7 +26,7 @@ from lit_isdpo.types import InputError, Prompt, TokenizedExample
 
 
 class Reward(Protocol):
-    """Scores responses. Sources of your own work by their import path if they have these two members."""
+    """Scores responses. Sources of your own work by their import path if they have these members, with these types."""
 
     @property
     def identity(self) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.objective import losses, weights
+from lit_isdpo.evaluation import rewards
+from lit_isdpo.objective import losses, on_policy, remedies, weights
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
@@ -17,10 +18,30 @@ from lit_isdpo.training.reward import RewardModule
 
 _CLASSES = (PreferenceModule, OnlineModule, RewardModule, PreferenceDataModule, SamplingProbe, Evaluation, Trainer)
 _KINDS: dict[str, list[str]] = {
-    name: [key for key, cls in vars(module).items() if inspect.isclass(cls) and base in inspect.getmro(cls)[1:]]
-    for name, module, base in (("loss", losses, losses.PreferenceLoss), ("weighting", weights, weights.PairWeighting))
+    name: list(
+        dict.fromkeys(
+            key
+            for module in modules
+            for key, cls in vars(module).items()
+            if inspect.isclass(cls) and base in inspect.getmro(cls)[1:]
+        )
+    )
+    for name, base, modules in (
+        ("loss", losses.PreferenceLoss, (losses, remedies)),
+        ("weighting", weights.PairWeighting, (weights, remedies)),
+        ("objective", on_policy.OnPolicyObjective, (on_policy,)),
+        ("reward", rewards.Reward, (rewards,)),
+    )
 }
 """The classes that go by their bare name."""
+_REQUIRED = {
+    "reward": "model.reward (LabReward, RewardModel or a class of your own)",
+    "weight": "model.on_policy_kl.weight",
+    "task": "the reward's task (lab:posts, lab:verbosity or lab:length)",
+    "loss": "model.objective.loss",
+    "logratio": "model.loss.logratio (sum or mean)",
+}
+"""Options without a default, which the parser calls by the last part of their name."""
 
 
 def explain_option(message: str, arguments: Sequence[str]) -> str:
@@ -32,8 +53,8 @@ def explain_option(message: str, arguments: Sequence[str]) -> str:
     """
     if "invalid choice" in message and "argument subcommand" in message:
         return message.replace("(choose from ", "(choose from 'export', 'study', ")
-    if message == "the following arguments are required: reward":
-        return "model.reward: an online method needs one: LabReward, RewardModel or a class of your own"
+    if missing := re.fullmatch(r"the following arguments are required: (\w+)", message):
+        return f"{_REQUIRED.get(missing[1], missing[1])} is missing, and has no default"
     named = re.match(r"(?:Parser key|Option) [\"'](?P<key>[\w.]+)[\"']", message)
     if named is None:
         return message

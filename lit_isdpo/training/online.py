@@ -1,5 +1,6 @@
 """Online methods beside the offline ones: the policy samples, a reward judges, the same prompts are trained on."""
 
+from math import isfinite
 from typing import Any
 
 from jsonargparse.typing import lazy_instance
@@ -91,7 +92,7 @@ class OnlineModule(AlignmentModule):
     def method(self) -> tuple[str, dict[str, Any]]:
         """The objective and its numbers."""
         numbers = {"beta": self.objective.beta, "num_responses": self.rollout.num_responses}
-        return type(self.objective).__name__, numbers
+        return type(self.objective).__name__.removeprefix("LazyInstance_"), numbers  # as the parser calls a default
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
@@ -143,6 +144,11 @@ class OnlineModule(AlignmentModule):
         ]
         finished = [response.finished for response in sampled.responses]
         scores = self.reward(sources, texts, finished)
+        if len(scores) != len(texts) or not all(isfinite(score) for score in scores):
+            raise InputError(
+                f"model.reward: {type(self.reward).__name__} must give a finite number to each of {len(texts)} "
+                f"responses, and gave {len(scores)}, of which {sum(map(isfinite, scores))} are finite."
+            )
         return [
             float(score) - (0.0 if ended else self.unfinished_penalty)
             for score, ended in zip(scores, finished, strict=True)

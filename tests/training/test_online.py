@@ -27,7 +27,7 @@ from lit_isdpo.training.rollouts import (
     sample_rollouts,
     score_rollouts,
 )
-from lit_isdpo.types import Prompt, Response, TokenizedPair
+from lit_isdpo.types import InputError, Prompt, Response, TokenizedPair
 from tests.conftest import newest_run, read_metrics
 from tests.training.test_resume import assert_same_log
 
@@ -382,6 +382,16 @@ def test_a_plan_takes_the_batchs_own_responses_for_sampled_ones(module: OnlineMo
 
 NULL = "--model.reference=null"
 CACHE = "--model.reference.cache=true"
+
+
+@pytest.mark.parametrize("told", [[1.0], [1.0, math.nan, 0.0, 0.0]], ids=["too few", "not finite"])
+def test_a_reward_that_does_not_score_every_response_is_named(module: OnlineModule, told: list[float]) -> None:
+    module.reward = lambda prompts, responses, finished: told  # type: ignore[assignment]
+    sampled = SampledResponses([[1, 5, 7]] * 2 + [[1]] * 2, [Response([5], False)] * 4, 2)
+    with pytest.raises(InputError, match="must give a finite number to each of 4 responses, and gave"):
+        module._rewards(collate_pairs(PAIRS, [7, 3], pad_token_id=0), sampled)
+
+
 PACKED = ["--data.packing_length=128", "--model.policy.attn_implementation=flex_attention"]
 
 
@@ -400,7 +410,9 @@ PACKED = ["--data.packing_length=128", "--model.policy.attn_implementation=flex_
         ("online", ["--data=SFTDataModule"], "data: online methods take their prompts from PreferenceDataModule."),
         ("online", ["--model.reward=LabReward", "--model.reward.task=lab:poems"], "reward.task: the lab has no task"),
         ("online", ["--model.reward=LabReward", "--model.reward.task=lab:verbosity"], "knows its eight prompts"),
-        ("tiny", ["--model=OnlineModule"], "model.reward: an online method needs one: LabReward, RewardModel or"),
+        ("tiny", ["--model=OnlineModule"], "model.reward (LabReward, RewardModel or a class of your own) is miss"),
+        ("online", ["--model.objective=RLOO"], "--model.objective: 'RLOO' is no file and no class; known are RLOOObj"),
+        ("tiny", ["--model.loss=Returning"], "known are DPOLoss,"),
         ("hypo", [NULL, "--model.loss=SimPOLoss"], "model.on_policy_kl: sampled responses are held to a reference"),
         ("hypo", [CACHE], "model.on_policy_kl: responses that are sampled in training have no cached log-probs"),
         ("hypo", PACKED, "data.packing_length: model.on_policy_kl samples from single prompts; leave one of"),

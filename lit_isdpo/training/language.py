@@ -112,6 +112,7 @@ class LanguageModule(LightningModule, ABC):
         self.architecture = architecture
         self.make_optimizer = optimizer
         self.shares_prompts = False  # whether its batches hold a pair a row, with one prompt for both responses
+        self.samples = False  # whether it is trained on responses of its own
         self.schedule = schedule
         self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(

@@ -82,6 +82,7 @@ class OnlineModule(AlignmentModule):
             nonfinite,
             prefix_sharing="auto",
         )
+        self.samples = True
         self.reward = reward
         self.objective = objective
         self.rollout = rollout

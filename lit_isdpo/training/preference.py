@@ -72,6 +72,7 @@ class PreferenceModule(AlignmentModule):
             policy, reference, loss, weighting, mu, optimizer, schedule, sampling, nonfinite, prefix_sharing
         )
         self.on_policy_kl = on_policy_kl
+        self.samples = on_policy_kl is not None
         self.ess_window = ess_window
         self.train_metrics = PairMetrics(loss, unknown=self.unmeasured, window=ess_window)
         self._recent_log_weights: list[Tensor] = []  # as of the last optimizer step

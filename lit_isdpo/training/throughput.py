@@ -29,7 +29,8 @@ class Throughput(Callback):
     of the device's matrix-product rate, measured at the start, that goes into useful work: the policy's forward and
     backward and a live reference's forward on those tokens, attention included, recomputation not. The padding
     fraction is that of the positions that are computed. The peak memory is the device's, or on the CPU that of the
-    process.
+    process. Where the policy samples in training, a pair is a prompt, and of the rates that alone is logged: most of
+    the time goes into tokens that no batch holds.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,8 @@ class Throughput(Callback):
                 "perf/mfu": flops / self._peak_flops,
                 "perf/peak_memory_gib": torch.tensor(peak_memory_gib(pl_module.device)),
             }
+            if pl_module.samples:
+                values = {key: values[key] for key in ("perf/pairs_per_second", "perf/peak_memory_gib")}
             pl_module.log_dict({key: value.float() for key, value in values.items()})
             self._counts.zero_()
             self._seconds = 0.0

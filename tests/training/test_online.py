@@ -144,6 +144,7 @@ def test_each_methods_file_fits_and_logs(name: str, lab: Path) -> None:
     assert {key: list(logged[key]) for key in keys} == {key: [0, 1] for key in keys}
     keys |= {"val/loss", "val/weights/mean", "val/kl/rao_blackwell", "val/gold_reward", "val/exact/kl"}
     assert all(math.isfinite(value) for key in keys for value in logged[key].values())
+    assert {key for key in logged if key.startswith("perf/")} == {"perf/pairs_per_second", "perf/peak_memory_gib"}
     assert logged["train/kl/k1"][0] == pytest.approx(0, abs=1e-5)
     assert logged["train/kl/k1"][1] != 0
     assert ("val/reward" in logged) == is_online

@@ -121,12 +121,13 @@ def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str]
     means = summary.groupby(["method", *settings], sort=False, dropna=False)[
         ["gold_peak", "gold_final", "gold_lost"]
     ].mean()
-    best, peak, lost = means["gold_final"].idxmax(), means["gold_peak"].idxmax(), means["gold_lost"].idxmax()
+    # By place: a key with a setting that a method is without cannot be looked up.
+    best, peak, lost = (means.iloc[int(means[column].argmax())] for column in ("gold_final", "gold_peak", "gold_lost"))
     sentences = [
         f"- The reference has a gold reward of {summary['gold_start'].mean():.2f}. The best end is that of "
-        f"{_name(best)} ({means['gold_final'][best]:.2f}), the best peak that of {_name(peak)} "
-        f"({means['gold_peak'][peak]:.2f}); {_name(lost)} loses most between peak and end "
-        f"({means['gold_lost'][lost]:.2f})."
+        f"{_name(best.name)} ({best['gold_final']:.2f}), the best peak that of {_name(peak.name)} "
+        f"({peak['gold_peak']:.2f}); {_name(lost.name)} loses most between peak and end "
+        f"({lost['gold_lost']:.2f})."
     ]
     if baseline is None:
         return sentences

@@ -114,6 +114,15 @@ def test_settings_may_be_texts(tmp_path: Path, settings) -> None:
     assert "| DPO | linear |" in report(tmp_path / "out", runs, tmp_path / "runs")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_best_method_may_be_without_the_settings(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs", settings={"lr": [0.1, 0.2], "eps": [1, 2]}, exact=True)
+    bare = [replace(run, settings={}) if run.method == "IS-DPO" else run for run in runs]
+    for old, new in zip(runs, bare, strict=True):
+        (tmp_path / "runs" / old.folder).rename(tmp_path / "runs" / new.folder)
+    assert "The best end is that of IS-DPO (1.31)" in report(tmp_path / "out", bare, tmp_path / "runs")
+
+
 def test_a_run_without_validations_is_named(tmp_path: Path) -> None:
     run = Run("toy", "DPO", {}, 0, (), "1")
     (tmp_path / run.folder / "version_0").mkdir(parents=True)

@@ -24,9 +24,10 @@ class OneSidedDPOLoss(DPOLoss):
         gradient of a pair = -sigmoid(-beta h) beta ( grad log pi(y_w) - w_l grad log pi(y_l) )
 
     The value is DPO's. What makes likelihoods fall is the push against rejected responses that the policy has stopped
-    producing, whose mass goes anywhere; the pull towards chosen ones never leads off the data. In expectation over mu
-    the push is on the policy's own responses, as in online methods, and what is left when it fades is supervised
-    fine-tuning on the chosen responses: the policy comes back instead of freezing.
+    producing, whose mass goes anywhere. Without the cap the push is, in expectation over mu, on the policy's own
+    responses, as in online methods. What is left when it fades is the pull on the chosen ones, supervised fine-tuning
+    with the factor ``beta sigmoid(-beta h)``. To be used with ``UniformWeighting``, or the rejected response is weighed
+    twice.
 
     Args:
         beta: above 0.
@@ -50,8 +51,9 @@ class ReturningDPOLoss(DPOLoss):
 
         auxiliary = -beta eta (1 - min(w, 1)) log pi(y_w),    w = exp(b_w + b_l)
 
-    RPO (arXiv 2405.16436) whose second term is asleep at the reference and wakes as the policy leaves the data, so that
-    a pair that importance weights switch off calls the policy back.
+    RPO (arXiv 2405.16436) whose second term sleeps where the policy is mu and wakes as it leaves the data, so that a
+    pair that importance weights switch off calls the policy back. Where mu is not the reference, it is awake for some
+    pairs from the start.
 
     Args:
         beta: above 0.

@@ -22,7 +22,7 @@ EXPORTED = "exported"  # the folder of a preparation's model, in that of its run
 Value: TypeAlias = dict | list | Any  # type: ignore[type-arg]
 """Of an option: anything. Of ``Any`` alone jsonargparse would fill in a mapping with a ``class_path``."""
 COLUMNS = {"design", "method", "seed", "step", "progress"}
-COLUMNS |= {"gold", "kl", "win_rate", "weight", "ess", "support_mass", "loss", "accuracy", "length"}
+COLUMNS |= {"gold", "kl", "proxy", "win_rate", "weight", "ess", "support_mass", "loss", "accuracy", "length"}
 """Of the study's tables: a setting's column may have none of these names."""
 
 

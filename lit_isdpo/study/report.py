@@ -182,6 +182,9 @@ def _differences(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequenc
         ends = "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
         final, peak, kl = (_pm(rows[column].tolist(), signed=True) for column in ("final", "peak", "kl"))
         lines.append(_row([*identity, final, ends, "-" if math.isnan(effect) else f"{effect:+.1f}", peak, kl, equal]))
+    left = [method for method in summary["method"].unique() if method not in {baseline, *differences["method"]}]
+    if left:
+        lines += ["", f"Without one of the settings, and so not compared: {', '.join(left)}."]
     return [*lines, ""]
 
 
@@ -214,7 +217,7 @@ def _fits(history: pd.DataFrame) -> list[str]:
 
 def _across(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
     table = across_designs(summary, settings)
-    designs = list(summary["design"].unique())
+    designs = [design for design in summary["design"].unique() if design in table]
     lines = [
         "",
         "## All designs together",

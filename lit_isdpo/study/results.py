@@ -223,7 +223,8 @@ def across_designs(summary: pd.DataFrame, settings: Sequence[str]) -> pd.DataFra
     """How near each method came to the best of all, design by design: a row a method and settings, the best first.
 
     The *share* of a design is the mean final gold reward above the reference's, as a share of that of the best row on
-    that design: 1 is the best, 0 is the reference. Rows that were not run on all designs are left out.
+    that design: 1 is the best, 0 is the reference. A design on which no row ends above the reference has no such scale
+    and is left out, as are rows that were not run on all designs.
 
     Returns:
         ``method``, the settings, a column a design, ``mean`` and ``worst`` over the designs.
@@ -231,6 +232,7 @@ def across_designs(summary: pd.DataFrame, settings: Sequence[str]) -> pd.DataFra
     designs = list(summary["design"].unique())
     means = summary.groupby(["method", *settings, "design"], sort=False, dropna=False)["gold_final"].mean()
     gained = means.unstack("design")[designs] - summary.groupby("design")["gold_start"].mean()[designs]
+    gained = gained[[design for design in designs if gained[design].max() > 0]]
     shares = (gained / gained.max()).dropna()
     table = shares.assign(mean=shares.mean(axis=1), worst=shares.min(axis=1))
     return table.sort_values("mean", ascending=False).reset_index()

@@ -57,6 +57,7 @@ class AlignmentModule(PolicyModule):
 
     def __init__(
         self,
+        *,
         policy: PolicyConfig,
         reference: ReferenceConfig | None,
         loss: PreferenceLoss,

@@ -10,8 +10,6 @@ from lightning import pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_isdpo.objective.losses import PreferenceLoss
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.sharding import all_ranks
@@ -23,13 +21,13 @@ ESS_WARNING = 0.01
 
 @torch.no_grad()
 def check_first_step(
-    pairs: PairLogps, loss: PreferenceLoss, numerics: PolicyConfig, row_ids: Tensor, trainer: pl.Trainer
+    logratios: Tensor, num_tokens: Tensor, numerics: PolicyConfig, row_ids: Tensor, trainer: pl.Trainer
 ) -> None:
     """Stops a fit whose policy is not its reference although it says so: a wrong mask, packing or dtype.
 
     Args:
-        pairs: the first micro-batch's.
-        loss: of a pair.
+        logratios: ``(B,)`` the largest absolute log-ratio of each of the first micro-batch's rows, in nats.
+        num_tokens: ``(B,)`` the length of its longest response.
         numerics: of both models.
         row_ids: ``(B,)`` the micro-batch's rows.
         trainer: knows the rows' names.
@@ -39,14 +37,11 @@ def check_first_step(
     """
     # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding a token.
     tolerance = 1e-3 if numerics.compute_dtype == numerics.dtype == "float32" else 0.02
-    num_tokens = torch.maximum(pairs.chosen_num_tokens, pairs.rejected_num_tokens)
-    off = torch.maximum(pairs.chosen_logratios.abs(), pairs.rejected_logratios.abs())
-    bad = off > tolerance * num_tokens.float().sqrt()
+    bad = logratios > tolerance * num_tokens.float().sqrt()
     # Together, or the others would wait for a rank that has stopped.
     if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
         raise InputError(
-            f"At the first step the policy is the reference, yet log pi/ref is up to {off.max():.3g} nats and the "
-            f"loss {loss(pairs).mean():.4g} instead of {loss(pairs.at_reference()).mean():.4g} "
+            f"At the first step the policy is the reference, yet log pi/ref is up to {logratios.max():.3g} nats "
             f"({_row_names(trainer, row_ids[bad])}): the model's forward is not deterministic, or the two were not "
             "loaded alike."
         )

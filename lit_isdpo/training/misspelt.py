@@ -35,13 +35,13 @@ _KINDS: dict[str, list[str]] = {
 }
 """The classes that go by their bare name."""
 _REQUIRED = {
-    "reward": "model.reward (LabReward, RewardModel or a class of your own)",
-    "weight": "model.on_policy_kl.weight",
-    "task": "the reward's task (lab:posts, lab:verbosity or lab:length)",
-    "loss": "model.objective.loss",
-    "logratio": "model.loss.logratio (sum or mean)",
+    "reward": "a reward (LabReward, RewardModel or a class of yours)",
+    "weight": "a term's weight (of on_policy_kl, say)",
+    "task": "a task of the lab (lab:posts, lab:verbosity or lab:length)",
+    "loss": "a class of losses (DPOLoss, say)",
+    "logratio": "IPO's kind of log-ratio (sum or mean)",
 }
-"""Options without a default, which the parser calls by the last part of their name."""
+"""What options without a default are; the parser tells the last part of their name alone."""
 
 
 def explain_option(message: str, arguments: Sequence[str]) -> str:
@@ -54,7 +54,7 @@ def explain_option(message: str, arguments: Sequence[str]) -> str:
     if "invalid choice" in message and "argument subcommand" in message:
         return message.replace("(choose from ", "(choose from 'export', 'study', ")
     if missing := re.fullmatch(r"the following arguments are required: (\w+)", message):
-        return f"{_REQUIRED.get(missing[1], missing[1])} is missing, and has no default"
+        return f"{missing[1]}: {_REQUIRED.get(missing[1], 'it')} is missing, and has no default"
     named = re.match(r"(?:Parser key|Option) [\"'](?P<key>[\w.]+)[\"']", message)
     if named is None:
         return message
@@ -66,7 +66,8 @@ def explain_option(message: str, arguments: Sequence[str]) -> str:
     last = key.rpartition(".")[2]
     if "Expected a dot import path string" in message and last in _KINDS:
         value = message.rpartition(": ")[2]
-        return f"--model.{last}: {value!r} is no file and no class; known are {', '.join(_KINDS[last])}"
+        option = flag or f"model.{last}"
+        return f"--{option}: {value!r} is no file and no class; known are {', '.join(_KINDS[last])}"
     if "is not accepted" in message:
         classes = {part for cls in _CLASSES for part in inspect.getmro(cls)}
         known = {name for cls in classes for name in inspect.signature(cls).parameters}

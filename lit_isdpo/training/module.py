@@ -8,6 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
+from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
@@ -105,6 +106,11 @@ class PolicyModule(LanguageModule, ABC):
     def tensors_option(self) -> str:
         """What decides which tensors a checkpoint must have."""
         return f"model.policy.{'path' if self.policy.adapter is None else 'peft'}"
+
+    @property
+    def reward(self) -> Reward | None:
+        """What the policy is trained on; only online methods have one."""
+        return None
 
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""

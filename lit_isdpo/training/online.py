@@ -10,16 +10,18 @@ from torch import Tensor
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, RolloutMetrics
-from lit_isdpo.objective.weights import ImportanceWeighting
+from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.reference import ReferenceConfig
+from lit_isdpo.policy.reference import ReferenceConfig, starts_at_reference
 from lit_isdpo.training.alignment import AlignmentModule, Mu
-from lit_isdpo.training.guards import NonFinite
+from lit_isdpo.training.guards import NonFinite, check_first_step
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import Sampling
 from lit_isdpo.training.rollouts import (
     RolloutConfig,
     SampledResponses,
+    check_positions,
     check_rollouts,
     imitate_rollouts,
     sample_rollouts,
@@ -43,7 +45,7 @@ class OnlineModule(AlignmentModule):
             your own.
         objective: what is made of the scores.
         rollout: how responses are sampled.
-        unfinished_penalty: what a response loses that the token limit cut, at least 0.
+        missing_eos_penalty: what a response loses that the token limit cut, at least 0.
         mu: which policy the weights of the held-out pairs take for the one that wrote them, as of ``PreferenceModule``.
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
@@ -58,7 +60,7 @@ class OnlineModule(AlignmentModule):
         reference: ReferenceConfig | None = ReferenceConfig(),
         objective: OnPolicyObjective = lazy_instance(RLOOObjective),
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 - immutable
-        unfinished_penalty: float = 0.0,
+        missing_eos_penalty: float = 0.0,
         mu: Mu = "auto",
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
@@ -66,34 +68,44 @@ class OnlineModule(AlignmentModule):
         nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
     ) -> None:
         check_rollouts(reference, "model")
-        if not 0 <= unfinished_penalty < float("inf"):
+        if not 0 <= missing_eos_penalty < float("inf"):
             raise InputError(
-                f"model.unfinished_penalty must be a finite number of at least 0, not {unfinished_penalty}."
+                f"model.missing_eos_penalty must be a finite number of at least 0, not {missing_eos_penalty}."
             )
         super().__init__(
-            policy,
-            reference,
-            objective.implied(),
-            ImportanceWeighting(),
-            mu,
-            optimizer,
-            schedule,
-            sampling,
-            nonfinite,
+            policy=policy,
+            reference=reference,
+            loss=objective.implied(),
+            weighting=ImportanceWeighting(),
+            mu=mu,
+            optimizer=optimizer,
+            schedule=schedule,
+            sampling=sampling,
+            nonfinite=nonfinite,
             prefix_sharing="auto",
         )
         self.samples = True
-        self.reward = reward
+        self._reward = (reward,)  # in a tuple: a reward that is an nn.Module is not a part of this module
         self.objective = objective
         self.rollout = rollout
-        self.unfinished_penalty = unfinished_penalty
+        self.missing_eos_penalty = missing_eos_penalty
         self.train_metrics = RolloutMetrics()
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:
-        """The objective and its numbers."""
-        numbers = {"beta": self.objective.beta, "num_responses": self.rollout.num_responses}
-        return type(self.objective).__name__.removeprefix("LazyInstance_"), numbers  # as the parser calls a default
+        """The objective and its numbers, those of a loss of its own included, and the reward's class."""
+        own = vars(self.objective).items()
+        name, numbers = type(self.objective).__name__, {key: value for key, value in own if not key.startswith("_")}
+        loss = numbers.pop("loss", None)
+        if loss is not None:
+            name, numbers = f"{name} x {type(loss).__name__}", {**vars(loss), **numbers}
+        more = {"num_responses": self.rollout.num_responses, "missing_eos_penalty": self.missing_eos_penalty}
+        return name.removeprefix("LazyInstance_"), {**numbers, **more, "reward": type(self.reward).__name__}
+
+    @property
+    def reward(self) -> Reward:
+        """Scores what is sampled."""
+        return self._reward[0]
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
@@ -103,6 +115,8 @@ class OnlineModule(AlignmentModule):
             raise InputError("data: online methods take their prompts from PreferenceDataModule.")
         if datamodule is not None and datamodule.packing_length is not None:
             raise InputError("data.packing_length: online methods sample from single prompts; leave the option out.")
+        if stage == "fit":
+            check_positions(self, self.rollout)
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
         """Mean loss of the micro-batch, its own responses in the place of sampled ones."""
@@ -115,10 +129,19 @@ class OnlineModule(AlignmentModule):
         sampled = sample_rollouts(self, batch, batch_idx, self.rollout)
         rewards = self._rewards(batch, sampled)
         rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id, rewards)
+        numerics, config = self.policy_config, self.reference_config
+        is_first = batch_idx == 0 and self.trainer.global_step == 0
+        if is_first and config is not None and starts_at_reference(numerics, config):
+            largest = rollouts.logratios.detach().abs().amax(dim=1)
+            check_first_step(largest, rollouts.num_tokens.amax(dim=1), numerics, batch.row_ids, self.trainer)
         losses = batch.pair_weights * self.objective(rollouts)
         self.train_metrics.update(losses, rollouts, sampled.finished.to(losses.device), batch.row_ids >= 0)
         self.guard.add(losses, batch.row_ids)
         return losses.mean()
+
+    def _losses(self, pairs: PairLogps, weights: PairWeights, batch: PreferenceBatch) -> Tensor:
+        """Of held-out pairs, without the weights: these fade as the policy leaves the data, and any loss with them."""
+        return batch.pair_weights * (self.loss(pairs) + self.loss.auxiliary(pairs))
 
     def log_window(self) -> None:
         """Logs the accumulation window once, as a whole."""
@@ -151,6 +174,6 @@ class OnlineModule(AlignmentModule):
                 f"responses, and gave {len(scores)}, of which {sum(map(isfinite, scores))} are finite."
             )
         return [
-            float(score) - (0.0 if ended else self.unfinished_penalty)
+            float(score) - (0.0 if ended else self.missing_eos_penalty)
             for score, ended in zip(scores, finished, strict=True)
         ]

@@ -17,7 +17,14 @@ from lit_isdpo.training.alignment import AlignmentModule, Mu
 from lit_isdpo.training.guards import NonFinite, check_first_step, warn_of_vanishing_weights
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import Sampling
-from lit_isdpo.training.rollouts import OnPolicyKL, check_rollouts, imitate_rollouts, sample_rollouts, score_rollouts
+from lit_isdpo.training.rollouts import (
+    OnPolicyKL,
+    check_positions,
+    check_rollouts,
+    imitate_rollouts,
+    sample_rollouts,
+    score_rollouts,
+)
 from lit_isdpo.types import InputError, PreferenceBatch
 
 
@@ -37,7 +44,8 @@ class PreferenceModule(AlignmentModule):
         mu: which policy the weights take for the one that wrote the responses. ``auto``: the data's log-probs for the
             responses that have them, else the reference; ``reference``: the reference for all; ``data``: the data's for
             all, and a row without them is an error.
-        on_policy_kl: adds the KL to the reference on responses that the policy samples (HyPO, arXiv 2406.01462).
+        on_policy_kl: adds the KL to the reference on responses that the policy samples (HyPO, arXiv 2406.01462); in
+            training alone, so ``val/loss`` is without it.
         optimizer: makes the optimizer from the policy's parameters.
         schedule: of the learning rate.
         sampling: how ``predict`` samples.
@@ -69,7 +77,16 @@ class PreferenceModule(AlignmentModule):
         if on_policy_kl is not None:
             check_rollouts(reference, "model.on_policy_kl")
         super().__init__(
-            policy, reference, loss, weighting, mu, optimizer, schedule, sampling, nonfinite, prefix_sharing
+            policy=policy,
+            reference=reference,
+            loss=loss,
+            weighting=weighting,
+            mu=mu,
+            optimizer=optimizer,
+            schedule=schedule,
+            sampling=sampling,
+            nonfinite=nonfinite,
+            prefix_sharing=prefix_sharing,
         )
         self.on_policy_kl = on_policy_kl
         self.samples = on_policy_kl is not None
@@ -103,6 +120,8 @@ class PreferenceModule(AlignmentModule):
             raise InputError(
                 "data.packing_length: model.on_policy_kl samples from single prompts; leave one of the options out."
             )
+        if stage == "fit" and datamodule is not None and self.on_policy_kl is not None:
+            check_positions(self, self.on_policy_kl)
         self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
 
     def on_fit_start(self) -> None:
@@ -113,12 +132,12 @@ class PreferenceModule(AlignmentModule):
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
         """Mean loss of the micro-batch; where responses would be sampled, with its own in their place."""
         pairs = self._pair_logps(batch, "train")
-        loss = self._losses(pairs, self.weighting(pairs), batch).mean()
+        losses = self._losses(pairs, self.weighting(pairs), batch)
         if self.on_policy_kl is not None:
             assert self.reference is not None
             rollouts = imitate_rollouts(self.policy, self.reference, batch, self.on_policy_kl.num_responses)
-            loss = loss + self.on_policy_kl.weight * on_policy_kl(rollouts).mean()
-        return loss
+            losses = losses + batch.pair_weights * self.on_policy_kl.weight * on_policy_kl(rollouts)
+        return losses.mean()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
@@ -126,12 +145,16 @@ class PreferenceModule(AlignmentModule):
         if batch_idx == 0 and self.trainer.global_step == 0:
             reference, numerics = self.reference_config, self.policy_config
             if reference is not None and starts_at_reference(numerics, reference):
-                check_first_step(pairs, self.loss, numerics, batch.row_ids, self.trainer)
-        losses = self._update(self.train_metrics, pairs, batch)
+                logratios = torch.maximum(pairs.chosen_logratios.abs(), pairs.rejected_logratios.abs())
+                num_tokens = torch.maximum(pairs.chosen_num_tokens, pairs.rejected_num_tokens)
+                check_first_step(logratios, num_tokens, numerics, batch.row_ids, self.trainer)
+        weights = self.weighting(pairs)
+        losses = self._losses(pairs, weights, batch)
         if self.on_policy_kl is not None:
             kl = self._kl_of_samples(batch, batch_idx, self.on_policy_kl)
             self._sampled_kl.append(kl.detach().mean())
-            losses = losses + self.on_policy_kl.weight * kl
+            losses = losses + batch.pair_weights * self.on_policy_kl.weight * kl
+        self.train_metrics.update(losses, pairs, weights, batch.row_ids >= 0)
         self.guard.add(losses, batch.row_ids)
         return losses.mean()
 

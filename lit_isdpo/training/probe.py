@@ -105,8 +105,7 @@ class SamplingProbe(Callback):
                     drawn = self._draw(model, None, prompts, module, trainer, seed=self.seed + 1)
                     self._ref_responses = None if self._exact is None else self._exact.enumerate(model)
                 self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
-        proxy = getattr(module, "reward", None)
-        values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed, proxy=proxy)
+        values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed, proxy=module.reward)
         self.samples = values.texts
         module.log_dict({f"val/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
         if self._exact is not None:  # on every rank alike

@@ -54,7 +54,8 @@ class OnPolicyKL(RolloutConfig):
     policy says (HyPO, arXiv 2406.01462).
 
     Args:
-        weight: of a nat, above 0; DPO's own beta is of the same kind.
+        weight: of a nat, above 0, in units of the loss. The term that DPO implies at second order weighs some
+            ``beta^2 / 2`` a nat: 5e-5 at beta 0.01.
         num_responses: K to each row's prompt, at least 2.
         max_new_tokens: longer responses are cut.
         batch_size: responses sampled at a time on one rank.
@@ -106,6 +107,21 @@ def check_rollouts(reference: ReferenceConfig | None, option: str) -> None:
         raise InputError(
             f"{option}: responses that are sampled in training have no cached log-probs; leave model.reference.cache "
             "out."
+        )
+
+
+def check_positions(module: PolicyModule, config: RolloutConfig) -> None:
+    """Raises for responses that may grow beyond the model's positions.
+
+    Raises:
+        InputError: the longest prompt and the longest response are more.
+    """
+    positions = getattr(module.architecture, "max_position_embeddings", None)
+    longest = module.trainer.datamodule.max_prompt_length + config.max_new_tokens  # type: ignore[attr-defined]
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"{config.option}.max_new_tokens: {config.max_new_tokens} tokens behind a prompt of "
+            f"data.max_prompt_length are {longest}, more than the model's {positions} positions."
         )
 
 

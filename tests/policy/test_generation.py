@@ -43,3 +43,22 @@ def test_a_function_of_the_seed_that_leaves_the_global_state(tiny_llama: PreTrai
     )
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_sampled_in_bfloat16_has_the_logits_that_are_scored(tiny_llama: PreTrainedModel) -> None:
+    """Sums of the head are fp32 in both; the model's own would be rounded to 8 bits."""
+    policy = LogProbModel(tiny_llama, compute_dtype=torch.bfloat16)
+    seen = []
+
+    def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        seen.append(tiny_llama(input_ids=input_ids).logits)
+        return input_ids
+
+    prompts = collate_prompts([[1, 5, 7]], pad_token_id=0)
+    options = {"max_new_tokens": 1, "seed": 0, "compute_dtype": torch.bfloat16, **OPTIONS}
+    sample_responses(tiny_llama, prompts, generate=generate, **options)
+    tokens = collate_completions([[1]], [[5, 7]], pad_token_id=0)
+    torch.testing.assert_close(seen[0][0, :2], policy.completion_logits(tokens), atol=1e-5, rtol=1e-5)
+    assert seen[0].dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tiny_llama(input_ids=prompts.input_ids).logits.dtype == torch.bfloat16, "the hook is gone"

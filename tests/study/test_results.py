@@ -172,3 +172,5 @@ def test_shares_are_of_the_best_gain_on_each_design() -> None:
     twice = across_designs(pd.concat([summary, summary.assign(gold_final=summary["gold_final"] - 0.5)]), ["lr"])
     assert twice["method"].tolist() == ["B", "A"], "means over seeds come first: gains of 0.75 and 0.25, and 0 and 0.25"
     assert twice["worst"].tolist() == pytest.approx([1 / 3, 0.0])
+    harmed = across_designs(summary.assign(gold_start=summary["gold_start"] + summary["design"].eq("two")), ["lr"])
+    assert list(harmed) == ["method", "lr", "one", "mean", "worst"], "where all end below the reference, none is best"

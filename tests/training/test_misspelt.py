@@ -27,7 +27,7 @@ from lit_isdpo.training.misspelt import explain_option
         (
             "the following arguments are required: reward",
             ["fit", "--model=OnlineModule"],
-            "model.reward (LabReward, RewardModel or a class of your own) is missing, and has no default",
+            "reward: a reward (LabReward, RewardModel or a class of yours) is missing, and has no default",
         ),
         ("something else", [], "something else"),
     ],

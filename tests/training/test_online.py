@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import collate_completions, collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.objective.on_policy import RLOOObjective
+from lit_isdpo.objective.losses import IPOLoss
+from lit_isdpo.objective.on_policy import GRPOObjective, OnlineDPOObjective, OnPolicyObjective, RLOOObjective
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
@@ -119,7 +120,9 @@ def at(module: OnlineModule | PreferenceModule, *, seed: int = 0, step: int = 0,
 
     module.trainer = trainer = There(accelerator="cpu", max_steps=1, **QUIET)
     splits = SimpleNamespace(prompt=lambda split, row_id: f"{split} prompt {row_id}")
-    trainer.datamodule = SimpleNamespace(seed=seed, splits=splits, packing_length=None)
+    trainer.datamodule = SimpleNamespace(
+        seed=seed, splits=splits, packing_length=None, row_name=lambda split, row_id: f"row {row_id}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -304,16 +307,11 @@ def test_a_window_is_logged_as_a_whole(method: str, request: pytest.FixtureReque
         logged = read_metrics(fit([*options, "--trainer.max_steps=2", "--data.micro_batch_size=2"], tmp_path))
     assert len(returned) == 8
     losses = [sum(returned[:4]) / 4, sum(returned[4:]) / 4]
-    if method == "online":
-        assert list(logged["train/loss"].values()) == pytest.approx(losses, abs=1e-6)
-    else:  # the pairs' own loss; the KL is logged beside it
-        pairs, kl = (list(logged[key].values()) for key in ("train/loss", "train/kl/k1"))
-        whole = [loss + 0.1 * value for loss, value in zip(pairs, kl, strict=True)]
-        assert whole == pytest.approx(losses, abs=1e-6)
+    assert list(logged["train/loss"].values()) == pytest.approx(losses, abs=1e-6)
 
 
 def test_what_was_cut_loses_the_penalty_and_nothing_else_does(module: OnlineModule) -> None:
-    module.unfinished_penalty = 0.75
+    module.missing_eos_penalty = 0.75
     (good,) = module.tokenizer.encode(" good", add_special_tokens=False)[-1:]
     ends = module.tokenizer.eos_token_id
     responses = [
@@ -336,13 +334,77 @@ def test_what_was_cut_loses_the_penalty_and_nothing_else_does(module: OnlineModu
 
 
 def test_the_datas_weights_multiply_a_prompts_loss(module: OnlineModule) -> None:
-    module.reward = lambda prompts, responses, finished: [float(len(response)) for response in responses]
+    module._reward = (lambda prompts, responses, finished: [float(len(response)) for response in responses],)  # type: ignore[assignment]
     plain = module.training_step(collate_pairs(PAIRS, [0, 1], pad_token_id=0), 0).item()
     assert abs(plain) > 1
     weighted = [pair._replace(weight=3.0) for pair in PAIRS]
     module.train_metrics.reset()
     assert module.training_step(collate_pairs(weighted, [0, 1], pad_token_id=0), 0).item() == pytest.approx(3 * plain)
     assert module.train_metrics.compute()["loss"].item() == pytest.approx(3 * plain)
+
+
+class LinearReward(torch.nn.Linear, WordReward):
+    """A reward that is a module."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+def test_a_reward_that_is_a_module_is_no_part_of_this_one(model_dir: str) -> None:
+    module = OnlineModule(LinearReward(), PolicyConfig(path=model_dir))
+    at(module)
+    module.configure_model()
+    assert not any("reward" in key for key in torch.nn.Module.state_dict(module))
+    assert module.method == (
+        "RLOOObjective",
+        {"beta": 0.05, "num_responses": 2, "missing_eos_penalty": 0.0, "reward": "LinearReward"},
+    )
+
+
+def test_methods_are_told_apart(model_dir: str) -> None:
+    def method(objective: OnPolicyObjective) -> tuple[str, dict[str, Any]]:
+        return OnlineModule(WordReward(), PolicyConfig(path=model_dir), objective=objective).method
+
+    name, numbers = method(OnlineDPOObjective(IPOLoss("sum", beta=0.2)))
+    assert (name, numbers["beta"], numbers["logratio"]) == ("OnlineDPOObjective x IPOLoss", 0.2, "sum")
+    assert method(GRPOObjective(scale_rewards=False)) != method(GRPOObjective())
+
+
+def test_a_policy_that_is_not_its_reference_stops_the_first_step(module: OnlineModule) -> None:
+    batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(InputError, match="At the first step the policy is the reference, yet log pi/ref is up to"):
+        module.training_step(batch, 0)
+    at(module, step=1)
+    assert module.training_step(batch, 0).isfinite()
+
+
+def test_held_out_pairs_are_measured_without_weights(module: OnlineModule) -> None:
+    batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
+    module.validation_step(batch, 0)
+    assert module.val_metrics.compute()["loss"].item() == pytest.approx(math.log(2))
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.mul_(0.5)
+    module.val_metrics.reset()
+    module.validation_step(batch, 0)
+    values = module.val_metrics.compute()
+    assert values["loss"].item() == pytest.approx(module.loss(module._pair_logps(batch, "val")).mean().item())
+    assert values["weights/mean"].item() != pytest.approx(1.0, abs=0.01), "but the weights are logged"
+
+
+def test_the_datas_weights_multiply_the_kl_of_samples_too(model_dir: str) -> None:
+    module = PreferenceModule(PolicyConfig(path=model_dir), on_policy_kl=OnPolicyKL(weight=0.5, max_new_tokens=5))
+    at(module, step=1)
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    plain = module.training_step(collate_pairs(PAIRS, [0, 1], pad_token_id=0), 0).item()
+    weighted = [pair._replace(weight=3.0) for pair in PAIRS]
+    assert module.training_step(collate_pairs(weighted, [0, 1], pad_token_id=0), 0).item() == pytest.approx(3 * plain)
 
 
 def test_the_kl_of_samples_is_added_with_its_weight(model_dir: str) -> None:
@@ -387,7 +449,7 @@ CACHE = "--model.reference.cache=true"
 
 @pytest.mark.parametrize("told", [[1.0], [1.0, math.nan, 0.0, 0.0]], ids=["too few", "not finite"])
 def test_a_reward_that_does_not_score_every_response_is_named(module: OnlineModule, told: list[float]) -> None:
-    module.reward = lambda prompts, responses, finished: told  # type: ignore[assignment]
+    module._reward = (lambda prompts, responses, finished: told,)  # type: ignore[assignment]
     sampled = SampledResponses([[1, 5, 7]] * 2 + [[1]] * 2, [Response([5], False)] * 4, 2)
     with pytest.raises(InputError, match="must give a finite number to each of 4 responses, and gave"):
         module._rewards(collate_pairs(PAIRS, [7, 3], pad_token_id=0), sampled)
@@ -404,14 +466,20 @@ PACKED = ["--data.packing_length=128", "--model.policy.attn_implementation=flex_
         ("online", ["--model.rollout.num_responses=1"], "model.rollout.num_responses must be at least 2, not 1."),
         ("online", ["--model.rollout.max_new_tokens=0"], "model.rollout.max_new_tokens must be at least 1, not 0."),
         ("online", ["--model.rollout.batch_size=0"], "model.rollout.batch_size must be at least 1, not 0."),
-        ("online", ["--model.unfinished_penalty=-1"], "model.unfinished_penalty must be a finite number of at least 0"),
-        ("online", ["--model.unfinished_penalty=.inf"], "model.unfinished_penalty"),
+        (
+            "online",
+            ["--model.missing_eos_penalty=-1"],
+            "model.missing_eos_penalty must be a finite number of at least 0",
+        ),
+        ("online", ["--model.missing_eos_penalty=.inf"], "model.missing_eos_penalty"),
         ("online", ["--model.objective.beta=0"], "model.objective.beta must be a finite number above 0, not 0.0."),
+        ("online", ["--model.rollout.max_new_tokens=100000"], "model.rollout.max_new_tokens: 100000 tokens behind a"),
+        ("hypo", ["--model.on_policy_kl.max_new_tokens=100000"], "model.on_policy_kl.max_new_tokens: 100000 tokens"),
         ("online", PACKED, "data.packing_length: online methods sample from single prompts; leave the option out."),
         ("online", ["--data=SFTDataModule"], "data: online methods take their prompts from PreferenceDataModule."),
         ("online", ["--model.reward=LabReward", "--model.reward.task=lab:poems"], "reward.task: the lab has no task"),
         ("online", ["--model.reward=LabReward", "--model.reward.task=lab:verbosity"], "knows its eight prompts"),
-        ("tiny", ["--model=OnlineModule"], "model.reward (LabReward, RewardModel or a class of your own) is miss"),
+        ("tiny", ["--model=OnlineModule"], "reward: a reward (LabReward, RewardModel or a class of yours) is missing"),
         ("online", ["--model.objective=RLOO"], "--model.objective: 'RLOO' is no file and no class; known are RLOOObj"),
         ("tiny", ["--model.loss=Returning"], "known are DPOLoss,"),
         ("hypo", [NULL, "--model.loss=SimPOLoss"], "model.on_policy_kl: sampled responses are held to a reference"),
@@ -446,7 +514,7 @@ def test_precompute_has_nothing_to_do(online: list[str], tmp_path: Path, capsys:
     with pytest.raises(SystemExit) as end:
         main(["precompute", *online, f"--trainer.default_root_dir={tmp_path}"])
     assert end.value.code == 2
-    assert "precompute: model holds no reference to the data's pairs" in capsys.readouterr().err
+    assert "precompute: model scores no pairs against a reference in training" in capsys.readouterr().err
 
 
 def test_a_plan_of_each(online: list[str], hypo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

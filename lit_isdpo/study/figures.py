@@ -17,6 +17,7 @@ from lit_isdpo.study.results import fit_gao, interval
 
 OTHER = "#b0b0b0"
 COLORS = ("#c44e52", "#4c72b0", "#ccb974", "#55a868", "#8172b3", "#937860", "#64b5cd", "#da8bc3")
+SAME = 1e-5  # a reward that differs from gold by less, by rounding, is gold
 GOOD_FIT = 0.8  # of the variance: below it the curve is not drawn
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
@@ -161,32 +162,48 @@ def draw_sampled_over_exact(history: pd.DataFrame, color: Mapping[str, str]) -> 
     return figure
 
 
+def with_proxy(history: pd.DataFrame) -> pd.DataFrame:
+    """The validations of methods that are trained on a reward, where that is not the gold reward itself."""
+    truth = history["sampled_gold"] if "sampled_gold" in history else history["gold"]
+    differs = (history["proxy"] - truth).abs() > SAME
+    return history[history["method"].isin(history.loc[differs, "method"])]
+
+
 def draw_proxy(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
     """What a policy gained by the reward that it is trained on, and by gold, over sqrt(KL): a panel a method.
 
-    Both are above their values at the start. Where the dashed line leaves the other, the reward is over-optimized
-    (arXiv 2210.10760, figure 1).
+    Both are above their values at the start; a line is the mean over seeds, step by step, a dot a checkpoint. Where the
+    dashed line leaves the other, the reward is over-optimized (arXiv 2210.10760, figure 1).
     """
-    trained = history[history["proxy"].notna()]
+    trained = with_proxy(history)
     methods = list(trained["method"].unique())
+    columns = min(3, len(methods))
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(methods), figsize=(1.2 + 3.1 * len(methods), 3.2), layout="constrained", squeeze=False, sharey=True
+            -(-len(methods) // columns),
+            columns,
+            figsize=(1.0 + 3.2 * columns, 3.0 * -(-len(methods) // columns)),
+            layout="constrained",
+            squeeze=False,
+            sharey=True,
         )
-        for axis, method in zip(axes[0], methods, strict=True):
+        for axis, method in zip(axes.flat, methods, strict=False):
             rows = trained[trained["method"] == method]
             start = rows[rows["progress"] == 0]
             curve = rows.groupby("step")[["kl", "gold", "proxy"]].mean()
             shade = color.get(method, COLORS[1])
-            for column, style in (("gold", "-"), ("proxy", "--")):
-                gained = rows[column] - start[column].mean()
-                axis.scatter(np.sqrt(rows["kl"]), gained, s=7, alpha=0.3, color=shade, lw=0)
+            for column, style, marker in (("gold", "-", "o"), ("proxy", "--", "^")):
                 label = "gold" if column == "gold" else "reward that is trained on"
+                gained = rows[column] - start[column].mean()
+                axis.scatter(np.sqrt(rows["kl"]), gained, s=9, marker=marker, alpha=0.35, color=shade, lw=0)
                 axis.plot(np.sqrt(curve["kl"]), curve[column] - start[column].mean(), style, color=shade, label=label)
             axis.axhline(0, color="black", lw=0.6, ls=":")
             axis.set(title=method, xlabel="sqrt KL, sqrt nats")
-        axes[0, 0].set_ylabel("gained over the reference")
-        axes[0, 0].legend()
+        for axis in axes.flat[len(methods) :]:
+            axis.set_axis_off()
+        for row in axes:
+            row[0].set_ylabel("gained over the reference")
+        axes[0, 0].legend(loc="lower left")
     return figure
 
 

@@ -107,7 +107,7 @@ def _pictures(
         if gold:
             pictures.append(("final_gold", figures.draw_heat_map(summary, settings, "gold_final", "final gold reward")))
         pictures.append(("final_kl", figures.draw_heat_map(summary, settings, "kl", "final KL, nats")))
-    if gold and history["proxy"].notna().any():
+    if gold and not figures.with_proxy(history).empty:
         pictures.append(("proxy", figures.draw_proxy(history, color)))
     if {"sampled_kl", "sampled_gold"} <= set(history) and not history["kl"].equals(history["sampled_kl"]):
         pictures.append(("sampled_over_exact", figures.draw_sampled_over_exact(history, color)))

@@ -150,6 +150,8 @@ def test_a_reward_that_is_trained_on_is_drawn_beside_gold(tmp_path: Path) -> Non
     history = pd.read_csv(tmp_path / "after" / "history.csv")
     (axis,) = figures.draw_proxy(history, {}).axes
     assert axis.get_title() == "IS-DPO"
+    as_gold = history.assign(proxy=history["gold"])
+    assert figures.with_proxy(as_gold).empty, "a policy that is trained on gold has no other reward"
     gold, proxy = (line.get_ydata() for line in axis.lines[:2])
     assert list(gold) == pytest.approx([0.0, 0.9, 0.81])
     assert list(proxy) == pytest.approx([0.0, 2.0, 3.0])

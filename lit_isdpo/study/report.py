@@ -129,6 +129,8 @@ def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str]
         f"({peak['gold_peak']:.2f}); {_name(lost.name)} loses most between peak and end "
         f"({lost['gold_lost']:.2f})."
     ]
+    if summary["seed"].nunique() == 1:
+        return [*sentences, "- One seed tells no difference from chance."]
     if baseline is None:
         return sentences
     differences = against_baseline(summary, history, settings, baseline)

@@ -158,6 +158,15 @@ def test_a_reward_that_is_trained_on_is_drawn_beside_gold(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_seed_tells_no_difference(tmp_path: Path) -> None:
+    runs = [run for run in make_runs(tmp_path / "runs", settings={}, exact=True) if run.seed == 0]
+    text = report(tmp_path / "out", runs, tmp_path / "runs")
+    assert "One seed tells no difference from chance" in text
+    assert "such comparisons" not in text
+    assert "Not to be told" not in text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_designs_are_put_side_by_side(tmp_path: Path) -> None:
     runs = make_runs(tmp_path / "runs", settings={}, exact=False)
     assert "All designs" not in report(tmp_path / "one", runs, tmp_path / "runs")

@@ -348,7 +348,7 @@ def test_every_loss_and_weighting_of_a_file_can_be_built(config: Path) -> None:
     model = yaml.safe_load(config.read_text())["model"]["init_args"]
     if "objective" in model:
         assert isinstance(built(model["objective"]), OnPolicyObjective)
-    elif not config.stem.startswith("sft"):
+    elif not config.stem.startswith(("sft", "reward")):
         assert isinstance(built(model["loss"]), PreferenceLoss)
         assert isinstance(built(model["weighting"]), PairWeighting)
 

@@ -172,8 +172,9 @@ def with_proxy(history: pd.DataFrame) -> pd.DataFrame:
 def draw_proxy(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
     """What a policy gained by the reward that it is trained on, and by gold, over sqrt(KL): a panel a method.
 
-    Both are above their values at the start; a line is the mean over seeds, step by step, a dot a checkpoint. Where the
-    dashed line leaves the other, the reward is over-optimized (arXiv 2210.10760, figure 1).
+    Both are above their values at the start of the same run, as a learned reward knows no zero; a line is the mean over
+    seeds, step by step, a dot a checkpoint. Where the dashed line leaves the other, the reward is over-optimized (arXiv
+    2210.10760, figure 1).
     """
     trained = with_proxy(history)
     methods = list(trained["method"].unique())
@@ -189,14 +190,14 @@ def draw_proxy(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
         )
         for axis, method in zip(axes.flat, methods, strict=False):
             rows = trained[trained["method"] == method]
-            start = rows[rows["progress"] == 0]
-            curve = rows.groupby("step")[["kl", "gold", "proxy"]].mean()
+            starts = rows[rows["progress"] == 0].set_index("seed")
             shade = color.get(method, COLORS[1])
             for column, style, marker in (("gold", "-", "o"), ("proxy", "--", "^")):
                 label = "gold" if column == "gold" else "reward that is trained on"
-                gained = rows[column] - start[column].mean()
+                gained = rows[column] - rows["seed"].map(starts[column])
                 axis.scatter(np.sqrt(rows["kl"]), gained, s=9, marker=marker, alpha=0.35, color=shade, lw=0)
-                axis.plot(np.sqrt(curve["kl"]), curve[column] - start[column].mean(), style, color=shade, label=label)
+                curve = rows.assign(gained=gained).groupby("step")[["kl", "gained"]].mean()
+                axis.plot(np.sqrt(curve["kl"]), curve["gained"], style, color=shade, label=label)
             axis.axhline(0, color="black", lw=0.6, ls=":")
             axis.set(title=method, xlabel="sqrt KL, sqrt nats")
         for axis in axes.flat[len(methods) :]:

@@ -56,7 +56,7 @@ class IsdpoTrainer(Trainer):
             InputError: there is no reference.
         """
         if not isinstance(model, PreferenceModule) or model.reference_config is None:
-            raise InputError("precompute: model scores no pairs against a reference in training: nothing to compute.")
+            raise InputError("precompute: there is no reference that scores pairs in training: nothing to compute.")
         model.reference_config = replace(model.reference_config, cache=True)
         model.caches_test_rows = True
         # A fit of no steps: whatever launches ranks and sets up devices for a fit does it here.

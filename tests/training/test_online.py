@@ -514,7 +514,7 @@ def test_precompute_has_nothing_to_do(online: list[str], tmp_path: Path, capsys:
     with pytest.raises(SystemExit) as end:
         main(["precompute", *online, f"--trainer.default_root_dir={tmp_path}"])
     assert end.value.code == 2
-    assert "precompute: model scores no pairs against a reference in training" in capsys.readouterr().err
+    assert "precompute: there is no reference that scores pairs in training" in capsys.readouterr().err
 
 
 def test_a_plan_of_each(online: list[str], hypo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -321,7 +321,9 @@ ONE_OF_EACH = [path for path in PAPER if not path.stem.startswith(("hh_", "ultra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [*ONE_OF_EACH, *METHODS], ids=lambda path: path.stem)
-def test_every_method_and_paper_scale_experiment_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_every_method_and_paper_scale_experiment_takes_a_step(
+    config: Path, tiny: list[str], model_dir: str, tmp_path: Path
+) -> None:
     others = (
         ["--data.val=null", "--data.num_workers=0", "--trainer.strategy=auto", "--trainer.num_nodes=1"]
         if config in PAPER
@@ -329,7 +331,8 @@ def test_every_method_and_paper_scale_experiment_takes_a_step(config: Path, tiny
     )
     if "OnlineModule" in config.read_text():
         others.append("--model.reward.task=lab:posts")  # whose words the tiny data is in
-    takes_a_step(config, [*tiny, *others, "--probe.num_prompts=0"], tmp_path)
+    model = f"--model.{'backbone' if 'RewardModule' in config.read_text() else 'policy'}.path={model_dir}"
+    takes_a_step(config, [model, *tiny[1:], *others, "--probe.num_prompts=0"], tmp_path)
 
 
 def built(config: dict[str, Any]) -> Any:

@@ -165,6 +165,10 @@ def test_out_of_range_is_refused(arguments: dict[str, float], message: str) -> N
         ImportanceWeighting(**arguments)  # type: ignore[arg-type]
 
 
+def test_the_largest_cap_is_what_float32_holds() -> None:
+    assert ImportanceWeighting(epsilon=1.5e38).epsilon == 1.5e38
+
+
 def test_mu_is_what_the_ratio_is_taken_against() -> None:
     """The reference plays no part where mu is another."""
     pairs = pair_logps(CHOSEN, REJECTED, ref=(7.0, 7.0), mu=(0.5, -0.25))

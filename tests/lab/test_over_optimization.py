@@ -56,7 +56,7 @@ def test_gold_reward_of_dpo_rises_and_falls_while_its_loss_falls_and_kl_grows(ru
 
 def test_kl_trajectories_side_by_side(run) -> None:  # type: ignore[no-untyped-def]
     """The same first step; later the weights hold the policy nearer to its reference, and fade as it leaves."""
-    dpo, is_dpo = run("posts_dpo"), run("posts_is_dpo")
+    dpo, is_dpo = run("posts_dpo"), run("posts_is_dpo", *AT_THE_ENDS)
     for ratio in ("chosen", "rejected"):
         assert dpo[f"train/logratios/{ratio}"][0] == is_dpo[f"train/logratios/{ratio}"][0] == 0
     # The weights divide by the data's log-probs, which were rounded in another layout of the rows.
@@ -70,7 +70,7 @@ def test_kl_trajectories_side_by_side(run) -> None:  # type: ignore[no-untyped-d
 
 
 def test_without_a_clip_a_few_pairs_hold_the_weight_and_the_gradient_jumps(run) -> None:  # type: ignore[no-untyped-def]
-    healthy, unclipped = run("posts_is_dpo"), run("failure_no_clip", *AT_THE_ENDS)
+    healthy, unclipped = run("posts_is_dpo", *AT_THE_ENDS), run("failure_no_clip", *AT_THE_ENDS)
     assert max(healthy["train/weights/max"].values()) <= 7.4  # exp(2)
     assert max(unclipped["train/weights/max"].values()) > 5 * 7.4
     assert last(unclipped["val/weights/ess"]) < last(healthy["val/weights/ess"])
@@ -86,7 +86,7 @@ def test_without_a_clip_a_few_pairs_hold_the_weight_and_the_gradient_jumps(run) 
 
 
 def test_too_small_an_epsilon_learns_nothing_unless_adam_divides_the_weight_away(run) -> None:  # type: ignore[no-untyped-def]
-    healthy, tight = run("posts_is_dpo"), run("failure_small_epsilon", *AT_THE_ENDS)
+    healthy, tight = run("posts_is_dpo", *AT_THE_ENDS), run("failure_small_epsilon", *AT_THE_ENDS)
     divided = run("failure_small_epsilon", *AT_THE_ENDS, "--model.optimizer.eps=1e-8")
     assert tight["train/weights/clip_fraction"][0] == 1
     assert max(tight["train/weights/max"].values()) == pytest.approx(0.00248, rel=0.01)  # exp(-6)

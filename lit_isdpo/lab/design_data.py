@@ -30,7 +30,9 @@ def shipped_reference(design: Design) -> ResponseDistribution:
 
 
 def pair_logps(design: Design, part: str, reference: ResponseDistribution) -> Tensor:
-    """``(P, N)`` log mu, the true distribution of a response of a pair: the reference's on the support, sharpened.
+    """``(P, N)`` log mu, the true distribution of a response of a pair: the reference's on the part's support.
+
+    The part's temperature sharpens or flattens it.
 
     It is exact for two independent responses; of the data those pairs are left out in which both are the same.
     """

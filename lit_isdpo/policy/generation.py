@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lit_isdpo.objective.logprobs import product
+from lit_isdpo.objective.logprobs import Head
 from lit_isdpo.policy.loading import eagerly
 from lit_isdpo.types import InputError, PromptBatch, Response
 
@@ -33,9 +33,7 @@ def _head_in_fp32(model: PreTrainedModel) -> Iterator[None]:
     def once_more(head: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         with torch.autocast(output.device.type, enabled=False):
             hidden_states = arguments[0]
-            logits = product(hidden_states.flatten(0, -2), head.weight.T, torch.bfloat16)
-            if head.bias is not None:
-                logits = logits + head.bias
+            logits = Head(head.weight, head.bias, dtype=torch.bfloat16).logits(hidden_states.flatten(0, -2))
             shaped: Tensor = logits.unflatten(0, hidden_states.shape[:-1])
             return shaped
 

@@ -71,9 +71,8 @@ class LogProbModel(nn.Module):
         generated = self._generate(**arguments)
         if not self.is_sharded:
             return generated
-        told: list[Tensor] = [
-            generated.cpu()
-        ]  # all ranks are asked the same; should rounding part them, they go on alike
+        # All ranks are asked the same; should rounding part them, they go on alike.
+        told: list[Tensor] = [generated.cpu()]
         dist.broadcast_object_list(told)
         return told[0].to(self.device)
 

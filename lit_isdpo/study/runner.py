@@ -100,7 +100,7 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
                         else:
                             failed.append(run)
                             lost = [one for one in waiting if run.folder in _with_needs(one.needs)]
-                            waiting = [one for one in waiting if run.folder not in _with_needs(one.needs)]
+                            waiting = [one for one in waiting if one not in lost]
                             failed += lost
                             more = f"; runs that build upon it and are not started: {len(lost)}" if lost else ""
                             progress.console.print(f"{run.name}: failed, see {root / run.folder / LOG}{more}")

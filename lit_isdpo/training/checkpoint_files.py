@@ -85,7 +85,8 @@ class StoredCheckpoint:
                 is_whole = _is_whole(self.path / EXTRAS) and all(
                     _is_whole(self.path / name, offset, length) for name, offset, length in parts[share::of]
                 )
-        except (OSError, ValueError, EOFError, NotImplementedError, BadZipFile):  # a flipped bit is met anywhere
+        except (OSError, ValueError, EOFError, NotImplementedError, BadZipFile):
+            # A flipped bit in an offset, a name or a compression method is met by whatever of zipfile reads that first.
             is_whole = False
         if not is_whole:
             raise InputError(

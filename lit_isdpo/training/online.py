@@ -163,9 +163,7 @@ class OnlineModule(AlignmentModule):
             for source in (prompt("train", row_id) for row_id in batch.row_ids.tolist())
             for _ in range(sampled.num_responses)
         ]
-        texts = [
-            str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True)) for response in sampled.responses
-        ]
+        texts = [self._decode(response.token_ids) for response in sampled.responses]
         finished = [response.finished for response in sampled.responses]
         scores = self.reward(sources, texts, finished)
         if len(scores) != len(texts) or not all(isfinite(score) for score in scores):

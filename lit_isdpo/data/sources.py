@@ -6,12 +6,8 @@ they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parqu
 """
 
 import glob
-import importlib.util
-import math
 import re
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -21,42 +17,10 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.formats import BEHAVIOR_COLUMNS
-from lit_isdpo.data.intact import TEXT_COLUMNS, check_csv, check_json, missing_shards
+from lit_isdpo.data.files import READERS, quiet, read_files, reader_of, suffixes
+from lit_isdpo.data.intact import missing_shards
 from lit_isdpo.types import InputError
 
-
-def _cell(text: str) -> float:
-    """The number in a cell, NaN where there is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _csv(numbers: Collection[str] = ()) -> dict[str, Any]:
-    """Options of the CSV reader, as a CSV column has no type of its own.
-
-    Text is read as it stands, or a response "None" would be a missing one, and numbers cell by cell, or one bad cell
-    would make text of the column.
-    """
-    return {
-        "converters": dict.fromkeys(TEXT_COLUMNS, str) | dict.fromkeys(numbers, _cell),
-        "keep_default_na": False,
-        "na_values": {column: [""] for column in BEHAVIOR_COLUMNS},
-    }
-
-
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> the reader of `datasets` and its options
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text; Parquet and Arrow compress by themselves
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -176,7 +140,7 @@ class OpenSource:
         Raises:
             InputError: a file cannot be read, or there are no rows.
         """
-        rows = self.hub[split] if self.hub else _read(self.files[split], self.option, numbers)
+        rows = self.hub[split] if self.hub else read_files(self.files[split], self.option, numbers)
         if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
         return rows if self.source.first is None else rows.select(range(min(self.source.first, len(rows))))
@@ -202,7 +166,7 @@ def open_source(source: DataSource, option: str) -> OpenSource:
     if source.name or source.revision:
         raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
     for file in files:
-        _reader(file, option)
+        reader_of(file, option)
     return OpenSource(source, option, files=_by_split(files, folder))
 
 
@@ -217,7 +181,7 @@ def _find(source: DataSource, option: str) -> tuple[list[Path], Path]:
             if not file.is_file():
                 raise InputError(f"{option}: {str(file)!r} is no file that can be read, or a link to none")
         if not files:
-            raise InputError(f"{option}: no data files ({', '.join(_READERS)}) in the folder {source.path!r}")
+            raise InputError(f"{option}: no data files ({', '.join(READERS)}) in the folder {source.path!r}")
     else:
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
         # A link to a folder above would give each file many times.
@@ -237,14 +201,8 @@ def _find(source: DataSource, option: str) -> tuple[list[Path], Path]:
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    named_so = not hidden and file.name not in _NOT_DATA and _suffixes(file)[0] in _READERS
+    named_so = not hidden and file.name not in _NOT_DATA and suffixes(file)[0] in READERS
     return named_so and not file.is_dir()
-
-
-def _suffixes(file: Path) -> tuple[str, str]:
-    """The suffix of the format and that of the compression."""
-    *_, last = ["", *(suffix.lower() for suffix in file.suffixes)]
-    return (Path(file.stem).suffix.lower(), last) if last in _COMPRESSED else (last, "")
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
@@ -270,98 +228,10 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _reader(file: Path, option: str) -> tuple[str, dict[str, Any]]:
-    suffix, compression = _suffixes(file)
-    if suffix not in _READERS or (compression and suffix in (".parquet", ".arrow")):
-        raise InputError(
-            f"{option}: {str(file)!r} has an unknown suffix; known: {', '.join(_READERS)}, text also with "
-            f"{', '.join(_COMPRESSED)}"
-        )
-    if compression == ".zst" and importlib.util.find_spec("zstandard") is None:
-        raise InputError(f"{option}: {str(file)!r} needs `pip install zstandard` to be read")
-    return _READERS[suffix]
-
-
-def _read(files: list[Path], option: str, numbers: Collection[str] = ()) -> Any:
-    readers = {_suffixes(file)[0]: _reader(file, option) for file in files}
-    if len({reader for reader, _ in readers.values()}) > 1:
-        raise InputError(f"{option}: {str(files[0].parent)!r} mixes files of several formats: {', '.join(readers)}")
-    reader, options = readers[_suffixes(files[0])[0]]
-    if reader == "csv":
-        options = _csv(numbers) | options
-    try:
-        files = [file for file in files if file.stat().st_size]
-        return _load(files, reader, options) if files else []
-    except Exception as error:  # the readers raise whatever their libraries do
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            return []
-        reason = ""
-        if len(files) > 1:  # one is at fault, or they do not go together
-            reason = _difference(files, [_read([file], option, numbers) for file in files])
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = reason or next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        which = _printable(files[0]) if len(files) == 1 else f"{_printable(files[0])} to {files[-1].name!r} together"
-        raise InputError(f"{option}: cannot read {which} as {reader}: {reason}") from error
-
-
-def _load(files: list[Path], reader: str, options: dict[str, Any]) -> Any:
-    """Reads files with `datasets`, or finds them read by an earlier run."""
-    states = [_state(file) for file in files]
-    with _quiet():
-        builder = datasets.load_dataset_builder(
-            reader,
-            # `datasets` would take brackets in a file's name for a pattern.
-            data_files={"rows": [glob.escape(str(file.absolute())) for file in files]},
-            # Part of the cache's key, in which `datasets` has times alone: archives give every version the same one.
-            description=f"{sum(size for _, size in states)} bytes",
-            **options,
-        )
-        folder = Path(builder.cache_dir)
-        if not folder.exists():
-            for file in files:
-                if reader == "json":
-                    check_json(file)
-                elif reader == "csv":
-                    check_csv(file, options.get("sep", ","))
-        builder.download_and_prepare()
-        rows = builder.as_dataset(split="rows")
-        for file, state in zip(files, states, strict=True):
-            if _state(file) != state:
-                shutil.rmtree(folder)
-                raise ValueError(f"{file.name!r} was changed while it was read; begin again when it is complete")
-        return rows
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """When a file was last changed, in nanoseconds, and its size in bytes."""
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_size
-
-
-def _difference(files: list[Path], tables: list[Any]) -> str:
-    """In which column files differ, in words; empty where they do not."""
-    described = [(file, table.features) for file, table in zip(files, tables, strict=True) if len(table)]
-    for file, features in described[1:]:
-        first, expected = described[0]
-        for column in [*expected, *features]:
-            if column not in features or column not in expected:
-                there, lacking = (first, file) if column in expected else (file, first)
-                return f"{there.name!r} has a column {column!r}, which {lacking.name!r} lacks"
-            if features[column] != expected[column]:
-                return f"the column {column!r} is of another type in {file.name!r} than in {first.name!r}"
-    return ""
-
-
-def _printable(file: Path) -> str:
-    return str(file) if str(file).isprintable() else repr(str(file))
-
-
 def _from_hub(source: DataSource, option: str) -> Mapping[str, Any]:
     """Loads all splits of a hub data set; ``datasets`` prepares them together anyway."""
     nothing = f"{option}: no such file, folder, glob or hub data set: {source.path!r}"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source.path) or _suffixes(Path(source.path))[0] in _READERS:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source.path) or suffixes(Path(source.path))[0] in READERS:
         raise InputError(nothing)
     try:
         HfApi().dataset_info(source.path, revision=source.revision, timeout=20)
@@ -375,23 +245,9 @@ def _from_hub(source: DataSource, option: str) -> Mapping[str, Any]:
             f"{nothing} on this machine, and the hub cannot be asked; HF_HUB_OFFLINE=1 uses what it loaded before"
         ) from error
     try:
-        with _quiet():
+        with quiet():
             loaded: Mapping[str, Any] = datasets.load_dataset(source.path, source.name, revision=source.revision)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{option}: cannot load {source.path!r} from the hub: {reason}") from error
     return loaded
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the bars and the log lines of ``datasets`` off the terminal: what went wrong is said once, by us."""
-    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()

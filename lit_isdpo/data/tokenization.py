@@ -11,12 +11,12 @@ is too long loses its end, EOS included, so that the model does not learn to sto
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_isdpo.data.encoding import encode_chat, encode_inside, encode_prompt, render_chat, with_eos
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.truncation import Change, Fitted, TruncationMode, fit_length
 from lit_isdpo.types import (
@@ -32,7 +32,6 @@ from lit_isdpo.types import (
 
 ChatTemplate = Literal["auto", "always", "never"]
 _OPENING = "\n\nAssistant:"  # of a plain transcript's answer
-_ANCHOR = "\n"
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -70,17 +69,10 @@ def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         return [eos]
     try:
-        _, (ids,) = _encode_chat([Message(role="user", content="a")], ["b"], tokenizer)
+        _, (ids,) = encode_chat([Message(role="user", content="a")], ["b"], tokenizer)
     except RowError:
         return [eos]
     return list(dict.fromkeys([eos, ids[-1]]))
-
-
-@lru_cache(maxsize=8)
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that are no text; not all of them are among ``all_special_ids``: Llama 3's <|eot_id|> is not."""
-    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def tokenize_pair(
@@ -211,7 +203,7 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_templ
     """
     messages = _templated(prompt, tokenizer, chat_template)
     if messages is not None:
-        return _render(messages, tokenizer, add_generation_prompt=True)
+        return render_chat(messages, tokenizer, add_generation_prompt=True)
     return prompt if isinstance(prompt, str) else transcript(prompt)
 
 
@@ -263,12 +255,12 @@ def _encode_parts(
     """Encodes a prompt, and each response up to the token that ends it."""
     messages = _templated(prompt, tokenizer, chat_template)
     if messages is not None:
-        prompt_ids, completions = _encode_chat(messages, responses, tokenizer)
+        prompt_ids, completions = encode_chat(messages, responses, tokenizer)
     else:
         # A transcript's turns begin with a space; a string's own spaces are the user's.
         space = "" if isinstance(prompt, str) else " "
-        prompt_ids = _encode_prompt(render_prompt(prompt, tokenizer, "never"), tokenizer)
-        completions = [_with_eos(_encode_inside(space + response, tokenizer), tokenizer) for response in responses]
+        prompt_ids = encode_prompt(render_prompt(prompt, tokenizer, "never"), tokenizer)
+        completions = [with_eos(encode_inside(space + response, tokenizer), tokenizer) for response in responses]
     if not prompt_ids:
         raise RowError(Reason.EMPTY_PROMPT)
     return prompt_ids, completions
@@ -278,10 +270,10 @@ def _header(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: C
     """The ids with which a prompt opens the assistant's turn; a plain text has none."""
     messages = _templated(prompt, tokenizer, chat_template)
     if messages is None:
-        return [] if isinstance(prompt, str) else _encode_inside(_OPENING, tokenizer)
-    opened = _render(messages, tokenizer, add_generation_prompt=True)
-    before = _render(messages, tokenizer, add_generation_prompt=False)
-    return _encode_inside(opened[len(before) :], tokenizer) if opened.startswith(before) else []
+        return [] if isinstance(prompt, str) else encode_inside(_OPENING, tokenizer)
+    opened = render_chat(messages, tokenizer, add_generation_prompt=True)
+    before = render_chat(messages, tokenizer, add_generation_prompt=False)
+    return encode_inside(opened[len(before) :], tokenizer) if opened.startswith(before) else []
 
 
 def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTemplate) -> list[Message] | None:
@@ -293,94 +285,3 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTem
     if isinstance(prompt, str):
         return [Message(role="user", content=prompt)] if mode == "always" else None
     return None if mode == "never" or not tokenizer.chat_template else prompt
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose would warn of texts longer than the model takes; they are cut later
-    try:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair
-        raise RowError(Reason.MALFORMED) from error
-
-
-def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encodes with the tokenizer's own special tokens before the text, but none after it: the response follows."""
-    ids, leading = _encode(text, tokenizer), _leading_ids(tokenizer)
-    has_bos = ids[:1] == [tokenizer.bos_token_id] and leading[-1:] == ids[:1]
-    return [*(leading[:-1] if has_bos else leading), *ids]
-
-
-def _encode_inside(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encodes what follows other text.
-
-    SentencePiece puts a blank before every text, which would stand between a prompt and its response.
-    """
-    anchor = _anchor(tokenizer)
-    ids = _encode(_ANCHOR + text, tokenizer) if anchor else []
-    return ids[len(anchor) :] if anchor and ids[: len(anchor)] == anchor else _encode(text, tokenizer)
-
-
-@lru_cache(maxsize=8)
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
-    plain, full = _encode("a", tokenizer), list(tokenizer("a")["input_ids"])
-    starts = (at for at in range(len(full)) if full[at : at + len(plain)] == plain)
-    return full[: next(starts, 0)]
-
-
-@lru_cache(maxsize=8)
-def _anchor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of ``_ANCHOR`` where the tokenizer puts a blank before a text; none where it does not."""
-    alone, inside = _encode("b", tokenizer), _encode(_ANCHOR + "b", tokenizer)
-    return [] if inside[len(inside) - len(alone) :] == alone else _encode(_ANCHOR, tokenizer)
-
-
-def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return _ended_once(ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, int(tokenizer.eos_token_id)])
-
-
-def _ended_once(ids: list[int]) -> list[int]:
-    while len(ids) > 1 and ids[-1] == ids[-2]:
-        ids.pop()
-    return ids
-
-
-def _encode_chat(
-    messages: list[Message], responses: list[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]]]:
-    """Renders a conversation with and without its last turn; what the turn adds is the completion."""
-    prompt = _render(messages, tokenizer, add_generation_prompt=True)
-    completions = []
-    for response in responses:
-        turn = Message(role="assistant", content=response)
-        full = _render([*messages, turn], tokenizer, add_generation_prompt=False)
-        if not full.startswith(prompt):
-            at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} does not begin prompt and response as it renders the "
-                f"prompt alone, which goes on with {prompt[at:][:60]!r} where both together go on with "
-                f"{full[at:][:60]!r}; a template that thinks needs data.chat_template: never, or another template"
-            )
-        completions.append(_encode_turn(full[len(prompt) :], response, tokenizer))
-    # The template writes BOS itself, where it wants one.
-    return _encode(prompt, tokenizer), completions
-
-
-def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
-    try:
-        conversation: Any = messages
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise RowError(Reason.TEMPLATE) from error
-    return str(text)
-
-
-def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encodes a rendered assistant turn up to the token that ends it, and adds EOS where the template has none.
-
-    Templates write more after that token, mostly a line break, which the model is never asked for.
-    """
-    ids = _encode_inside(text.rstrip(), tokenizer)
-    if ids and ids[-1] in special_ids(tokenizer) and ids[-1] != tokenizer.unk_token_id:
-        return _ended_once(ids)
-    return _with_eos(_encode_inside(text, tokenizer) if text.endswith(response) else ids, tokenizer)

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from lit_isdpo.data import accounts
 from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.encoding import special_ids
 from lit_isdpo.data.profile import num_shared_prompts, profile_labels
 from lit_isdpo.data.rows import PAIRS, Rows
-from lit_isdpo.data.tokenization import special_ids, terminator_ids
+from lit_isdpo.data.tokenization import terminator_ids
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_isdpo.data import sources
+from lit_isdpo.data import files
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.types import InputError
 
@@ -236,7 +236,7 @@ def test_a_file_that_changes_while_it_is_read(tokenizer_path: str, tmp_path: Pat
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD)
     os.utime(file, (1, 1))
-    check = sources.check_json
+    check = files.check_json
 
     def append(path: Path) -> None:
         check(path)
@@ -244,7 +244,7 @@ def test_a_file_that_changes_while_it_is_read(tokenizer_path: str, tmp_path: Pat
             content.write(LINES[0].encode())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "check_json", append)
+        patch.setattr(files, "check_json", append)
         assert "'a.jsonl' was changed while it was read" in rows_of(tokenizer_path, file)
     file.write_bytes(GOOD)
     os.utime(file, (1, 1))

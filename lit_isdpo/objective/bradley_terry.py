@@ -1,9 +1,9 @@
 """The loss of a reward model on B pairs, and what is logged about it."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torchmetrics import Metric
+
+from lit_isdpo.objective.metrics import RowMeans
 
 
 def bradley_terry_losses(
@@ -24,6 +24,7 @@ def bradley_terry_losses(
     Returns:
         ``(B,)``.
 
+    >>> import torch
     >>> one, zero = torch.ones(1), torch.zeros(1)
     >>> round(bradley_terry_losses(one, zero, zero).item(), 4), round(bradley_terry_losses(one, zero, one).item(), 4)
     (0.3133, 0.6931)
@@ -32,19 +33,10 @@ def bradley_terry_losses(
     return losses + centering * (chosen_rewards + rejected_rewards).square()
 
 
-class RewardMetrics(Metric):
+class RewardMetrics(RowMeans):
     """Means over pairs, ties counted one half in the accuracy."""
 
     KEYS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "rewards/mean")
-
-    full_state_update = False
-    sums: Tensor
-    num_pairs: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, counted: Tensor) -> None:
         """Adds B pairs.
@@ -58,9 +50,4 @@ class RewardMetrics(Metric):
         chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
         ahead = (chosen > rejected).float() + (chosen == rejected).float() / 2
         columns = [losses.detach(), chosen, rejected, ahead, chosen - rejected, (chosen + rejected) / 2]
-        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
-        self.num_pairs += counted.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """The log keys without their stage prefix."""
-        return dict(zip(self.KEYS, (self.sums / self.num_pairs).float(), strict=True))
+        self.add(columns, counted)

@@ -5,8 +5,8 @@ and divided once, so a short last batch and uneven ranks change nothing.
 """
 
 import math
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,35 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp().float()
 
 
-class PairMetrics(Metric):
+class RowMeans(Metric):
+    """Means over rows of what ``KEYS`` names: a subclass's ``update`` calls ``add``.
+
+    Attributes:
+        KEYS: log keys, in the order of the columns.
+    """
+
+    KEYS: ClassVar[Sequence[str]]
+
+    full_state_update = False
+    sums: Tensor
+    num_rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def add(self, columns: Sequence[Tensor], counted: Tensor) -> None:
+        """Adds B rows: a ``(B,)`` column a key, and ``(B,)`` bool, false at rows that only fill up a batch."""
+        self.sums += torch.stack(list(columns), dim=1)[counted].double().sum(dim=0)
+        self.num_rows += counted.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The log keys without their stage prefix."""
+        return dict(zip(self.KEYS, (self.sums / self.num_rows).float(), strict=True))
+
+
+class PairMetrics(RowMeans):
     """Means over pairs of everything in ``MEANS``, the largest weight, and the effective sample size.
 
     Args:
@@ -60,9 +88,8 @@ class PairMetrics(Metric):
             last reset.
     """
 
-    full_state_update = False
-    sums: Tensor
-    num_pairs: Tensor
+    KEYS = MEANS
+
     max_log_weight: Tensor
     recent: list[Tensor]
 
@@ -71,8 +98,6 @@ class PairMetrics(Metric):
         self.loss = loss
         self.unknown = frozenset(unknown)
         self.window = window
-        self.add_state("sums", torch.zeros(len(MEANS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_pairs", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("max_log_weight", torch.tensor(-math.inf), dist_reduce_fx="max")
         self.add_state("recent", [], dist_reduce_fx="cat")  # a list: ranks may hold different numbers of pairs
 
@@ -102,8 +127,7 @@ class PairMetrics(Metric):
             weights.weights,
             weights.clipped,
         ]
-        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
-        self.num_pairs += counted.sum()
+        self.add(columns, counted)
         log_weights = weights.log_weights[counted]
         if log_weights.numel():
             self.max_log_weight = torch.maximum(self.max_log_weight, log_weights.max())
@@ -118,11 +142,10 @@ class PairMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the log keys without their stage prefix; ``weights/ess`` is a share of the pairs, ESS/N."""
-        means = (self.sums / self.num_pairs).float()
         log_weights = self.recent_log_weights
         ess = effective_sample_size(log_weights) / log_weights.numel()
         return {
-            **{key: mean for key, mean in zip(MEANS, means, strict=True) if key not in self.unknown},
+            **{key: mean for key, mean in super().compute().items() if key not in self.unknown},
             "weights/max": self.max_log_weight.exp(),
             "weights/ess": ess,
         }

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, checked
+from lit_isdpo.objective.metrics import RowMeans
 from lit_isdpo.objective.pairs import PairLogps
 
 _STD_FLOOR = 1e-4  # GRPO: what keeps a group of equal rewards finite, as trainers set it
@@ -218,7 +218,7 @@ def on_policy_kl(rollouts: Rollouts) -> Tensor:
     return logratios.mean(dim=1) + (surrogate - surrogate.detach())
 
 
-class RolloutMetrics(Metric):
+class RolloutMetrics(RowMeans):
     """Means over prompts of what ``KEYS`` names; sums and counts in, so micro-batches of any size give the whole.
 
     ``loss`` is a surrogate's value. ``reward/std`` is the standard deviation within a prompt (correction 1), and
@@ -237,15 +237,6 @@ class RolloutMetrics(Metric):
         "response_length",
         "finished_fraction",
     )
-
-    full_state_update = False
-    sums: Tensor
-    num_prompts: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_prompts", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, rollouts: Rollouts, finished: Tensor, counted: Tensor) -> None:
         """Adds P prompts, with K responses (at least 2) to each.
@@ -267,12 +258,7 @@ class RolloutMetrics(Metric):
             rollouts.num_tokens.float().mean(dim=1),
             finished.float().mean(dim=1),
         ]
-        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
-        self.num_prompts += counted.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """The log keys without their stage prefix."""
-        return dict(zip(self.KEYS, (self.sums / self.num_prompts).float(), strict=True))
+        self.add(columns, counted)
 
 
 def _score_function(returns: Tensor, logps: Tensor) -> Tensor:

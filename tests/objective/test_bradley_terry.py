@@ -64,5 +64,5 @@ def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> 
     other.update(torch.ones(4), *rewards, every)
     assert not rank.sums.requires_grad
     rank.merge_state(other)
-    assert (rank.sums[0].item(), rank.num_pairs.item()) == (2**24 + 11, 12)
+    assert (rank.sums[0].item(), rank.num_rows.item()) == (2**24 + 11, 12)
     assert {value.dtype for value in rank.compute().values()} == {torch.float32}

@@ -94,7 +94,7 @@ def test_a_window_outlives_resets() -> None:
         metrics.reset()
         feed(metrics, PairLogps(*part))
     weights = ImportanceWeighting()(pairs)
-    assert metrics.num_pairs == 4
+    assert metrics.num_rows == 4
     torch.testing.assert_close(metrics.recent_log_weights, weights.log_weights[-5:])
 
 
@@ -157,7 +157,7 @@ def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> 
     assert other.max_log_weight == -1
     other.merge_state(rank)
     values = other.compute()
-    assert (other.sums[0].item(), other.num_pairs.item()) == (2**24 + 11, 12)
+    assert (other.sums[0].item(), other.num_rows.item()) == (2**24 + 11, 12)
     assert {value.dtype for value in values.values()} == {torch.float32}
     log_weights = [-0.0] * 4 + [-0.5] * 4 + [-1.0] * 4
     assert sorted(other.recent_log_weights.tolist(), reverse=True) == log_weights
@@ -178,7 +178,7 @@ def test_without_a_window_a_reset_forgets_all() -> None:
     feed(metrics, random_pairs(3))
     metrics.reset()
     assert len(metrics.recent_log_weights) == 0
-    assert metrics.num_pairs == 0
+    assert metrics.num_rows == 0
 
 
 def test_what_is_left_out_where_it_is_not_known() -> None:

@@ -411,7 +411,7 @@ def test_metrics_are_kept_in_float64_without_gradient_and_added_up_over_ranks() 
         metrics.update(torch.tensor([2.0**24, 1.0], requires_grad=True), rollouts, finished, counted)
         metrics.update(torch.tensor([1.0, 1.0]), rollouts, finished, counted)
     other.merge_state(rank)
-    assert (other.sums[0].item(), other.num_prompts.item()) == (2**25 + 6, 8)
+    assert (other.sums[0].item(), other.num_rows.item()) == (2**25 + 6, 8)
     assert not other.sums.requires_grad
     assert {value.dtype for value in other.compute().values()} == {torch.float32}
     before = rank.compute()

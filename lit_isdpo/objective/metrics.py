@@ -67,9 +67,9 @@ class RowMeans(Metric):
         self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_rows", torch.tensor(0), dist_reduce_fx="sum")
 
-    def add(self, columns: Sequence[Tensor], counted: Tensor) -> None:
+    def add(self, columns: list[Tensor], counted: Tensor) -> None:
         """Adds B rows: a ``(B,)`` column a key, and ``(B,)`` bool, false at rows that only fill up a batch."""
-        self.sums += torch.stack(list(columns), dim=1)[counted].double().sum(dim=0)
+        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
         self.num_rows += counted.sum()
 
     def compute(self) -> dict[str, Tensor]:

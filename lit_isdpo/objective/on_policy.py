@@ -63,10 +63,6 @@ class Rollouts(NamedTuple):
         """``(P, K)`` int64 length of the response in tokens, EOS included."""
         return self.mask.sum(dim=2)
 
-    def detach(self) -> "Rollouts":
-        """The same values without gradient."""
-        return Rollouts(*(field.detach() for field in self))
-
 
 class OnPolicyObjective(ABC):
     """Turns rewarded samples into losses whose gradient is minus that of what is climbed.
@@ -247,9 +243,8 @@ class RolloutMetrics(RowMeans):
             finished: ``(P, K)`` bool, true at responses that end with EOS.
             counted: ``(P,)`` bool, false at prompts that only fill up a batch.
         """
-        rollouts = rollouts.detach()
-        columns = [
-            losses.detach(),
+        columns = [  # torchmetrics keeps no gradient of an update
+            losses,
             rollouts.rewards.mean(dim=1),
             rollouts.rewards.std(dim=1),
             _equal(rollouts.rewards).float(),

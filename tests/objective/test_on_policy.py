@@ -419,13 +419,6 @@ def test_metrics_are_kept_in_float64_without_gradient_and_added_up_over_ranks() 
     assert rank.compute() == before
 
 
-def test_detached_rollouts_have_the_same_values() -> None:
-    rollouts = random_rollouts()
-    detached = rollouts.detach()
-    assert (rollouts.logratios.requires_grad, detached.logratios.requires_grad) == (True, False)
-    torch.testing.assert_close(list(detached), [field.detach() for field in rollouts])
-
-
 def test_equal_means_equal_to_the_last_digit() -> None:
     """A standard deviation of equal numbers need not be 0; two of three equal ones are no equal group."""
     metrics = RolloutMetrics()

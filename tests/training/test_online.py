@@ -134,7 +134,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ROLLOUTS = {"reward/mean", "reward/std", "reward/equal_fraction", "entropy", "response_length", "finished_fraction"}
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo", "online_dpo", "hypo", "is_hypo"])
+@pytest.mark.parametrize("name", ["rloo", "grpo", "online_dpo", "hypo", "is_hypo", "chi_hypo"])
 def test_each_methods_file_fits_and_logs(name: str, lab: Path) -> None:
     """Over the experiment on verbosity, whose gold reward is what online methods are trained on."""
     files = [f"--config={CONFIGS / 'experiment' / 'verbosity_dpo.yaml'}", f"--config={CONFIGS / 'model' / name}.yaml"]

@@ -34,7 +34,7 @@ def draw_frontier(history: pd.DataFrame, settings: Sequence[str], color: Mapping
     of arXiv 2210.10760 to all checkpoints of a method, where they explain most of the variance.
     """
     with mpl.rc_context(STYLE):
-        figure, (gold_axis, win_axis) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+        figure, (gold_axis, win_axis) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
         for axis, column in ((gold_axis, "gold"), (win_axis, "win_rate")):
             for method, rows in sorted(history.groupby("method", sort=False), key=lambda item: item[0] in color):
                 shade = color.get(str(method), OTHER)
@@ -68,7 +68,8 @@ def draw_frontier(history: pd.DataFrame, settings: Sequence[str], color: Mapping
         win_axis.axhline(0.5, color="black", lw=0.6, ls=":")
         gold_axis.set(xlabel="sqrt KL(policy, reference), sqrt nats", ylabel="gold reward")
         win_axis.set(xlabel="sqrt KL(policy, reference), sqrt nats", ylabel="win rate against the reference")
-        gold_axis.legend(title="best checkpoint of")
+        # Beside the panels: in them it hides the data.
+        figure.legend(*gold_axis.get_legend_handles_labels(), loc="outside right upper", title="best checkpoint of")
     return figure
 
 
@@ -84,7 +85,7 @@ def draw_training(history: pd.DataFrame, settings: Sequence[str], color: Mapping
     cells = list(history.groupby(list(settings), sort=False, dropna=True)) if settings else [((), history)]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            len(cells), 4, figsize=(12, 2.6 * len(cells)), layout="constrained", squeeze=False, sharex=True
+            len(cells), 4, figsize=(13.5, 2.6 * len(cells)), layout="constrained", squeeze=False, sharex=True
         )
         for row, (values, cell) in zip(axes, cells, strict=True):
             for axis, (column, label) in zip(row, columns.items(), strict=True):
@@ -108,7 +109,7 @@ def draw_training(history: pd.DataFrame, settings: Sequence[str], color: Mapping
             row[0].set_ylabel(", ".join(f"{key} {value}" for key, value in named))
         for axis in axes[-1]:
             axis.set_xlabel("share of the training")
-        axes[0, 0].legend(fontsize=7)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -142,7 +143,7 @@ def draw_over_optimization(summary: pd.DataFrame, settings: Sequence[str], color
 def draw_sampled_over_exact(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
     """Sampled estimates, with two standard errors, over the exact values that they estimate."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.8), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
         for axis, column, label in ((axes[0], "kl", "KL, nats (Rao-Blackwell)"), (axes[1], "gold", "gold reward")):
             for method, rows in history.groupby("method", sort=False):
                 axis.errorbar(
@@ -158,7 +159,7 @@ def draw_sampled_over_exact(history: pd.DataFrame, color: Mapping[str, str]) -> 
             ends = [history[column].min(), history[column].max()]
             axis.plot(ends, ends, color="black", lw=0.8)
             axis.set(xlabel=f"exact {label}", ylabel=f"sampled {label}")
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 

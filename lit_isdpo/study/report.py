@@ -74,6 +74,9 @@ def write_report(
     lines.append(
         f"{len(runs)} of {num_planned} runs, {seeds} seed{'s' if seeds > 1 else ''}, lit_isdpo {__version__}. {READING}"
     )
+    plain = [method for method in summary["method"].unique() if method not in color]
+    if plain:
+        lines[-1] += f" Grey in the pictures, and left out of those over the training: {'; '.join(plain)}."
     for design in summary["design"].unique():
         here, of_runs = history[history["design"] == design], summary[summary["design"] == design]
         varied = [key for key in settings if of_runs[key].nunique() > 1]

@@ -64,6 +64,7 @@ def test_words_tables_and_pictures(tmp_path: Path) -> None:
     runs = make_runs(tmp_path / "runs", settings={"beta": [0.01, 0.1]}, exact=True)
     text = report(tmp_path / "out", runs, tmp_path / "runs")
     assert text.startswith("# A study\n\nA *note*.\n\n18 of 99 runs, 3 seeds")
+    assert "Grey in the pictures, and left out of those over the training: same.\n" in text
     assert "The best end is that of IS-DPO (0.01) (1.31)" in text
     assert "Ends above DPO by more than the interval of the paired differences: IS-DPO (0.01) (+0.30 ± 0.00)" in text
     assert "Of 4 such comparisons 0.2 would be that far off by chance" in text

@@ -34,12 +34,14 @@ class PreferenceLoss(ABC):
 
     Attributes:
         needs_reference: whether the loss is a function of the reference at all.
+        is_weighed: whether it weighs responses itself, so that a weighting would weigh them twice.
 
     Raises:
         InputError: ``beta`` is not a positive finite number.
     """
 
     needs_reference: bool = True
+    is_weighed: bool = False
 
     def __init__(self, beta: float) -> None:
         self.beta = checked("beta", beta, above=0.0)

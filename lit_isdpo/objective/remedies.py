@@ -26,13 +26,15 @@ class OneSidedDPOLoss(DPOLoss):
     The value is DPO's. What makes likelihoods fall is the push against rejected responses that the policy has stopped
     producing, whose mass goes anywhere. Without the cap the push is, in expectation over mu, on the policy's own
     responses, as in online methods. What is left when it fades is the pull on the chosen ones, supervised fine-tuning
-    with the factor ``beta sigmoid(-beta h)``. To be used with ``UniformWeighting``, or the rejected response is weighed
-    twice.
+    with the factor ``beta sigmoid(-beta h)``. It goes with ``UniformWeighting`` alone: another would weigh the rejected
+    response twice.
 
     Args:
         beta: above 0.
         epsilon: cap on the rejected response's log-ratio, in nats.
     """
+
+    is_weighed = True
 
     def __init__(self, beta: float = 0.1, epsilon: float = 0.0) -> None:
         super().__init__(beta)

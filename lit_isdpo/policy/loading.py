@@ -102,7 +102,7 @@ class PolicyConfig:
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Sets every dropout rate to 0: with dropout on, policy and reference differ at the first step already."""
     for name, value in vars(config).items():
-        if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
+        if isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "layerdrop"))):
             setattr(config, name, 0.0)
     return config
 

@@ -104,10 +104,6 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
     model: PreTrainedModel
     if is_score_model(read_config(backbone, option=option)):
         model = load_sequence_classifier(backbone, attn_implementation=backbone.attn_implementation, option=option)
-        without_dropout(model.config)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         if backbone.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
@@ -186,12 +182,12 @@ def read_score_config(source: ModelSource, *, option: str) -> PretrainedConfig:
 def load_sequence_classifier(
     source: ModelSource, *, attn_implementation: str = "sdpa", dtype: str = "float32", option: str
 ) -> PreTrainedModel:
-    """Loads a model that scores, on the CPU, head and all.
+    """Loads a model that scores, on the CPU, head and all, without dropout.
 
     Raises:
         InputError: as ``read_score_config``, and where weights are missing or do not fit.
     """
-    config = read_score_config(source, option=option)
+    config = without_dropout(read_score_config(source, option=option))  # some keep the rates that they are built with
     try:
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             source.path,

@@ -170,29 +170,28 @@ def with_proxy(history: pd.DataFrame) -> pd.DataFrame:
     return history[history["method"].isin(history.loc[differs, "method"])]
 
 
-def draw_proxy(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
-    """What a policy gained by the reward that it is trained on, and by gold, over sqrt(KL): a panel a method.
+def draw_proxy(history: pd.DataFrame, settings: Sequence[str], color: Mapping[str, str]) -> Figure:
+    """What a policy gained by the reward that it is trained on, and by gold, over sqrt(KL): a panel a method and group.
 
     Both are above their values at the start of the same run, as a learned reward knows no zero; a line is the mean over
     seeds, step by step, a dot a checkpoint. Where the dashed line leaves the other, the reward is over-optimized (arXiv
     2210.10760, figure 1).
     """
     trained = with_proxy(history)
-    methods = list(trained["method"].unique())
-    columns = min(3, len(methods))
+    panels = list(trained.groupby(["method", *settings], sort=False, dropna=False))
+    columns = min(3, len(panels))
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            -(-len(methods) // columns),
+            -(-len(panels) // columns),
             columns,
-            figsize=(1.0 + 3.2 * columns, 3.0 * -(-len(methods) // columns)),
+            figsize=(1.0 + 3.2 * columns, 3.0 * -(-len(panels) // columns)),
             layout="constrained",
             squeeze=False,
             sharey=True,
         )
-        for axis, method in zip(axes.flat, methods, strict=False):
-            rows = trained[trained["method"] == method]
+        for axis, (key, rows) in zip(axes.flat, panels, strict=False):
             starts = rows[rows["progress"] == 0].set_index("seed")
-            shade = color.get(method, COLORS[1])
+            shade = color.get(key[0], COLORS[1])
             for column, style, marker in (("gold", "-", "o"), ("proxy", "--", "^")):
                 label = "gold" if column == "gold" else "reward that is trained on"
                 gained = rows[column] - rows["seed"].map(starts[column])
@@ -200,8 +199,8 @@ def draw_proxy(history: pd.DataFrame, color: Mapping[str, str]) -> Figure:
                 curve = rows.assign(gained=gained).groupby("step")[["kl", "gained"]].mean()
                 axis.plot(np.sqrt(curve["kl"]), curve["gained"], style, color=shade, label=label)
             axis.axhline(0, color="black", lw=0.6, ls=":")
-            axis.set(title=method, xlabel="sqrt KL, sqrt nats")
-        for axis in axes.flat[len(methods) :]:
+            axis.set(title=_label(key), xlabel="sqrt KL, sqrt nats")
+        for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for row in axes:
             row[0].set_ylabel("gained over the reference")

@@ -13,6 +13,7 @@ from lit_isdpo.study import figures
 from lit_isdpo.study.plan import Run
 from lit_isdpo.study.results import (
     KL_BUDGETS,
+    WIDEST_GAP,
     across_designs,
     against_baseline,
     fit_gao,
@@ -34,10 +35,10 @@ COLUMNS = {
     "ess": "final ESS",
 }
 READING = """Gold reward is the task's true reward; *peak* is the best of a run's checkpoints, *final* its last; *lost*
-is peak minus final, the over-optimization; *peak at* is the share of the training at which the peak was; KL(policy,
-reference) is in nats a response; weight and ESS (as a share of the pairs) are those of held-out pairs. Values are
-means ± 95 % Student-t half widths over the seeds. Where values are sampled and not exact, a peak is the best of noisy
-values and leans upwards."""
+is peak minus final, the over-optimization; *peak at* is the share of the training at which the peak was (of a run that
+stopped early, of its own); KL(policy, reference) is in nats a response; weight and ESS (as a share of the pairs) are
+those of held-out pairs. Values are means ± 95 % Student-t half widths over the seeds. Where values are sampled and not
+exact, a peak is the best of noisy values and leans upwards."""
 
 
 def write_report(
@@ -111,7 +112,7 @@ def _pictures(
             pictures.append(("final_gold", figures.draw_heat_map(summary, settings, "gold_final", "final gold reward")))
         pictures.append(("final_kl", figures.draw_heat_map(summary, settings, "kl", "final KL, nats")))
     if gold and not figures.with_proxy(history).empty:
-        pictures.append(("proxy", figures.draw_proxy(history, color)))
+        pictures.append(("proxy", figures.draw_proxy(history, settings, color)))
     if {"sampled_kl", "sampled_gold"} <= set(history) and not history["kl"].equals(history["sampled_kl"]):
         pictures.append(("sampled_over_exact", figures.draw_sampled_over_exact(history, color)))
     return pictures
@@ -147,8 +148,8 @@ def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str]
             sentences.append(
                 f"- Ends {word} {baseline} by more than the interval of the paired differences: {', '.join(found)}."
             )
-    compared = differences.groupby(["method", *settings], dropna=False).ngroups
-    sentences.append(f"- Of {compared} such comparisons {compared / 20:.1f} would be that far off by chance.")
+    if compared := differences.groupby(["method", *settings], dropna=False).ngroups:
+        sentences.append(f"- Of {compared} such comparisons {compared / 20:.1f} would be that far off by chance.")
     undecided = [
         _name(key)
         for key, rows in differences.groupby(["method", *settings], sort=False, dropna=False)
@@ -173,9 +174,9 @@ def _differences(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequenc
         return []
     lines = [
         f"Differences to {baseline}, paired over seeds. *At equal KL*: the method's end against {baseline} stopped",
-        "where it first had that KL (only for the seeds on which it came so far; their number in brackets). *d*: mean",
-        "over standard deviation of the differences in final gold; with eight seeds or more, a 95 % bootstrap interval",
-        "of their mean.",
+        "where it first had that KL, on a line between two checkpoints (for the seeds on which it came so far, and",
+        f"had checkpoints at most {WIDEST_GAP:g} nats apart there; their number in brackets). *d*: mean over standard",
+        "deviation of the differences in final gold; with eight seeds or more, a 95 % bootstrap interval of the mean.",
         "",
         *_head(["method", *settings, "final gold", "bootstrap", "d", "peak gold", "final KL", "at equal KL"]),
     ]

@@ -14,6 +14,7 @@ from lit_isdpo.study.plan import Run
 from lit_isdpo.types import InputError
 
 KL_BUDGETS = (0.5, 1.0, 2.0, 4.0)
+WIDEST_GAP = 2.0  # nats between two checkpoints: a line between farther ones says nothing about the curve
 ENOUGH_SEEDS = 8  # for a bootstrap over seeds: with fewer it knows nothing about what it has not seen
 SOURCES = {
     "gold": ("val/exact/gold_reward", "val/gold_reward"),
@@ -175,8 +176,8 @@ def against_baseline(
     """Differences to the baseline on the same design, settings and seed, a row a run of another method.
 
     ``final`` and ``peak`` are differences in gold reward. ``equal_kl`` is the final gold reward minus the baseline's
-    where it first had that KL (its checkpoints are joined by lines): against a baseline that is stopped early. A
-    setting that the baseline does not have matches all of its values.
+    where it first had that KL (its checkpoints are joined by lines, of ``WIDEST_GAP`` at most): against a baseline that
+    is stopped early. A setting that the baseline does not have matches all of its values.
     """
     rows = []
     of_baseline = summary[summary["method"] == baseline]
@@ -246,11 +247,13 @@ def _is(table: pd.DataFrame, row: "pd.Series[float]", keys: Sequence[str]) -> "p
 
 
 def _gold_at(curve: pd.DataFrame, kl: float) -> float:
-    """Gold reward where a curve first reaches a KL; NaN if it never does."""
+    """Gold reward where a curve first reaches a KL; NaN if it never does, or between checkpoints that lie far apart."""
     kls, golds = curve["kl"].to_numpy(), curve["gold"].to_numpy()
     for before in range(len(kls) - 1):
         low, high = kls[before], kls[before + 1]
         if low <= kl <= high:
+            if high - low > WIDEST_GAP:
+                return math.nan
             share = 0.0 if high == low else (kl - low) / (high - low)
             return float(golds[before] + share * (golds[before + 1] - golds[before]))
     return math.nan

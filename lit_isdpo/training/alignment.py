@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -53,7 +53,12 @@ class AlignmentModule(PolicyModule):
         sampling: how ``predict`` samples.
         nonfinite: what becomes of a step whose loss or gradient is NaN.
         prefix_sharing: whether a prompt is computed once for both of its responses.
+
+    Attributes:
+        trains_on_pairs: whether the training rows' own responses are used.
     """
+
+    trains_on_pairs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -127,8 +132,8 @@ class AlignmentModule(PolicyModule):
         super().setup(stage)
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.mu == "data" and datamodule is not None:
-            splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-            for split in splits.get(stage, ()):
+            used = ("train", "val") if self.trains_on_pairs else ("val",)
+            for split in {"fit": used, "validate": ("val",), "test": ("test",)}.get(stage, ()):
                 datamodule.check_behavior_logps(split)
 
     # The reference is not a submodule, so Lightning does not move it.
@@ -221,6 +226,12 @@ class AlignmentModule(PolicyModule):
             for logger in self.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_histogram(tag, values, self.trainer.global_step)
+
+
+def described(part: object) -> tuple[str, dict[str, Any]]:
+    """Class and numbers of a loss, a weighting or an objective, of jsonargparse's lazy defaults too."""
+    numbers = {key: value for key, value in vars(part).items() if not key.startswith("_")}
+    return type(part).__name__.removeprefix("LazyInstance_"), numbers
 
 
 def _share_prompts(wanted: bool | Literal["auto"], policy: LogProbModel, *others: LogProbModel) -> bool:

@@ -1,7 +1,7 @@
 """Online methods beside the offline ones: the policy samples, a reward judges, the same prompts are trained on."""
 
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,7 +14,7 @@ from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig, starts_at_reference
-from lit_isdpo.training.alignment import AlignmentModule, Mu
+from lit_isdpo.training.alignment import AlignmentModule, Mu, described
 from lit_isdpo.training.guards import NonFinite, check_first_step
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import Sampling
@@ -52,6 +52,8 @@ class OnlineModule(AlignmentModule):
         sampling: how ``predict`` samples.
         nonfinite: what becomes of a step whose loss or gradient is NaN.
     """
+
+    trains_on_pairs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -94,13 +96,12 @@ class OnlineModule(AlignmentModule):
     @property
     def method(self) -> tuple[str, dict[str, Any]]:
         """The objective and its numbers, those of a loss of its own included, and the reward's class."""
-        own = vars(self.objective).items()
-        name, numbers = type(self.objective).__name__, {key: value for key, value in own if not key.startswith("_")}
-        loss = numbers.pop("loss", None)
-        if loss is not None:
-            name, numbers = f"{name} x {type(loss).__name__}", {**vars(loss), **numbers}
+        name, numbers = described(self.objective)
+        if (loss := numbers.pop("loss", None)) is not None:
+            of_loss, own = described(loss)
+            name, numbers = f"{name} x {of_loss}", {**own, **numbers}
         more = {"num_responses": self.rollout.num_responses, "missing_eos_penalty": self.missing_eos_penalty}
-        return name.removeprefix("LazyInstance_"), {**numbers, **more, "reward": type(self.reward).__name__}
+        return name, {**numbers, **more, "reward": type(self.reward).__name__}
 
     @property
     def reward(self) -> Reward:
@@ -115,19 +116,22 @@ class OnlineModule(AlignmentModule):
             raise InputError("data: online methods take their prompts from PreferenceDataModule.")
         if datamodule is not None and datamodule.packing_length is not None:
             raise InputError("data.packing_length: online methods sample from single prompts; leave the option out.")
+        if datamodule is not None and datamodule.read_options.get("margin_column"):
+            raise InputError("data.margin_column: online methods know no margins of pairs; leave the option out.")
         if stage == "fit":
             check_positions(self, self.rollout)
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
-        """Mean loss of the micro-batch, its own responses in the place of sampled ones."""
+        """Mean loss of the micro-batch's prompts; responses that would be sampled are as long as they may be."""
         assert self.reference is not None
-        return self.objective(imitate_rollouts(self.policy, self.reference, batch, self.rollout.num_responses)).mean()
+        return self.objective(imitate_rollouts(self.policy, self.reference, batch, self.rollout)).mean()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Samples, scores, and returns the mean loss of the micro-batch's prompts."""
         assert self.reference is not None
         sampled = sample_rollouts(self, batch, batch_idx, self.rollout)
-        rewards = self._rewards(batch, sampled)
+        # Together, or the others would wait for one whose reward fails.
+        rewards = self.ranks.agree(lambda: self._rewards(batch, sampled))[self.ranks.rank]
         rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id, rewards)
         numerics, config = self.policy_config, self.reference_config
         is_first = batch_idx == 0 and self.trainer.global_step == 0

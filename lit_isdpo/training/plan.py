@@ -224,10 +224,7 @@ def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Len
         *([f"{plan.traffic / GIB:,.4g} GiB are sent to other ranks in that time, by each."] if plan.traffic else []),
         *([f"Of these {', '.join(OFFLOADED)} are in the host's memory (cpu_offload)."] if plan.offloaded else []),
         "Not counted: what libraries take for themselves, and validation and sampling. Attention is taken to be fused.",
-        *(
-            ["Responses that are sampled in training are taken to be the data's; their reward is not counted."]
-            * module.samples
-        ),
+        *(["Sampled responses are taken to be as long as they may be; their reward is not counted."] * module.samples),
     ):
         console.print(line, markup=False)
     if device.type == "cuda":

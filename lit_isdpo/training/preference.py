@@ -10,10 +10,10 @@ from torch import Tensor
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
 from lit_isdpo.objective.metrics import PairMetrics
 from lit_isdpo.objective.on_policy import on_policy_kl
-from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting
+from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, ProductWeighting, UniformWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig, starts_at_reference
-from lit_isdpo.training.alignment import AlignmentModule, Mu
+from lit_isdpo.training.alignment import AlignmentModule, Mu, described
 from lit_isdpo.training.guards import NonFinite, check_first_step, warn_of_vanishing_weights
 from lit_isdpo.training.language import Schedule, adamw
 from lit_isdpo.training.module import Sampling
@@ -72,6 +72,11 @@ class PreferenceModule(AlignmentModule):
     ) -> None:
         if ess_window < 1:
             raise InputError(f"model.ess_window must be at least 1 pair, not {ess_window}.")
+        if loss.is_weighed and not isinstance(weighting, UniformWeighting):
+            raise InputError(
+                f"model.weighting: {described(loss)[0]} weighs responses itself, and {described(weighting)[0]} would "
+                "weigh them twice; use UniformWeighting."
+            )
         if reference is None:
             _check_without_reference(loss, weighting, mu)
         if on_policy_kl is not None:
@@ -100,11 +105,11 @@ class PreferenceModule(AlignmentModule):
     def method(self) -> tuple[str, dict[str, Any]]:
         """Classes of the weighting and the loss, and their numbers."""
         weightings = self.weighting.factors if isinstance(self.weighting, ProductWeighting) else [self.weighting]
-        parts = [*weightings, self.loss]
-        numbers = {key: value for part in parts for key, value in vars(part).items()} | {"mu": self.mu}
+        parts = [described(part) for part in (*weightings, self.loss)]
+        numbers = {key: value for _, own in parts for key, value in own.items()} | {"mu": self.mu}
         if self.on_policy_kl is not None:
             numbers["on_policy_kl"] = self.on_policy_kl.weight
-        return " x ".join(type(part).__name__ for part in parts), numbers
+        return " x ".join(name for name, _ in parts), numbers
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
@@ -112,7 +117,7 @@ class PreferenceModule(AlignmentModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and datamodule is not None and datamodule.rows_per_forward < self.weighting.min_pairs:
             raise InputError(
-                f"{type(self.weighting).__name__} works within a micro-batch, so data.micro_batch_size must be at "
+                f"{described(self.weighting)[0]} works within a micro-batch, so data.micro_batch_size must be at "
                 f"least {self.weighting.min_pairs}, not {datamodule.rows_per_forward}."
             )
         is_packed = datamodule is not None and datamodule.packing_length is not None
@@ -130,17 +135,20 @@ class PreferenceModule(AlignmentModule):
         self._restore_window()
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
-        """Mean loss of the micro-batch; where responses would be sampled, with its own in their place."""
+        """Mean loss of the micro-batch; responses that would be sampled are as long as they may be."""
         pairs = self._pair_logps(batch, "train")
         losses = self._losses(pairs, self.weighting(pairs), batch)
         if self.on_policy_kl is not None:
             assert self.reference is not None
-            rollouts = imitate_rollouts(self.policy, self.reference, batch, self.on_policy_kl.num_responses)
+            rollouts = imitate_rollouts(self.policy, self.reference, batch, self.on_policy_kl)
             losses = losses + batch.pair_weights * self.on_policy_kl.weight * on_policy_kl(rollouts)
         return losses.mean()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
+        config, sampled = self.on_policy_kl, None
+        if config is not None:  # before the pairs' forward, whose activations would lie beside the sampler's cache
+            sampled = sample_rollouts(self, batch, batch_idx, config)
         pairs = self._pair_logps(batch, "train")
         if batch_idx == 0 and self.trainer.global_step == 0:
             reference, numerics = self.reference_config, self.policy_config
@@ -150,10 +158,11 @@ class PreferenceModule(AlignmentModule):
                 check_first_step(logratios, num_tokens, numerics, batch.row_ids, self.trainer)
         weights = self.weighting(pairs)
         losses = self._losses(pairs, weights, batch)
-        if self.on_policy_kl is not None:
-            kl = self._kl_of_samples(batch, batch_idx, self.on_policy_kl)
+        if config is not None and sampled is not None:
+            assert self.reference is not None
+            kl = on_policy_kl(score_rollouts(self.policy, self.reference, sampled, self.pad_token_id))
             self._sampled_kl.append(kl.detach().mean())
-            losses = losses + batch.pair_weights * self.on_policy_kl.weight * kl
+            losses = losses + batch.pair_weights * config.weight * kl
         self.train_metrics.update(losses, pairs, weights, batch.row_ids >= 0)
         self.guard.add(losses, batch.row_ids)
         return losses.mean()
@@ -203,12 +212,6 @@ class PreferenceModule(AlignmentModule):
             self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
             self._recent_log_weights = list(self.train_metrics.recent)
 
-    def _kl_of_samples(self, batch: PreferenceBatch, batch_idx: int, config: OnPolicyKL) -> Tensor:
-        """``(B,)`` KL to the reference at each pair's prompt, with its gradient."""
-        assert self.reference is not None
-        responses = sample_rollouts(self, batch, batch_idx, config)
-        return on_policy_kl(score_rollouts(self.policy, self.reference, responses, self.pad_token_id))
-
 
 def _check_without_reference(loss: PreferenceLoss, weighting: PairWeighting, mu: str) -> None:
     """Raises where no reference is held, and something needs one.
@@ -217,9 +220,9 @@ def _check_without_reference(loss: PreferenceLoss, weighting: PairWeighting, mu:
         InputError: names what needs it, and what to use instead.
     """
     if loss.needs_reference:
-        raise InputError(f"model.reference: {type(loss).__name__} needs a reference, so it cannot be null.")
+        raise InputError(f"model.reference: {described(loss)[0]} needs a reference, so it cannot be null.")
     if weighting.needs_mu and mu != "data":
         raise InputError(
-            f"model.weighting: {type(weighting).__name__} on {type(loss).__name__} without a reference has no mu to "
+            f"model.weighting: {described(weighting)[0]} on {described(loss)[0]} without a reference has no mu to "
             "divide by; hold a reference, take mu from the data (model.mu: data), or use UniformWeighting."
         )

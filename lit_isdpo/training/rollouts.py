@@ -18,7 +18,7 @@ from lit_isdpo.objective.on_policy import Rollouts
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference, ReferenceConfig
 from lit_isdpo.training.module import PolicyModule
-from lit_isdpo.types import InputError, PreferenceBatch, Response
+from lit_isdpo.types import InputError, PreferenceBatch, Response, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,19 +193,32 @@ def score_rollouts(
 
 
 def imitate_rollouts(
-    policy: LogProbModel, reference: Reference, batch: PreferenceBatch, num_responses: int
+    policy: LogProbModel, reference: Reference, batch: PreferenceBatch, config: RolloutConfig
 ) -> Rollouts:
-    """What a plan of memory and time takes for rollouts: the micro-batch's own responses, repeated to K a prompt."""
-    repeats = -(-num_responses // 2)
+    """What a plan of memory and time takes for rollouts: of a shape alone, K to a prompt, each as long as it may be.
 
-    def stacked(model: LogProbModel) -> Tensor:
-        halves = [half for _ in range(repeats) for half in model(batch.tokens).per_token_logps.chunk(2)]
-        return torch.stack(halves[:num_responses], dim=1)  # (B, K, C)
-
-    with torch.no_grad(), reference.scoring() as model:
-        ref_per_token = stacked(model)
-    masks = batch.tokens.completion_mask.chunk(2) * repeats
-    per_token = stacked(policy)
-    return Rollouts(
-        per_token, ref_per_token, torch.stack(masks[:num_responses], dim=1), per_token.new_zeros(per_token.shape[:2])
+    Args:
+        policy: the model that is trained.
+        reference: the frozen one.
+        batch: B rows without values; the longest prompt is told from their length.
+        config: how many, and how long.
+    """
+    given, width = batch.tokens, config.max_new_tokens
+    beside_prompt = given.completion_ids.shape[1] * (1 if given.segment_ids is None else 2)
+    longest = max(1, given.num_prompt_positions, given.input_ids.shape[1] - beside_prompt)
+    rows, length = len(batch.row_ids) * config.num_responses, longest + width
+    ids, of_responses = given.input_ids.new_zeros(rows, length), given.completion_ids.new_zeros(rows, width)
+    tokens = TokenBatch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids, dtype=torch.bool),
+        position_ids=torch.arange(length, device=ids.device).expand(rows, length),
+        completion_ids=of_responses,
+        completion_mask=torch.ones_like(of_responses, dtype=torch.bool),
+        logit_positions=of_responses,
     )
+    shape = (-1, config.num_responses)
+    with torch.no_grad(), reference.scoring() as model:
+        ref_per_token = model(tokens).per_token_logps.unflatten(0, shape)
+    per_token = policy(tokens).per_token_logps.unflatten(0, shape)
+    rewards = per_token.new_zeros(per_token.shape[:2])
+    return Rollouts(per_token, ref_per_token, tokens.completion_mask.unflatten(0, shape), rewards)

@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OPTConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -130,3 +132,19 @@ def test_an_encoder_scores_too(tmp_path: Path) -> None:
         together = scorer(collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0))
         alone = scorer(collate_completions(PROMPTS[:1], COMPLETIONS[:1], pad_token_id=0))
     torch.testing.assert_close(together[:1], alone)
+
+
+WITH_DROPOUT = [
+    OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5, num_labels=1),
+    BertConfig(**SIZES, intermediate_size=32, hidden_dropout_prob=0.5, num_labels=1),
+    GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5, num_labels=1, pad_token_id=0),
+]
+
+
+@pytest.mark.parametrize("config", WITH_DROPOUT, ids=lambda config: config.model_type)
+def test_nothing_is_dropped_in_training(config: PretrainedConfig, tmp_path: Path) -> None:
+    """Whatever the rate is called, and where a module has kept it as a number that it was built with."""
+    source = save(AutoModelForSequenceClassification.from_config(config), tmp_path)
+    scorer = ScoreModel(load_score_model(source)).train()
+    scores = scorer(collate_completions([[3, 4]] * 8, [[5, 6, 7]] * 8, pad_token_id=0))
+    torch.testing.assert_close(scores, scores[:1].expand(8), atol=0, rtol=0)

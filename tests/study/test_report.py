@@ -149,13 +149,26 @@ def test_a_reward_that_is_trained_on_is_drawn_beside_gold(tmp_path: Path) -> Non
         log.assign(**{"val/reward": [0.0, 2.0, 3.0]}).to_csv(file, index=False)
     assert "![toy: proxy](toy_proxy.png)" in report(tmp_path / "after", runs, tmp_path / "runs")
     history = pd.read_csv(tmp_path / "after" / "history.csv")
-    (axis,) = figures.draw_proxy(history, {}).axes
+    (axis,) = figures.draw_proxy(history, [], {}).axes
     assert axis.get_title() == "IS-DPO"
     as_gold = history.assign(proxy=history["gold"])
     assert figures.with_proxy(as_gold).empty, "a policy that is trained on gold has no other reward"
     gold, proxy = (line.get_ydata() for line in axis.lines[:2])
     assert list(gold) == pytest.approx([0.0, 0.9, 0.81])
     assert list(proxy) == pytest.approx([0.0, 2.0, 3.0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_reward_that_is_trained_on_has_a_panel_at_each_setting(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs", settings={"beta": [0.01, 0.1]}, exact=True)
+    for file in (tmp_path / "runs").rglob("IS-DPO*/**/metrics.csv"):
+        shift = 1.0 if "beta=0.1" in str(file) else 0.0
+        log = pd.read_csv(file)
+        log.assign(**{"val/reward": [0.0, 2.0 + shift, 3.0]}).to_csv(file, index=False)
+    assert "![toy: proxy](toy_proxy.png)" in report(tmp_path / "out", runs, tmp_path / "runs")
+    panels = figures.draw_proxy(pd.read_csv(tmp_path / "out" / "history.csv"), ["beta"], {}).axes
+    assert [axis.get_title() for axis in panels] == ["IS-DPO, 0.01", "IS-DPO, 0.1"]
+    assert [axis.lines[1].get_ydata()[1] for axis in panels] == pytest.approx([2.0, 3.0])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

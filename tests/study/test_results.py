@@ -109,6 +109,19 @@ def test_differences_are_paired_and_at_equal_kl() -> None:
     assert math.isnan(differences["equal_kl"][1])
 
 
+def test_no_line_is_drawn_between_checkpoints_that_lie_far_apart() -> None:
+    """From KL 1 to 3 it is, from 3 to 5.1 it says nothing about what lies between."""
+    dpo = history(gold=[0.0, 3.0, 1.0, 0.0], kl=[0.0, 1.0, 3.0, 5.1])
+    rows = [("DPO", dpo), *((f"at {kl}", history(gold=[0.0, 2.0], kl=[0.0, kl])) for kl in (3.0, 3.1, 5.1))]
+    identity = {name: {"design": "toy", "method": name, "seed": 0} for name, _ in rows}
+    table = pd.concat([part.assign(**identity[name]) for name, part in rows], ignore_index=True)
+    summary = pd.DataFrame([{**identity[name], **summarize(part)} for name, part in rows])
+    near, inside, at_end = against_baseline(summary, table, [], "DPO")["equal_kl"]
+    assert near == pytest.approx(1.0)
+    assert math.isnan(inside)
+    assert math.isnan(at_end)
+
+
 def test_a_baseline_without_the_setting_stands_for_all_its_values() -> None:
     runs = [("DPO", math.nan, 1.0), ("IS", 0.5, 2.0), ("IS", 1.0, 4.0)]
     histories = [history(gold=[0.0, gold], kl=[0.0, 1.0]) for _, _, gold in runs]

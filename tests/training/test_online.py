@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.objective.losses import IPOLoss
 from lit_isdpo.objective.on_policy import GRPOObjective, OnlineDPOObjective, OnPolicyObjective, RLOOObjective
 from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.rollouts import (
@@ -28,7 +29,7 @@ from lit_isdpo.training.rollouts import (
     sample_rollouts,
     score_rollouts,
 )
-from lit_isdpo.types import InputError, Prompt, Response, TokenizedPair
+from lit_isdpo.types import InputError, Prompt, Ranks, Response, TokenBatch, TokenizedPair
 from tests.conftest import newest_run, read_metrics
 from tests.training.test_resume import assert_same_log
 
@@ -430,17 +431,48 @@ def test_the_kl_of_samples_is_added_with_its_weight(model_dir: str) -> None:
             assert "on_policy_kl" not in module.method[1]
 
 
-def test_a_plan_takes_the_batchs_own_responses_for_sampled_ones(module: OnlineModule) -> None:
-    """As many as are sampled, of a shape and with a gradient that a step would have."""
-    batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
+@pytest.mark.parametrize(("layout", "prompt"), [("plain", 3), ("shared", 2)])
+def test_a_plan_takes_sampled_responses_to_be_as_long_as_they_may_be(
+    module: OnlineModule, layout: Literal["plain", "shared"], prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows of one sequence each, and with a gradient, as a step would have, behind the longest prompt.
+
+    Of a row with both responses its length and the longer of them are known: the shorter is taken to be as long.
+    """
+    batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0, layout=layout)
+    shapes, decode = [], LogProbModel.decode
+
+    def watched(self: LogProbModel, tokens: TokenBatch) -> torch.Tensor:
+        shapes.append(tuple(tokens.input_ids.shape))
+        return decode(self, tokens)
+
+    monkeypatch.setattr(LogProbModel, "decode", watched)
     for number in (2, 3, 5):
-        rollouts = imitate_rollouts(module.policy, module.reference, batch, number)
-        assert rollouts.per_token_logps.shape[:2] == (2, number)
-        assert rollouts.mask.shape == rollouts.ref_per_token_logps.shape == rollouts.per_token_logps.shape
+        config = RolloutConfig(num_responses=number, max_new_tokens=7)
+        rollouts = imitate_rollouts(module.policy, module.reference, batch, config)
+        assert rollouts.per_token_logps.shape == rollouts.ref_per_token_logps.shape == (2, number, 7)
+        assert rollouts.mask.all()
+        assert rollouts.rewards.shape == (2, number)
         assert rollouts.per_token_logps.requires_grad
         assert not rollouts.ref_per_token_logps.requires_grad
-    logps = module.policy(batch.tokens).logps
-    torch.testing.assert_close(rollouts.logps, logps.view(2, 2).T[:, [0, 1, 0, 1, 0]])
+        assert shapes[-2:] == [(2 * number, prompt + 7)] * 2
+
+
+def test_a_reward_that_fails_on_another_rank_stops_this_one(
+    module: OnlineModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or this one would wait for it in the next collective."""
+    elsewhere = InputError("model.reward: of the other rank")
+    ranks = Ranks(rank=0, size=2, gather=lambda own: [own, (None, elsewhere)])
+    monkeypatch.setattr(OnlineModule, "ranks", ranks)
+    with pytest.raises(InputError, match="of the other rank"):
+        module.training_step(collate_pairs(PAIRS, [0, 1], pad_token_id=0), 0)
+
+
+def test_defaults_are_named_by_their_classes(model_dir: str) -> None:
+    start = PolicyConfig(path=model_dir)
+    names = [module.method[0] for module in (PreferenceModule(start), OnlineModule(WordReward(), start))]
+    assert names == ["ImportanceWeighting x DPOLoss", "RLOOObjective"]
 
 
 NULL = "--model.reference=null"
@@ -482,6 +514,8 @@ PACKED = ["--data.packing_length=128", "--model.policy.attn_implementation=flex_
         ("tiny", ["--model=OnlineModule"], "reward: a reward (LabReward, RewardModel or a class of yours) is missing"),
         ("online", ["--model.objective=RLOO"], "--model.objective: 'RLOO' is no file and no class; known are RLOOObj"),
         ("tiny", ["--model.loss=Returning"], "known are DPOLoss,"),
+        ("tiny", ["--model.loss=OneSidedDPOLoss"], "and ImportanceWeighting would weigh them twice; use Uni"),
+        ("online", ["--model.mu=data"], "data.val: model.mu is 'data', but"),
         ("hypo", [NULL, "--model.loss=SimPOLoss"], "model.on_policy_kl: sampled responses are held to a reference"),
         ("hypo", [CACHE], "model.on_policy_kl: responses that are sampled in training have no cached log-probs"),
         ("hypo", PACKED, "data.packing_length: model.on_policy_kl samples from single prompts; leave one of"),
@@ -508,6 +542,18 @@ def test_what_is_refused_in_a_sentence(
     assert end.value.code == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in said
+
+
+def test_margins_of_pairs_are_not_left_out_in_silence(
+    online: list[str], pairs_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) | {"margin": 0.5} for line in Path(pairs_file).read_text().splitlines()]
+    with_margins = tmp_path / "margins.jsonl"
+    with_margins.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"--data.train={with_margins}", f"--data.val={with_margins}", "--data.margin_column=margin"]
+    with pytest.raises(SystemExit):
+        main(["fit", *online, *data, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"])
+    assert "data.margin_column: online methods know no margins of pairs" in capsys.readouterr().err
 
 
 def test_precompute_has_nothing_to_do(online: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

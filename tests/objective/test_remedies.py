@@ -225,3 +225,9 @@ def test_the_defaults_are_those_that_are_documented(made: object, numbers: dict[
 def test_what_is_out_of_range_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_one_loss_alone_weighs_responses_itself() -> None:
+    """So it is the one that a weighting must not be laid over."""
+    others = [DPOLoss(), ReturningDPOLoss(), ForwardKLDPOLoss(), CommonModeDPOLoss()]
+    assert [loss.is_weighed for loss in (OneSidedDPOLoss(), *others)] == [True, *[False] * len(others)]

@@ -3,7 +3,8 @@
 An importance weight fades as the policy leaves the data, and with it goes the pull of the very pairs that would hold
 the policy back: where early generalisation leads off the data's support, the method freezes there. Each class here
 keeps some pull. What they are worth, the failures among them included, is in ``notebooks/figures/remedies/report.md``;
-``configs/study/remedies.yaml`` repeats it.
+``configs/study/remedies.yaml`` repeats it. None of them is as good as chi-PO without weights, or with the KL of the
+policy's own samples (``configs/model/chi_hypo.yaml``).
 
 Shapes: B pairs. Log-probs are sums over the response's tokens, in nats.
 """

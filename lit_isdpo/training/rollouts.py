@@ -51,9 +51,9 @@ class OnPolicyKL(RolloutConfig):
     """A KL term on responses that the policy samples: ``loss + weight KL(policy || reference)``.
 
     A preference loss sees the data's responses alone, whatever the policy says beside them; this term sees what the
-    policy says (HyPO, arXiv 2406.01462). Beside DPO's loss it is worth what beta makes of it; beside chi-PO's it was the
-    best of all that was tried here (``configs/model/chi_hypo.yaml``), on tasks and seeds that it was not chosen by:
-    ``notebooks/figures/remedies_final/report.md``.
+    policy says (HyPO, arXiv 2406.01462). Beside DPO's loss it is worth what beta makes of it; beside chi-PO's it was
+    the best of all that was tried here (``configs/model/chi_hypo.yaml``), on seeds and a task that it was not chosen
+    by: ``notebooks/figures/remedies_final/report.md``.
 
     Args:
         weight: of a nat, above 0, in units of the loss. The term that DPO implies at second order weighs some

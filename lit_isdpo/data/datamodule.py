@@ -1,10 +1,10 @@
 """The data modules: from named data sets to batches, in an order that a resumed run goes on with.
 
-sources -> rows -> formats -> tokenization -> one memory-mapped table -> splits -> TrainingOrder -> collation -> batches
+sources -> files -> rows -> formats -> tokenization -> a memory-mapped table -> splits -> order -> collation -> batches
 
 It is longer than a module should be because its constructor is what a user configures: half of it documents the options
 and says in a sentence how each can be wrong. Which rows belong to which split is settled in ``splits``, how they are
-read and tokenized in ``sources`` and ``rows``, their order in ``sampling``; what is left here needs the trainer.
+read and tokenized in ``files`` and ``rows``, their order in ``sampling``; what is left here needs the trainer.
 """
 
 import hashlib

@@ -112,7 +112,8 @@ def run_probe(
     finished = [response.finished for response in responses]
     asked = [(sources or prompt_texts)[row] for row in rows]
     rewards, proxy_rewards = (
-        None if source is None else torch.tensor(list(source(asked, texts, finished))) for source in (reward, proxy)
+        None if source is None else torch.tensor(list(source(asked, texts, finished)), dtype=torch.float32)
+        for source in (reward, proxy)
     )
     first = [int(place) * num_responses for place in back]  # of each prompt's responses, in the flat order
     return ProbeValues(

@@ -104,6 +104,9 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
     model: PreTrainedModel
     if is_score_model(read_config(backbone, option=option)):
         model = load_sequence_classifier(backbone, attn_implementation=backbone.attn_implementation, option=option)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # a rate that is no option of the configuration
         if backbone.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model

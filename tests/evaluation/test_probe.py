@@ -13,7 +13,9 @@ from lit_isdpo.policy.reference import ResidentReference
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10], [1, 11]]
 
 
-def probe(policy: LogProbModel, num_responses: int, batch_size: int = 3) -> ProbeValues:
+def probe(
+    policy: LogProbModel, num_responses: int, batch_size: int = 3, number: type[int] | type[float] = float
+) -> ProbeValues:
     return run_probe(
         policy,
         ResidentReference(policy),
@@ -26,7 +28,7 @@ def probe(policy: LogProbModel, num_responses: int, batch_size: int = 3) -> Prob
         batch_size=batch_size,
         seed=0,
         num_responses=num_responses,
-        reward=lambda prompts, responses, finished: [float(prompt.strip("[]").split()[-1]) for prompt in prompts],
+        reward=lambda prompts, responses, finished: [number(prompt.strip("[]").split()[-1]) for prompt in prompts],
     )
 
 
@@ -39,6 +41,12 @@ def test_every_prompt_gets_its_responses_in_the_callers_order(tiny_llama: PreTra
     assert values.rewards.tolist() == [[prompt[-1]] * 5 for prompt in PROMPTS]
     assert [text.prompt for text in values.texts] == [str(prompt) for prompt in PROMPTS]
     assert values.num_tokens.std(dim=1).max() > 0, "the responses to a prompt are drawn independently"
+
+
+def test_a_reward_may_give_whole_numbers(tiny_llama: PreTrainedModel) -> None:
+    """Lengths and counts are such; their means are not."""
+    of_int, of_float = (summarize(probe(LogProbModel(tiny_llama), 2, number=number), None) for number in (int, float))
+    assert of_int == of_float
 
 
 def test_prompts_are_the_sample() -> None:

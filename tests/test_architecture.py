@@ -1,6 +1,8 @@
 """The house's rules: who may import whom."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,13 @@ def test_no_room_imports_upward_or_a_stranger(file: Path) -> None:
 def test_every_room_has_a_floor() -> None:
     rooms = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__") and path.suffix in ("", ".py")}
     assert rooms - {"py"} <= set(FLOOR) | {"__main__"}
+
+
+def test_no_installed_distribution_takes_the_name_of_the_tests(tmp_path: Path) -> None:
+    """Some ship a top-level ``tests``; ``python -m tests.tools.gpu`` must still find the tool."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    root = PACKAGE.parent
+    script = f"import sys; sys.path.append({str(tmp_path)!r}); import tests; print(tests.__file__)"
+    found = subprocess.run([sys.executable, "-c", script], cwd=root, check=True, capture_output=True, text=True)
+    assert Path(found.stdout.strip()) == root / "tests" / "__init__.py"

@@ -1,4 +1,4 @@
-"""How cost grows with the data and with the length of rows: ``python -m tests.benchmarks.growth --output DIR``."""
+"""How cost grows with the data and with the length of rows: ``python -m tests.tools.benchmarks.growth --output DIR``."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from tests.benchmarks.__main__ import CONTENDERS, machine, measure, pairs_per_second
-from tests.benchmarks.workload import SHAPES, ModelSize, Shape, make_workload
+from tests.tools.benchmarks.__main__ import CONTENDERS, machine, measure, pairs_per_second
+from tests.tools.benchmarks.workload import SHAPES, ModelSize, Shape, make_workload
 
 SMALL = ModelSize(hidden_size=64, intermediate_size=176, num_layers=2, num_heads=2, num_kv_heads=1, vocabulary=8192)
 SIDES = ("TRL", "ours")

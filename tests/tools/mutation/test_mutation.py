@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation.__main__ import mutants
+from tests.tools.mutation.__main__ import mutants
 
 SOURCE = '''"""A docstring."""
 
@@ -46,6 +46,6 @@ def test_every_small_mistake_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sample_of_the_mutants_of_losses_and_weights_is_killed() -> None:
-    command = [sys.executable, "-m", "tests.mutation", "losses", "weights", "--every", "50", "--jobs", "1"]
+    command = [sys.executable, "-m", "tests.tools.mutation", "losses", "weights", "--every", "50", "--jobs", "1"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,12 +1,12 @@
-"""Every fault once, with a seed of its own; ``python -m tests.faults`` tries more."""
+"""Every fault once, with a seed of its own; ``python -m tests.tools.faults`` tries more."""
 
 from zlib import crc32
 
 import pytest
 
-from tests.faults.__main__ import attempt
-from tests.faults.faults import FAULTS
-from tests.faults.world import World
+from tests.tools.faults.__main__ import attempt
+from tests.tools.faults.faults import FAULTS
+from tests.tools.faults.world import World
 
 
 @pytest.fixture(scope="module")

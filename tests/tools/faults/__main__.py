@@ -1,4 +1,4 @@
-"""Faults, tried with seeds: ``python -m tests.faults [--seeds N] [--only NAME ...]``.
+"""Faults, tried with seeds: ``python -m tests.tools.faults [--seeds N] [--only NAME ...]``.
 
 Each fault runs a command of the command line in a process of its own on a tiny model, injures it at a moment that the
 seed draws, gives the command again as a user would, and compares with a run that nothing happened to: weights,
@@ -18,8 +18,8 @@ from random import Random
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.faults import FAULTS
-from tests.faults.world import Outcome, World
+from tests.tools.faults.faults import FAULTS
+from tests.tools.faults.world import Outcome, World
 
 
 def attempt(world: World, name: str, seed: int) -> Outcome:
@@ -33,7 +33,7 @@ def main() -> int:
     """Tries what was asked for, and prints the table."""
     described = "\n".join(f"{name}: {fault.__doc__}" for name, fault in FAULTS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m tests.faults",
+        prog="python -m tests.tools.faults",
         description=str(__doc__).replace("{faults}", described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

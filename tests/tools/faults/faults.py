@@ -18,8 +18,8 @@ import pandas as pd
 
 from lit_isdpo.lab.folder import resolve
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
-from tests.faults.process import TIMEOUT, Ended, Injury, run, steps_done
-from tests.faults.world import (
+from tests.tools.faults.process import TIMEOUT, Ended, Injury, run, steps_done
+from tests.tools.faults.world import (
     NUM_STEPS,
     Outcome,
     World,

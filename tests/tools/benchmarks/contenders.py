@@ -1,4 +1,4 @@
-"""One training run in a process of its own: ``python -m tests.benchmarks.contenders '{...}'`` prints a JSON line.
+"""One training run in a process of its own: ``python -m tests.tools.benchmarks.contenders '{...}'`` prints a JSON line.
 
 Both sides take the same steps: AdamW (fused) at a constant rate, gradients clipped at norm 1, DPO without weights, no
 dropout, no evaluation, no checkpoints on the way, the loss of each step logged.
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.benchmarks.measure import Meter
-from tests.benchmarks.workload import Workload
+from tests.tools.benchmarks.measure import Meter
+from tests.tools.benchmarks.workload import Workload
 
 LEARNING_RATE, BETA, CLIP_NORM = 1e-4, 0.1, 1.0
 RESULT = "RESULT "

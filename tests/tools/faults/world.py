@@ -14,7 +14,7 @@ import yaml
 from lit_isdpo.study.results import read_log
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from tests.conftest import tiny_options, write_model, write_pairs
-from tests.faults.process import Ended, Progress, run, steps_done
+from tests.tools.faults.process import Ended, Progress, run, steps_done
 
 NUM_STEPS = 10  # of 4 to an epoch, of two micro-batches each
 SAVED_EVERY = 3

@@ -1,4 +1,4 @@
-"""Side by side with TRL: ``python -m tests.benchmarks --output runs/benchmark``, after ``pip install -e ".[bench]"``.
+"""Side by side with TRL: ``python -m tests.tools.benchmarks --output runs/benchmark``, after ``pip install -e ".[bench]"``.
 
 Every measurement is a process of its own; the contenders take turns, so that a machine that slows down slows all of
 them down. What is compared are medians over repeats.
@@ -25,8 +25,8 @@ from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.training.throughput import count_work, forward_flops, matmul_rate
 from lit_isdpo.types import TokenizedPair
-from tests.benchmarks.contenders import RESULT
-from tests.benchmarks.workload import SHAPES, ModelSize, Workload, make_workload
+from tests.tools.benchmarks.contenders import RESULT
+from tests.tools.benchmarks.workload import SHAPES, ModelSize, Workload, make_workload
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "TRL": {"side": "trl", "cache": False},
@@ -129,7 +129,7 @@ def fastest(by_micro: dict[int, list[Any]], batch_size: int) -> int:
 
 def measure(job: dict[str, Any], memory: bool = False, cache: Path | None = None) -> dict[str, Any]:
     """Runs a job in a process of its own, for its times or for its memory."""
-    command = [sys.executable, "-m", "tests.benchmarks.contenders", json.dumps(job)]
+    command = [sys.executable, "-m", "tests.tools.benchmarks.contenders", json.dumps(job)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if memory:  # large blocks are given back to the system at once, which takes time, and shows what is in use
         environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, Trainer
 from lit_isdpo.cli import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.process"])
+CONTEXT.set_forkserver_preload(["tests.tools.faults.process"])
 TIMEOUT = 120  # seconds: a hang is a fault that was not survived
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.symlink", "shutil.rmtree")
 

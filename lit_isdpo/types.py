@@ -112,6 +112,8 @@ class TokenBatch(NamedTuple):
         completion_mask: ``(S, C)`` bool, true at response tokens.
         logit_positions: ``(S, C)`` int64, index into the flattened ``R * T`` positions of the hidden state that
             predicts ``completion_ids``; 0 where masked.
+        completion_index: ``(N,)`` int64, index into the flattened ``S * C`` places of the N response tokens. It is made
+            on the host: to index with a mask on a GPU would make the host wait for the GPU.
         segment_ids: ``(R, T)`` int64 where rows hold pairs: ``3 d`` at the prompt of the row's pair number d,
             ``3 d + 1`` at its chosen and ``3 d + 2`` at its rejected response, -1 at padding. ``None`` in the plain
             layout.
@@ -125,12 +127,21 @@ class TokenBatch(NamedTuple):
     completion_ids: Tensor
     completion_mask: Tensor
     logit_positions: Tensor
+    completion_index: Tensor
     segment_ids: Tensor | None = None
     num_prompt_positions: int = 0
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The batch on a device."""
         return TokenBatch(*(field.to(device) if isinstance(field, Tensor) else field for field in self))  # type: ignore[arg-type]
+
+    def at_completions(self, values: Tensor) -> Tensor:
+        """The values at the N response tokens, ``(S, C) -> (N,)``, sequence by sequence."""
+        return values.take(self.completion_index)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The values of the N response tokens in their places, ``(N,) -> (S, C)``; 0 where masked."""
+        return values.new_zeros(self.completion_mask.shape).put(self.completion_index, values)
 
 
 class PreferenceBatch(NamedTuple):
@@ -142,7 +153,8 @@ class PreferenceBatch(NamedTuple):
         pair_weights: ``(B,)`` float32, the data's own factor of each pair's loss, at least 0; 1 where it has none.
         margins: ``(B,)`` float32, what the pair's scaled preference must exceed; 0 where the data has none.
         row_ids: ``(B,)`` int64, the pair's line in its table; -1 marks a pair that only fills up the last batch of an
-            evaluation and must not be counted.
+            evaluation.
+        num_counted: how many pairs count: the first ones. The others, if any, only fill up the batch.
     """
 
     tokens: TokenBatch
@@ -150,13 +162,15 @@ class PreferenceBatch(NamedTuple):
     pair_weights: Tensor
     margins: Tensor
     row_ids: Tensor
+    num_counted: int
 
 
 class SFTBatch(NamedTuple):
-    """S demonstrations. ``row_ids`` as in :class:`PreferenceBatch`."""
+    """S demonstrations. ``row_ids`` and ``num_counted`` as in :class:`PreferenceBatch`."""
 
     tokens: TokenBatch
     row_ids: Tensor
+    num_counted: int
 
 
 class PromptBatch(NamedTuple):

@@ -69,7 +69,15 @@ def collate_completions(
         first = row * length + start - 1
         logit_positions[row, : len(completion)] = torch.arange(first, first + len(completion))
     position_ids = torch.arange(length).expand(num_rows, length).contiguous()
-    return TokenBatch(input_ids, attention_mask, position_ids, completion_ids, completion_mask, logit_positions)
+    return TokenBatch(
+        input_ids,
+        attention_mask,
+        position_ids,
+        completion_ids,
+        completion_mask,
+        logit_positions,
+        _places(completion_mask),
+    )
 
 
 def collate_shared(
@@ -128,6 +136,7 @@ def collate_shared(
         completion_ids,
         completion_mask,
         logit_positions,
+        _places(completion_mask),
         segment_ids,
         num_prompt_positions=min(len(pairs[row[0]].prompt_ids) for row in rows),
     )
@@ -192,7 +201,9 @@ def collate_pairs(
     behavior_logps = torch.tensor([math.nan if logps is None else logps for logps in behavior])
     pair_weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
     margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32)
-    return PreferenceBatch(tokens, behavior_logps, pair_weights, margins, torch.tensor(row_ids))
+    return PreferenceBatch(
+        tokens, behavior_logps, pair_weights, margins, torch.tensor(row_ids), num_counted=_num_counted(row_ids)
+    )
 
 
 def collate_examples(examples: Sequence[TokenizedExample], row_ids: Sequence[int], *, pad_token_id: int) -> SFTBatch:
@@ -202,7 +213,19 @@ def collate_examples(examples: Sequence[TokenizedExample], row_ids: Sequence[int
         [example.completion_ids for example in examples],
         pad_token_id=pad_token_id,
     )
-    return SFTBatch(tokens, torch.tensor(row_ids))
+    return SFTBatch(tokens, torch.tensor(row_ids), num_counted=_num_counted(row_ids))
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """Index of the true elements in the flattened mask."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def _num_counted(row_ids: Sequence[int]) -> int:
+    """How many rows come before those that only fill up the batch."""
+    number = sum(row_id >= 0 for row_id in row_ids)
+    assert all(row_id < 0 for row_id in row_ids[number:]), "what fills up a batch stands at its end"
+    return number
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptBatch:

@@ -46,10 +46,9 @@ def sampled_kl(
         with reference.scoring() as model:
             ref_logits = model.completion_logits(tokens)  # (N, V)
         logps, ref_logps = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
-        targets = tokens.completion_ids[tokens.completion_mask][:, None]  # (N, 1)
+        targets = tokens.at_completions(tokens.completion_ids)[:, None]  # (N, 1)
         token_logratios = (logps.gather(1, targets) - ref_logps.gather(1, targets))[:, 0]
-        per_token = torch.zeros_like(tokens.completion_mask, dtype=torch.float32)
-        logratios = per_token.masked_scatter(tokens.completion_mask, token_logratios).sum(dim=1)
+        logratios = tokens.spread(token_logratios).sum(dim=1)
         estimates = kl_values(logratios, token_kl(logps, ref_logps), tokens.completion_mask)
         values.append(torch.stack(estimates, dim=1).cpu())
     return torch.cat(values)

@@ -254,10 +254,9 @@ def sampled_logps(
         if plain:
             logps += policy(tokens).logps.tolist()
         else:
-            targets = tokens.completion_ids[tokens.completion_mask]
+            targets = tokens.at_completions(tokens.completion_ids)
             values = nucleus_logps(policy.completion_logits(tokens), targets, temperature=temperature, top_p=top_p)
-            per_token = torch.zeros_like(tokens.completion_mask, dtype=torch.float32)
-            logps += per_token.masked_scatter(tokens.completion_mask, values).sum(dim=1).tolist()
+            logps += tokens.spread(values).sum(dim=1).tolist()
         start = rows.stop
     return logps
 

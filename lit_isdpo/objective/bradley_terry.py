@@ -38,16 +38,16 @@ class RewardMetrics(RowMeans):
 
     KEYS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "rewards/mean")
 
-    def update(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, counted: Tensor) -> None:
-        """Adds B pairs.
+    def update(self, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, num_counted: int) -> None:
+        """Adds the first ``num_counted`` of B pairs; the others only fill up a batch.
 
         Args:
             losses: ``(B,)`` with the data's own weights.
             chosen_rewards: ``(B,)``.
             rejected_rewards: ``(B,)``.
-            counted: ``(B,)`` bool, false at pairs that only fill up a batch.
+            num_counted: between 0 and B.
         """
         chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
         ahead = (chosen > rejected).float() + (chosen == rejected).float() / 2
         columns = [losses.detach(), chosen, rejected, ahead, chosen - rejected, (chosen + rejected) / 2]
-        self.add(columns, counted)
+        self.add(columns, num_counted)

@@ -66,7 +66,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def completion_hidden_states(hidden_states: Tensor, tokens: TokenBatch) -> Tensor:
     """Picks the hidden states that predict completion tokens: ``(R, T, H) -> (N, H)``, sequence by sequence."""
-    return hidden_states.flatten(0, 1)[tokens.logit_positions[tokens.completion_mask]]
+    return hidden_states.flatten(0, 1).index_select(0, tokens.at_completions(tokens.logit_positions))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -182,15 +182,9 @@ def sequence_logps(
         Sums and per-token values in nats, fp32, with the gradient of ``hidden_states`` and of the head.
     """
     hidden = completion_hidden_states(hidden_states, tokens)  # (N, H)
-    targets = tokens.completion_ids[tokens.completion_mask]  # (N,)
+    targets = tokens.at_completions(tokens.completion_ids)  # (N,)
     logps, log_collisions = token_logps(hidden, targets, head, chunk_size=chunk_size, collisions=alignment)
-    per_token = _per_token(logps, tokens)
+    per_token = tokens.spread(logps)
     num_tokens = tokens.completion_mask.sum(dim=1)
-    aligned = per_token.detach() - _per_token(log_collisions, tokens)
+    aligned = per_token.detach() - tokens.spread(log_collisions)
     return SequenceLogps(per_token.sum(dim=1), num_tokens, per_token, aligned.sum(dim=1) / num_tokens)
-
-
-def _per_token(values: Tensor, tokens: TokenBatch) -> Tensor:
-    """Values of the N completion tokens in their places, ``(N,) -> (S, C)``, 0 where masked."""
-    zeros = values.new_zeros(tokens.completion_mask.shape)
-    return zeros.masked_scatter(tokens.completion_mask, values)

@@ -67,10 +67,10 @@ class RowMeans(Metric):
         self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_rows", torch.tensor(0), dist_reduce_fx="sum")
 
-    def add(self, columns: list[Tensor], counted: Tensor) -> None:
-        """Adds B rows: a ``(B,)`` column a key, and ``(B,)`` bool, false at rows that only fill up a batch."""
-        self.sums += torch.stack(columns, dim=1)[counted].double().sum(dim=0)
-        self.num_rows += counted.sum()
+    def add(self, columns: list[Tensor], num_counted: int) -> None:
+        """Adds the first ``num_counted`` of B rows, a ``(B,)`` column a key; the others only fill up a batch."""
+        self.sums += torch.stack(columns, dim=1)[:num_counted].double().sum(dim=0)
+        self.num_rows += num_counted
 
     def compute(self) -> dict[str, Tensor]:
         """The log keys without their stage prefix."""
@@ -101,14 +101,14 @@ class PairMetrics(RowMeans):
         self.add_state("max_log_weight", torch.tensor(-math.inf), dist_reduce_fx="max")
         self.add_state("recent", [], dist_reduce_fx="cat")  # a list: ranks may hold different numbers of pairs
 
-    def update(self, losses: Tensor, pairs: PairLogps, weights: PairWeights, counted: Tensor) -> None:
-        """Adds B pairs.
+    def update(self, losses: Tensor, pairs: PairLogps, weights: PairWeights, num_counted: int) -> None:
+        """Adds the first ``num_counted`` of B pairs; the others only fill up a batch.
 
         Args:
             losses: ``(B,)`` weighted losses, the auxiliary term included.
             pairs: log-probs of the B pairs.
             weights: their weights.
-            counted: ``(B,)`` bool, false at pairs that only fill up a batch.
+            num_counted: between 0 and B.
         """
         pairs = pairs.detach()
         chosen, rejected = self.loss.rewards(pairs)
@@ -127,9 +127,9 @@ class PairMetrics(RowMeans):
             weights.weights,
             weights.clipped,
         ]
-        self.add(columns, counted)
-        log_weights = weights.log_weights[counted]
-        if log_weights.numel():
+        self.add(columns, num_counted)
+        log_weights = weights.log_weights[:num_counted]
+        if num_counted:
             self.max_log_weight = torch.maximum(self.max_log_weight, log_weights.max())
         recent = torch.cat([*self.recent, log_weights])
         self.recent = [recent if self.window is None else recent[-self.window :]]

@@ -234,14 +234,14 @@ class RolloutMetrics(RowMeans):
         "finished_fraction",
     )
 
-    def update(self, losses: Tensor, rollouts: Rollouts, finished: Tensor, counted: Tensor) -> None:
-        """Adds P prompts, with K responses (at least 2) to each.
+    def update(self, losses: Tensor, rollouts: Rollouts, finished: Tensor, num_counted: int) -> None:
+        """Adds the first ``num_counted`` of P prompts, with K responses (at least 2) to each.
 
         Args:
             losses: ``(P,)``.
             rollouts: of the P prompts.
             finished: ``(P, K)`` bool, true at responses that end with EOS.
-            counted: ``(P,)`` bool, false at prompts that only fill up a batch.
+            num_counted: between 0 and P; the other prompts only fill up a batch.
         """
         columns = [  # torchmetrics keeps no gradient of an update
             losses,
@@ -253,7 +253,7 @@ class RolloutMetrics(RowMeans):
             rollouts.num_tokens.float().mean(dim=1),
             finished.float().mean(dim=1),
         ]
-        self.add(columns, counted)
+        self.add(columns, num_counted)
 
 
 def _score_function(returns: Tensor, logps: Tensor) -> Tensor:

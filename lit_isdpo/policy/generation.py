@@ -1,7 +1,7 @@
 """Responses sampled from a language model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -27,13 +27,16 @@ def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: 
 
 
 @contextmanager
-def _head_in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Gives logits of fp32 sums, as those that are scored: bfloat16's 8 bits are a few hundredths of a nat a token."""
+def _head_as_scored(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
+    """Samples from the logits that are scored: bfloat16's 8 bits are a few hundredths of a nat per token."""
+    if model.dtype == compute_dtype == torch.float32:  # the model's own are the same
+        yield
+        return
 
     def once_more(head: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         with torch.autocast(output.device.type, enabled=False):
             hidden_states = arguments[0]
-            logits = Head(head.weight, head.bias, dtype=torch.bfloat16).logits(hidden_states.flatten(0, -2))
+            logits = Head(head.weight, head.bias, dtype=compute_dtype).logits(hidden_states.flatten(0, -2))
             shaped: Tensor = logits.unflatten(0, hidden_states.shape[:-1])
             return shaped
 
@@ -96,8 +99,7 @@ def sample_responses(
     own_config, model.generation_config = model.generation_config, config
     try:
         numerics = autocast(device, compute_dtype, keep_weights=True)
-        head = _head_in_fp32(model) if compute_dtype == torch.bfloat16 else nullcontext()
-        with torch.random.fork_rng(devices), numerics, eagerly(model), head:
+        with torch.random.fork_rng(devices), numerics, eagerly(model), _head_as_scored(model, compute_dtype):
             torch.manual_seed(seed)
             output = (generate or cast(Any, model.generate))(
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config

@@ -63,8 +63,8 @@ class LogProbModel(nn.Module):
 
     @torch.no_grad()
     def completion_logits(self, tokens: TokenBatch) -> Tensor:
-        """Full fp32 logits of the N completion tokens, ``(N, V)``, for measures of whole distributions. Mind N * V."""
-        return self.head(completion_hidden_states(self.decode(tokens), tokens))
+        """Full fp32 logits of the N completion tokens, ``(N, V)``, in the numerics of ``forward``. Mind N * V."""
+        return self.head.logits(completion_hidden_states(self.decode(tokens), tokens))
 
     def generate(self, **arguments: Any) -> Tensor:
         """As transformers' own, in here, so that what wraps this module sees it begin and end."""
@@ -103,17 +103,18 @@ class LogProbModel(nn.Module):
     def decode(self, tokens: TokenBatch) -> Tensor:
         """Last hidden states, ``(R, T, H)``."""
         length = tokens.input_ids.shape[1]
-        mask: Any = tokens.attention_mask
+        layout: dict[str, Any] = {}
+        # Plain rows are padded on the right, where no token before sees it: the model's own causal attention is enough.
+        # With a mask, transformers would look on the host whether it hides anything, and attend without fast kernels.
         if tokens.segment_ids is not None:
             config = self.model.config.get_text_config()
             if config._attn_implementation == "flex_attention":
                 tokens = _pad(tokens, -length % FLEX_BLOCK)
-            mask = attention_masks(tokens, config)
+            layout = {"attention_mask": attention_masks(tokens, config), "position_ids": tokens.position_ids}
         with autocast(tokens.input_ids.device, self.compute_dtype):
             output = self.model.base_model(
                 input_ids=tokens.input_ids,
-                attention_mask=mask,
-                position_ids=tokens.position_ids,
+                **layout,
                 use_cache=False,  # the default changes results where positions restart
             )
         return cast(Tensor, output.last_hidden_state)[:, :length]
@@ -150,6 +151,7 @@ class LogProbModel(nn.Module):
             completion_ids=torch.empty(0, device=device),
             completion_mask=torch.empty(0, device=device),
             logit_positions=torch.empty(0, device=device),
+            completion_index=torch.empty(0, device=device),
             segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device),
         )
         plain = torch.tensor([[*prompt, *rejected]], device=device)

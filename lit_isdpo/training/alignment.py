@@ -208,7 +208,7 @@ class AlignmentModule(PolicyModule):
     def _update(self, metrics: PairMetrics, pairs: PairLogps, batch: PreferenceBatch) -> Tensor:
         weights = self.weighting(pairs)
         losses = self._losses(pairs, weights, batch)
-        metrics.update(losses, pairs, weights, batch.row_ids >= 0)
+        metrics.update(losses, pairs, weights, batch.num_counted)
         return losses
 
     def _losses(self, pairs: PairLogps, weights: PairWeights, batch: PreferenceBatch) -> Tensor:

@@ -47,10 +47,7 @@ class CostRecorder(TorchDispatchMode):
 
     It is entered inside a ``FakeTensorMode``, whose tensors have storages without memory. What a kernel allocates for
     itself is not seen. Where a program asks for values, of which there are none, it is told what makes it go on: a
-    number is 1, a truth is false.
-
-    Args:
-        num_true: for the boolean tensors that others are indexed with: how many of their elements are true.
+    number is 1, a truth is false, and where a mask picks elements, it picks all.
 
     Attributes:
         peak: bytes by kind at the moment of the largest sum since ``reset_peak``.
@@ -58,9 +55,8 @@ class CostRecorder(TorchDispatchMode):
         traffic: bytes that this rank has sent to others so far, in collectives of model and gradients.
     """
 
-    def __init__(self, num_true: Iterable[tuple[Tensor, int]] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._num_true = list(num_true)
         self._kinds: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._live: Counter[str] = Counter()
@@ -106,7 +102,7 @@ class CostRecorder(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
         if func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
             tensor, (mask,) = args[:2]
-            result = tensor.new_empty((self._count(mask), *tensor.shape[mask.ndim :]))
+            result = tensor.new_empty((mask.numel(), *tensor.shape[mask.ndim :]))
         else:
             result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _FLOPS:
@@ -118,9 +114,6 @@ class CostRecorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())
         return result
-
-    def _count(self, mask: Tensor) -> int:
-        return next((number for known, number in self._num_true if known is mask), mask.numel())
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -206,6 +206,12 @@ class LanguageModule(LightningModule, ABC):
         """The trainer's processes."""
         return all_ranks() if self.trainer.world_size > 1 else Ranks()
 
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether Lightning writes what this optimizer step logs."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(every > 0 and (self.trainer.global_step + 1) % every == 0)
+
     def log_step(self) -> None:
         """Puts a validation inside a fit at the number of optimizer steps taken; Lightning would put it one before."""
         if self.trainer.state.fn == TrainerFn.FITTING:

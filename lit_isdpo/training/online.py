@@ -139,7 +139,7 @@ class OnlineModule(AlignmentModule):
             largest = rollouts.logratios.detach().abs().amax(dim=1)
             check_first_step(largest, rollouts.num_tokens.amax(dim=1), numerics, batch.row_ids, self.trainer)
         losses = batch.pair_weights * self.objective(rollouts)
-        self.train_metrics.update(losses, rollouts, sampled.finished.to(losses.device), batch.row_ids >= 0)
+        self.train_metrics.update(losses, rollouts, sampled.finished.to(losses.device), batch.num_counted)
         self.guard.add(losses, batch.row_ids)
         return losses.mean()
 
@@ -152,8 +152,6 @@ class OnlineModule(AlignmentModule):
         values: dict[str, Tensor] = self.train_metrics.compute()
         self.train_metrics.reset()
         self.log_dict({f"train/{key}": value for key, value in values.items()})
-        for short, key in (("loss", "loss"), ("reward", "reward/mean"), ("kl", "kl/k1")):
-            self.log(short, values[key], prog_bar=True, logger=False)
 
     def forget_window(self) -> None:
         """Empties the sums."""

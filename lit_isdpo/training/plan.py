@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
 
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.loading import DTYPES
@@ -99,8 +100,8 @@ def make_plan(
                 sharding.shard(model)
         batch = _longest_batch(module, datamodule, rows, lengths)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        batch, masks = _without_values(batch, fake)
-        recorder = CostRecorder(masks)
+        batch = _without_values(batch, fake)
+        recorder = CostRecorder()
         with fake, recorder:
             forward, backward, traffic = _record_step(module, batch, recorder, micro_batches, trainer)
     memory = Counter({kind: size for kind, size in recorder.peak.items() if size})
@@ -191,13 +192,9 @@ def _longest_batch(module: LanguageModule, datamodule: TextDataModule, rows: int
     return collate(table.__getitems__(longest.tolist()))
 
 
-def _without_values(batch: PreferenceBatch | SFTBatch, fake: FakeTensorMode) -> tuple[Any, list[tuple[Tensor, int]]]:
-    """The batch as fake tensors, with how many tokens its completions have."""
-    number = int(batch.tokens.completion_mask.sum())
-    fields = [fake.from_tensor(field) if isinstance(field, Tensor) else field for field in batch.tokens]
-    tokens = type(batch.tokens)(*fields)  # type: ignore[arg-type]
-    others: Any = {name: fake.from_tensor(getattr(batch, name)) for name in batch._fields if name != "tokens"}
-    return type(batch)(tokens=tokens, **others), [(tokens.completion_mask, number)]
+def _without_values(batch: PreferenceBatch | SFTBatch, fake: FakeTensorMode) -> Any:
+    """The batch as fake tensors."""
+    return tree_map_only(Tensor, fake.from_tensor, batch)
 
 
 def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Lengths) -> None:

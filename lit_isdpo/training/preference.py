@@ -97,7 +97,8 @@ class PreferenceModule(AlignmentModule):
         self.samples = on_policy_kl is not None
         self.ess_window = ess_window
         self.train_metrics = PairMetrics(loss, unknown=self.unmeasured, window=ess_window)
-        self._recent_log_weights: list[Tensor] = []  # as of the last optimizer step
+        self._last_values: dict[str, Tensor] = {}  # of the last optimizer step
+        self._recent_log_weights: list[Tensor] = []  # likewise
         self._ess_before_resume: Tensor | None = None
         self._sampled_kl: list[Tensor] = []  # of the micro-batches since then
 
@@ -163,19 +164,23 @@ class PreferenceModule(AlignmentModule):
             kl = on_policy_kl(score_rollouts(self.policy, self.reference, sampled, self.pad_token_id))
             self._sampled_kl.append(kl.detach().mean())
             losses = losses + batch.pair_weights * config.weight * kl
-        self.train_metrics.update(losses, pairs, weights, batch.row_ids >= 0)
+        self.train_metrics.update(losses, pairs, weights, batch.num_counted)
         self.guard.add(losses, batch.row_ids)
         return losses.mean()
 
     def log_window(self) -> None:
         """Logs the accumulation window once, as a whole."""
-        values = self._log_pairs("train", self.train_metrics)
-        for short, key in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("weight", "weights/mean")):
-            self.log(short, values[key], prog_bar=True, logger=False)
+        values = self._last_values = self._log_pairs("train", self.train_metrics)
         if self._sampled_kl:
             self.log("train/kl/k1", torch.stack(self._sampled_kl).mean(), sync_dist=True)
             self._sampled_kl = []
-        warn_of_vanishing_weights(self.weighting, values)
+        if self.logs_this_step:  # to look at values makes the host wait for a GPU
+            warn_of_vanishing_weights(self.weighting, values)
+
+    def on_train_end(self) -> None:
+        """Looks at the last step's weights, which may not have been logged."""
+        if self._last_values:
+            warn_of_vanishing_weights(self.weighting, self._last_values)
 
     def forget_window(self) -> None:
         """Leaves its pairs out of the effective sample size too."""

@@ -1,6 +1,7 @@
 """What a run leaves behind, and what it says when it ends."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,15 @@ ROWS = (
     ("exact mass on the data's support", "exact/support_mass", "{:.3f}"),
 )
 """Label, log key and format of the table's rows; a key that a run does not log has no row."""
+BEHIND_BAR = {
+    "loss": "train/loss",
+    "accuracy": "train/rewards/accuracies",
+    "weight": "train/weights/mean",
+    "reward": "train/reward/mean",
+    "kl": "train/kl/k1",
+}
+"""Name behind the progress bar, and log key; a key that a run does not log is not there."""
+SECONDS_BETWEEN_VALUES = 0.5
 SHOWN = ("beta", "epsilon")  # beside method, learning rate and seed
 WRITTEN = ("row_id", "prompt", "response", "finished")  # of a prediction, whose first fields they are
 
@@ -136,15 +146,33 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar without the run's number, which the folder tells."""
+    """Lightning's bar, with values of the last optimizer step.
+
+    Values that are logged with ``prog_bar=True`` are read on the host after every micro-batch, bar or no bar, and the
+    host waits for a GPU each time. Here they are read twice per second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, int | str | float | dict[str, float]] = {}
+        self._read_at = -math.inf
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """What stands behind the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        if monotonic() - self._read_at > SECONDS_BETWEEN_VALUES:
+            self._shown = super().get_metrics(trainer, pl_module)
+            self._shown.pop("v_num", None)  # the folder tells it
+            known = trainer.callback_metrics
+            self._shown |= {name: known[key].item() for name, key in BEHIND_BAR.items() if key in known}
+            self._read_at = monotonic()
+        return self._shown
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the epoch's last values behind the bar."""
+        self._read_at = -math.inf
+        super().on_train_epoch_end(trainer, pl_module)
 
 
 def write_model_folder(module: LanguageModule, folder: Path) -> None:

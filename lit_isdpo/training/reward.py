@@ -136,9 +136,7 @@ class RewardModule(LanguageModule):
 
     def log_window(self) -> None:
         """Logs the accumulation window once, as a whole."""
-        values = self._log("train", self.train_metrics)
-        self.log("loss", values["loss"], prog_bar=True, logger=False)
-        self.log("accuracy", values["rewards/accuracies"], prog_bar=True, logger=False)
+        self._log("train", self.train_metrics)
 
     def forget_window(self) -> None:
         """Empties the sums."""
@@ -158,7 +156,7 @@ class RewardModule(LanguageModule):
     def _update(self, metrics: RewardMetrics, batch: PreferenceBatch) -> Tensor:
         """Weighted losses of the batch, ``(B,)``, which are added to the sums."""
         losses, chosen, rejected = self._losses(batch)
-        metrics.update(losses, chosen, rejected, batch.row_ids >= 0)
+        metrics.update(losses, chosen, rejected, batch.num_counted)
         return losses
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -217,6 +217,7 @@ def imitate_rollouts(
         completion_ids=of_responses,
         completion_mask=torch.ones_like(of_responses, dtype=torch.bool),
         logit_positions=of_responses,
+        completion_index=torch.arange(of_responses.numel(), device=ids.device),
     )
     shape = (-1, config.num_responses)
     with torch.no_grad(), reference.scoring() as model:

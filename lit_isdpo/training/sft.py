@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_isdpo.policy.sharding import own_part
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.types import SequenceLogps, SFTBatch
 
@@ -24,11 +25,11 @@ class TokenLoss(Metric):
         self.add_state("num_tokens", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_sequences", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, logps: SequenceLogps, counted: Tensor) -> None:
-        """Adds S completions; ``counted`` ``(S,)`` is false at rows that only fill up a batch."""
-        self.nll -= logps.logps.detach()[counted].double().sum()
-        self.num_tokens += logps.num_tokens[counted].sum()
-        self.num_sequences += counted.sum()
+    def update(self, logps: SequenceLogps, num_counted: int) -> None:
+        """Adds the first ``num_counted`` of S completions; the others only fill up a batch."""
+        self.nll -= logps.logps.detach()[:num_counted].double().sum()
+        self.num_tokens += logps.num_tokens[:num_counted].sum()
+        self.num_sequences += num_counted
 
     def compute(self) -> dict[str, Tensor]:
         """``loss`` in nats a token, ``logps/completion`` in nats a completion, and the number of tokens."""
@@ -59,7 +60,7 @@ class SFTModule(PolicyModule):
         The mean over the tokens of a global batch is not the mean of its micro-batches' means: they differ in length.
         """
         logps: SequenceLogps = self.policy(batch.tokens)
-        self.train_metrics.update(logps, batch.row_ids >= 0)
+        self.train_metrics.update(logps, batch.num_counted)
         self.guard.add(logps.logps, batch.row_ids)
         return -logps.logps.sum()
 
@@ -71,13 +72,13 @@ class SFTModule(PolicyModule):
     def log_window(self) -> None:
         """Turns the gradient of the window's sum into that of its mean over tokens, and logs the window."""
         values = self.train_metrics.compute()
-        num_tokens = int(values.pop("num_tokens"))
+        gradients = [own_part(p.grad) for p in self.policy.parameters() if p.grad is not None]
         # Lightning divided each micro-batch's loss by the number of micro-batches, DDP the gradient by that of ranks.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / num_tokens
-        torch._foreach_mul_([p.grad for p in self.policy.parameters() if p.grad is not None], scale)
+        # The scale stays on the device: to read it would make the host wait for all of the step.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / values.pop("num_tokens").double()
+        torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
         self.train_metrics.reset()
         self.log_dict({f"train/{key}": value for key, value in values.items()})
-        self.log("loss", values["loss"], prog_bar=True, logger=False)
 
     def forget_window(self) -> None:
         """Empties the sums."""
@@ -85,11 +86,11 @@ class SFTModule(PolicyModule):
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the validation."""
-        self.val_metrics.update(self.policy(batch.tokens), batch.row_ids >= 0)
+        self.val_metrics.update(self.policy(batch.tokens), batch.num_counted)
 
     def test_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Adds a batch to the sums of the test."""
-        self.test_metrics.update(self.policy(batch.tokens), batch.row_ids >= 0)
+        self.test_metrics.update(self.policy(batch.tokens), batch.num_counted)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation set's values."""

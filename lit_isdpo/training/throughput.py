@@ -1,7 +1,8 @@
 """How fast a fit is, and how near to what the machine could do."""
 
 import resource
-import sys
+from contextlib import suppress
+from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -28,9 +29,9 @@ class Throughput(Callback):
     unique ones: a pair's prompt counts once, however often it is computed, and padding does not. ``mfu`` is the share
     of the device's matrix-product rate, measured at the start, that goes into useful work: the policy's forward and
     backward and a live reference's forward on those tokens, attention included, recomputation not. The padding
-    fraction is that of the positions that are computed. The peak memory is the device's, or on the CPU that of the
-    process. Where the policy samples in training, a pair is a prompt, and of the rates that alone is logged: most of
-    the time goes into tokens that no batch holds.
+    fraction is that of the positions that are computed. The peak memory is the largest since the last log, validations
+    between included: allocated on a GPU, resident of the process on a CPU. Where the policy samples in training, a pair
+    is a prompt, and of the rates that alone is logged: most of the time goes into tokens that no batch holds.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Throughput(Callback):
         """Measures the device."""
         assert isinstance(pl_module, LanguageModule)
         self._peak_flops = matmul_rate(pl_module.device, DTYPES[pl_module.source.compute_dtype])
+        reset_peak_memory(pl_module.device)  # the measurement's own products are forgotten
         self._counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -77,6 +79,7 @@ class Throughput(Callback):
             if pl_module.samples:
                 values = {key: values[key] for key in ("perf/pairs_per_second", "perf/peak_memory_gib")}
             pl_module.log_dict({key: value.float() for key, value in values.items()})
+            reset_peak_memory(pl_module.device)
             self._counts.zero_()
             self._seconds = 0.0
 
@@ -96,10 +99,10 @@ def count_work(batch: PreferenceBatch | SFTBatch) -> Tensor:
     completions = tokens.completion_mask.sum(dim=1).double()  # (S,) lengths
     distinct = prompts[: batch.row_ids.numel()]  # the two responses of a pair have the same prompt
     values = [
-        torch.tensor(batch.row_ids.numel(), device=device),
+        torch.full((), batch.row_ids.numel(), device=device),  # torch.tensor would copy it from the host, and wait
         distinct.sum() + completions.sum(),
         tokens.attention_mask.sum(),
-        torch.tensor(tokens.attention_mask.numel(), device=device),
+        torch.full((), tokens.attention_mask.numel(), device=device),
         completions.sum(),
         distinct.square().sum() / 2 + (completions * prompts + completions.square() / 2).sum(),
     ]
@@ -133,12 +136,26 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         start = perf_counter()
         (a @ a).sum().item()
         best = max(best, 2 * size**3 / (perf_counter() - start))
+    if device.type == "cuda":
+        del a
+        torch.cuda.empty_cache()  # half a GiB that training would find cut to the wrong sizes
     return best
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets the peak begin anew. On a CPU only Linux can; elsewhere the peak is that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # no such file, or a container that does not allow it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on a GPU, resident of the process on a CPU."""
+    """Largest memory since ``reset_peak_memory``: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # bytes on macOS

@@ -83,5 +83,5 @@ def test_gradients_of_the_head_are_summed_in_fp32() -> None:
 
 def test_alignment_is_computed_where_it_is_asked_for_alone() -> None:
     one = torch.zeros(1, 1, dtype=torch.long)
-    tokens = TokenBatch(one, one >= 0, one, one, one >= 0, one)
+    tokens = TokenBatch(one, one >= 0, one, one, one >= 0, one, one[0])
     assert sequence_logps(torch.ones(1, 1, 2), tokens, Head(torch.eye(2)), chunk_size=1).alignment.isnan().all()

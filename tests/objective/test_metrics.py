@@ -21,10 +21,10 @@ from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
 from tests.conftest import pair_logps
 
 
-def feed(metrics: PairMetrics, pairs: PairLogps, counted: torch.Tensor | None = None) -> None:
+def feed(metrics: PairMetrics, pairs: PairLogps, num_counted: int | None = None) -> None:
     weights = ImportanceWeighting()(pairs)
-    every = torch.ones(len(pairs.chosen_logps), dtype=torch.bool)
-    metrics.update(weights.weights * DPOLoss(0.1)(pairs), pairs, weights, every if counted is None else counted)
+    every = len(pairs.chosen_logps)
+    metrics.update(weights.weights * DPOLoss(0.1)(pairs), pairs, weights, every if num_counted is None else num_counted)
 
 
 def random_pairs(number: int) -> PairLogps:
@@ -72,7 +72,7 @@ def test_without_a_reference_what_is_measured_against_it_is_left_out() -> None:
     """SimPO's own reward is beta times the mean log-prob of a token."""
     pairs = pair_logps(torch.tensor([-4.0]), torch.tensor([-9.0]), ref=(math.nan, math.nan), num_tokens=(4, 3))
     metrics = PairMetrics(SimPOLoss(2.0), unknown=OF_REFERENCE + OF_BEHAVIOR)
-    metrics.update(SimPOLoss(2.0)(pairs), pairs, UniformWeighting()(pairs), torch.ones(1, dtype=torch.bool))
+    metrics.update(SimPOLoss(2.0)(pairs), pairs, UniformWeighting()(pairs), 1)
     values = {key: value.item() for key, value in metrics.compute().items()}
     assert all(map(math.isfinite, values.values()))
     assert (values["rewards/chosen"], values["rewards/rejected"], values["rewards/accuracies"]) == (-2, -6, 1)
@@ -83,7 +83,7 @@ def test_fillers_are_not_counted() -> None:
     whole, filled = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
     pairs = random_pairs(10)
     feed(whole, PairLogps(*(field[:7] for field in pairs)))
-    feed(filled, pairs, torch.arange(10) < 7)
+    feed(filled, pairs, 7)
     torch.testing.assert_close(filled.compute(), whole.compute())
 
 
@@ -152,7 +152,7 @@ def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> 
     for number, metrics in enumerate((rank, rank, other)):
         pairs = pair_logps(torch.full((4,), -number / 2, requires_grad=True), torch.zeros(4, requires_grad=True))
         losses = torch.tensor([2.0**24 if number == 0 else 1.0, 1.0, 1.0, 1.0], requires_grad=True)
-        metrics.update(losses, pairs, ImportanceWeighting()(pairs), torch.ones(4, dtype=torch.bool))
+        metrics.update(losses, pairs, ImportanceWeighting()(pairs), 4)
     assert not rank.sums.requires_grad
     assert other.max_log_weight == -1
     other.merge_state(rank)
@@ -169,7 +169,7 @@ def test_a_batch_of_fillers_alone_adds_nothing() -> None:
     metrics = PairMetrics(DPOLoss(0.1))
     feed(metrics, random_pairs(3))
     before = metrics.compute()
-    feed(metrics, random_pairs(5), torch.zeros(5, dtype=torch.bool))
+    feed(metrics, random_pairs(5), 0)
     assert metrics.compute() == before
 
 

@@ -370,18 +370,17 @@ def test_beta_out_of_range_is_refused(objective: Callable[[float], OnPolicyObjec
 
 
 def test_metrics_against_numpy() -> None:
-    """Five prompts in updates of three and two, one of each not counted; the second prompt's rewards are equal."""
+    """Five prompts in updates of three and two, the last of each not counted; the second prompt's rewards are equal."""
     rollouts = random_rollouts(prompts=5)
     rewards = rollouts.rewards.clone()
     rewards[1] = 0.5
     rollouts = rollouts._replace(rewards=rewards)
     losses = RLOOObjective()(rollouts)
     finished = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)) < 0.6
-    counted = torch.tensor([True, True, False, False, True])
     metrics = RolloutMetrics()
-    for part in (slice(0, 3), slice(3, 5)):
-        metrics.update(losses[part], Rollouts(*(field[part] for field in rollouts)), finished[part], counted[part])
-    kept = [0, 1, 4]
+    for part, num_counted in ((slice(0, 3), 2), (slice(3, 5), 1)):
+        metrics.update(losses[part], Rollouts(*(field[part] for field in rollouts)), finished[part], num_counted)
+    kept = [0, 1, 3]
     logps, ref_logps = (
         field.detach().double().numpy()[kept].sum(axis=2)
         for field in (rollouts.per_token_logps, rollouts.ref_per_token_logps)
@@ -406,16 +405,16 @@ def test_metrics_are_kept_in_float64_without_gradient_and_added_up_over_ranks() 
     """2^24 + 1 is no fp32 number."""
     rank, other = RolloutMetrics(), RolloutMetrics()
     rollouts = random_rollouts(prompts=2)
-    finished, counted = torch.ones(2, 4).bool(), torch.ones(2).bool()
+    finished = torch.ones(2, 4).bool()
     for metrics in (rank, other):
-        metrics.update(torch.tensor([2.0**24, 1.0], requires_grad=True), rollouts, finished, counted)
-        metrics.update(torch.tensor([1.0, 1.0]), rollouts, finished, counted)
+        metrics.update(torch.tensor([2.0**24, 1.0], requires_grad=True), rollouts, finished, 2)
+        metrics.update(torch.tensor([1.0, 1.0]), rollouts, finished, 2)
     other.merge_state(rank)
     assert (other.sums[0].item(), other.num_rows.item()) == (2**25 + 6, 8)
     assert not other.sums.requires_grad
     assert {value.dtype for value in other.compute().values()} == {torch.float32}
     before = rank.compute()
-    rank.update(torch.tensor([math.nan, math.nan]), rollouts, finished, ~counted)
+    rank.update(torch.tensor([math.nan, math.nan]), rollouts, finished, 0)
     assert rank.compute() == before
 
 
@@ -424,5 +423,5 @@ def test_equal_means_equal_to_the_last_digit() -> None:
     metrics = RolloutMetrics()
     rollouts = random_rollouts(prompts=3, number=3)
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.2], [0.1, 0.2, 0.1]])
-    metrics.update(torch.zeros(3), rollouts._replace(rewards=rewards), torch.ones(3, 3).bool(), torch.ones(3).bool())
+    metrics.update(torch.zeros(3), rollouts._replace(rewards=rewards), torch.ones(3, 3).bool(), 3)
     assert metrics.compute()["reward/equal_fraction"].item() == pytest.approx(1 / 3)

@@ -1,5 +1,6 @@
 """Sampled responses: their distribution, their end, their seed."""
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -45,9 +46,16 @@ def test_a_function_of_the_seed_that_leaves_the_global_state(tiny_llama: PreTrai
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_sampled_in_bfloat16_has_the_logits_that_are_scored(tiny_llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_what_is_sampled_in_bfloat16_has_the_logits_that_are_scored(
+    tiny_llama: PreTrainedModel, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> None:
     """Sums of the head are fp32 in both; the model's own would be rounded to 8 bits."""
-    policy = LogProbModel(tiny_llama, compute_dtype=torch.bfloat16)
+    tiny_llama.to(dtype)
+    policy = LogProbModel(tiny_llama, compute_dtype=compute_dtype)
     seen = []
 
     def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
@@ -55,7 +63,7 @@ def test_what_is_sampled_in_bfloat16_has_the_logits_that_are_scored(tiny_llama: 
         return input_ids
 
     prompts = collate_prompts([[1, 5, 7]], pad_token_id=0)
-    options = {"max_new_tokens": 1, "seed": 0, "compute_dtype": torch.bfloat16, **OPTIONS}
+    options = {"max_new_tokens": 1, "seed": 0, "compute_dtype": compute_dtype, **OPTIONS}
     sample_responses(tiny_llama, prompts, generate=generate, **options)
     tokens = collate_completions([[1]], [[5, 7]], pad_token_id=0)
     torch.testing.assert_close(seen[0][0, :2], policy.completion_logits(tokens), atol=1e-5, rtol=1e-5)

@@ -167,3 +167,7 @@ def test_what_cannot_share_says_why(
     config = CONFIG_MAPPING[architecture](**options)
     model = LogProbModel(AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval())
     assert re.search(reason, model.why_not_shared() or "")
+    # Their rows are plain ones, and no mask tells them of the padding on the right.
+    apart = [model(collate_pairs([pair], [0], pad_token_id=0).tokens).logps for pair in PAIRS]
+    together = model(collate_pairs(PAIRS, range(3), pad_token_id=0).tokens).logps
+    torch.testing.assert_close(together, torch.stack(apart, dim=1).flatten(), atol=1e-5, rtol=1e-5)

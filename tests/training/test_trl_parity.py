@@ -29,8 +29,8 @@ from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import load_logprob_model
 from lit_isdpo.types import TokenizedPair
-from tests.tools.benchmarks.workload import ModelSize, Shape, Workload, make_workload
 from tests.conftest import newest_run, read_metrics
+from tests.tools.benchmarks.workload import ModelSize, Shape, Workload, make_workload
 
 BATCH_SIZE = 4
 SIZE = ModelSize(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, vocabulary=500)

@@ -1,4 +1,4 @@
-"""Side by side with TRL: ``python -m tests.tools.benchmarks --output runs/benchmark``, after ``pip install -e ".[bench]"``.
+"""Side by side with TRL: ``python -m tests.tools.benchmarks --output runs/benchmark``, needs the extra ``bench``.
 
 Every measurement is a process of its own; the contenders take turns, so that a machine that slows down slows all of
 them down. What is compared are medians over repeats.

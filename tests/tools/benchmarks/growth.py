@@ -1,4 +1,4 @@
-"""How cost grows with the data and with the length of rows: ``python -m tests.tools.benchmarks.growth --output DIR``."""
+"""How cost grows with data and length of rows: ``python -m tests.tools.benchmarks.growth --output DIR``."""
 
 import json
 import os

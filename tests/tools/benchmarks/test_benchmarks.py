@@ -19,7 +19,9 @@ def test_all_contenders_take_the_same_steps(tmp_path: Path) -> None:
     options = [f"--model.{key}={value}" for key, value in TINY.items()] + ["--model.vocabulary=4096"]
     options += ["--shapes=[hh]", f"--contenders={json.dumps(contenders)}", "--batch_size=4", "--micro_batch_sizes=[2]"]
     options += ["--steps=3", "--repeats=1", f"--output={tmp_path}"]
-    subprocess.run([sys.executable, "-m", "tests.tools.benchmarks", *options], check=True, capture_output=True, timeout=600)
+    subprocess.run(
+        [sys.executable, "-m", "tests.tools.benchmarks", *options], check=True, capture_output=True, timeout=600
+    )
     runs = json.loads((tmp_path / "results.json").read_text())["workloads"]["hh"]["runs"]
     losses = {who: by_micro["2"][0]["losses"] for who, by_micro in runs.items()}
     assert list(losses) == contenders

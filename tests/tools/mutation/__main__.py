@@ -1,4 +1,4 @@
-"""Mutation testing of the objective: ``python -m tests.tools.mutation [losses weights ...] [--every 10]``, a second a mutant.
+"""Mutants of the objective: ``python -m tests.tools.mutation [losses weights ...] [--every 10]``, a second a mutant.
 
 Each mutant is one small mistake in a formula: a sign, an operator, a bound, a number, a comparison, chosen for
 rejected, a call left out (``x.detach()`` becomes ``x``), a keyword left out. A mutant that tests/objective passes with

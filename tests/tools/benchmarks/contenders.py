@@ -2,6 +2,10 @@
 
 Both sides take the same steps: AdamW (fused) at a constant rate, gradients clipped at norm 1, DPO without weights, no
 dropout, no evaluation, no checkpoints on the way, the loss of each step logged.
+
+A job says what is trained and how: see ``__main__.py``. Three keys are for large models: ``in_memory`` draws the
+weights on the device from a seed, the same for both sides, instead of reading them; ``seconds`` ends the run so long
+after its first step, whatever ``steps`` says; ``peft`` trains such an adapter.
 """
 
 import json
@@ -10,16 +14,27 @@ import os
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
 
+from lit_isdpo.policy import logprob_model
+from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from tests.tools.benchmarks.measure import Meter
 from tests.tools.benchmarks.workload import Workload
 
 LEARNING_RATE, BETA, CLIP_NORM = 1e-4, 0.1, 1.0
 RESULT = "RESULT "
+
+
+def drawn(config: PolicyConfig, device: str, *, option: str = "path") -> PreTrainedModel:
+    """A model with random weights that are made where they stay, the same at every call."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        return load_causal_lm(replace(config, init="random", peft=None), option=option)
 
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +53,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             meter.step(model.parameters())
+            control.should_training_stop |= meter.seconds >= job.get("seconds", float("inf"))
 
     bf16 = job["device"] == "cuda"
     config = DPOConfig(
@@ -65,17 +81,29 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         seed=0,
     )
     rows = datasets.load_dataset("json", data_files=workload.ordered, split="train")
-    trainer = DPOTrainer(model=workload.model, args=config, train_dataset=rows, callbacks=[Clock()])
+    models: dict[str, Any] = {"model": workload.model}
+    if job.get("in_memory"):
+        numerics = PolicyConfig(path=workload.model, dtype=job["weights"], attn_implementation=job["trl_attention"])
+        live = not (job["cache"] or job.get("peft"))
+        models = {"model": drawn(numerics, job["device"])}
+        models |= {"ref_model": drawn(numerics, job["device"])} if live else {}
+        config.model_init_kwargs = None  # the model is there
+    if job.get("peft"):
+        from peft import get_peft_config
+
+        models["peft_config"] = get_peft_config({**job["peft"], "task_type": "CAUSAL_LM"})
+    trainer = DPOTrainer(**models, args=config, train_dataset=rows, callbacks=[Clock()])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return meter.result() | {"losses": losses}
 
 
 class Clock(Callback):
-    """Reads the meter after each optimizer step, and keeps its loss."""
+    """Reads the meter after each optimizer step, and keeps its loss; ends the fit after so many seconds."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, seconds: float) -> None:
         self.meter = meter
+        self.seconds = seconds
         self.losses: list[float] = []
 
     def on_train_batch_end(
@@ -85,6 +113,7 @@ class Clock(Callback):
         if trainer.global_step > len(self.meter.times):
             self.meter.step(pl_module.parameters())
             self.losses.append(trainer.logged_metrics["train/loss"].item())
+            trainer.should_stop |= self.meter.seconds >= self.seconds
 
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +121,14 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     from lit_isdpo import cli
 
     workload, meter = Workload(**job["workload"]), Meter(job["device"])
-    clock = Clock(meter)
+    clock = Clock(meter, job.get("seconds", float("inf")))
+    if job.get("in_memory"):
+        logprob_model.load_causal_lm = lambda config, *, option="": drawn(config, job["device"], option=option)
     plain_trainer = cli.IsdpoCLI.instantiate_trainer
 
     def with_clock(self: Any, **kwargs: Any) -> Trainer:
         trainer = plain_trainer(self, **kwargs)
-        trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, clock)  # type: ignore[attr-defined]  # before another lets the peak begin anew
         return trainer
 
     cli.IsdpoCLI.instantiate_trainer = with_clock  # type: ignore[method-assign]
@@ -132,6 +163,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         "probe.num_prompts": 0,
         "checkpoint.monitor": "null",
         **({"model.reference.cache": "true"} if job["cache"] else {}),
+        **({"model.policy.peft": json.dumps(job["peft"])} if job.get("peft") else {}),
         **job["options"],
     }
     cli.main(["fit", *(f"--{key}={value}" for key, value in options.items())])

@@ -1,5 +1,8 @@
 """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681) as a PyTorch Lightning research template."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("lit_isdpo")
+try:
+    __version__ = version("lit_isdpo")
+except PackageNotFoundError:  # run from a folder, and not installed
+    __version__ = "not installed"

@@ -1,6 +1,5 @@
 """What tests share: tiny models and data, and a single-threaded process."""
 
-import csv
 import json
 import signal
 from collections.abc import Iterator
@@ -143,19 +142,3 @@ def pair_logps(
     full = torch.ones_like(chosen)
     others = [value * full for value in (*ref, *behavior, *num_tokens, margin, *alignment)]
     return PairLogps(chosen, rejected, *others)
-
-
-def newest_run(root: Path) -> Path:
-    """The folder of the last run under a root."""
-    return max(root.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
-
-
-def read_metrics(run: Path) -> dict[str, dict[int, float]]:
-    """The run's CSV log: key -> optimizer step -> value."""
-    values: dict[str, dict[int, float]] = {}
-    with (run / "metrics.csv").open(newline="") as lines:
-        for row in csv.DictReader(lines):
-            for key, value in row.items():
-                if value and key not in ("step", "epoch"):
-                    values.setdefault(key, {})[int(row["step"])] = float(value)
-    return values

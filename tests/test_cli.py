@@ -22,7 +22,8 @@ from lit_isdpo.objective.weights import PairWeighting
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.study.plan import Run, Variant, plan_runs
 from lit_isdpo.training.strategy import FSDP2Strategy
-from tests.conftest import read_metrics, tiny_options
+from tests.conftest import tiny_options
+from tests.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
 

@@ -30,9 +30,9 @@ from lit_isdpo.study.plan import Variant, plan_runs
 from lit_isdpo.training.checkpoint_files import EXTRAS, INDEX, StoredCheckpoint
 from lit_isdpo.training.checkpoints import BestCheckpoint
 from lit_isdpo.types import InputError, Message, PreferenceExample
-from tests.conftest import newest_run
 from tests.evaluation.chat_server import ChatServer, Reply
 from tests.ranks import run_on_ranks
+from tests.runs import newest_run
 
 
 class Payload:

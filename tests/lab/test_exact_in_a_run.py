@@ -8,7 +8,7 @@ from lit_isdpo.cli import main
 from lit_isdpo.lab import folder as lab
 from lit_isdpo.lab.designs import Design
 from lit_isdpo.lab.environments import Enumerable
-from tests.conftest import read_metrics
+from tests.runs import read_metrics
 
 KEYS = (
     *("kl", "gold_reward", "feature", "response_length", "finished_fraction"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lit_isdpo.cli import main
-from tests.conftest import read_metrics
+from tests.runs import read_metrics
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "configs" / "experiment"
 pytestmark = [

@@ -8,7 +8,7 @@ import torch
 
 from lit_isdpo.cli import main
 from lit_isdpo.training.trainer import IsdpoTrainer
-from tests.training.test_plan import PeakOfSteps
+from tests.peak import PeakOfSteps
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from lit_isdpo.training.module import BASE_KEY
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.report import write_model_folder
 from lit_isdpo.types import InputError, TokenizedPair
-from tests.conftest import read_metrics
+from tests.runs import read_metrics
 from tests.training.test_invariance import one_rank_is_two
 from tests.training.test_resume import assert_same_end, assert_same_log, checkpoint, fit
 

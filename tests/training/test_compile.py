@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_isdpo.cli import main
-from tests.conftest import read_metrics
+from tests.runs import read_metrics
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lit_isdpo.cli import main
-from tests.conftest import read_metrics
 from tests.ranks import DDP, run_on_ranks
+from tests.runs import read_metrics
 
 STEPS = ["--trainer.max_steps=5", "--trainer.gradient_clip_val=1.0"]
 

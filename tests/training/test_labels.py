@@ -11,8 +11,8 @@ from lit_isdpo.cli import main
 from lit_isdpo.lab.posts import gold_reward, render_prompt, sample_post
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.types import InputError
-from tests.conftest import read_metrics
 from tests.ranks import DDP, run_on_ranks
+from tests.runs import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.conftest import newest_run, read_metrics
 from tests.ranks import DDP, run_on_ranks
+from tests.runs import newest_run, read_metrics
 from tests.training.test_resume import assert_same_end, assert_same_log, checkpoint, fit
 
 NUM_STEPS = 10  # of 4 to an epoch, of two micro-batches each

@@ -30,7 +30,7 @@ from lit_isdpo.training.rollouts import (
     score_rollouts,
 )
 from lit_isdpo.types import InputError, Prompt, Ranks, Response, TokenBatch, TokenizedPair
-from tests.conftest import newest_run, read_metrics
+from tests.runs import newest_run, read_metrics
 from tests.training.test_resume import assert_same_log
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import newest_run, read_metrics
 from tests.ranks import DDP, run_on_ranks
+from tests.runs import newest_run, read_metrics
 from tests.training.test_online import REWARD
 
 STRATEGIES = {"ddp": DDP, "fsdp2": ["--trainer.strategy=fsdp2", "--trainer.devices=2"]}

@@ -19,7 +19,8 @@ from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.module import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError, PreferenceBatch, TokenizedPair
-from tests.conftest import pair_logps, read_metrics
+from tests.conftest import pair_logps
+from tests.runs import read_metrics
 
 PAIRS = [TokenizedPair([1, 5, 7], [6, 2], [8, 9, 2]), TokenizedPair([1], [7, 2], [9, 2])]
 

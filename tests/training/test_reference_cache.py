@@ -21,8 +21,8 @@ from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.training.preference import PreferenceModule
-from tests.conftest import newest_run, read_metrics
 from tests.ranks import DDP, run_on_ranks
+from tests.runs import newest_run, read_metrics
 
 STEPS = ["--trainer.max_steps=4", "--data.batch_size=8", "--data.micro_batch_size=4"]
 CACHE = ["--model.reference.cache=true"]

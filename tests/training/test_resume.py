@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoints import _put_in_place
-from tests.conftest import newest_run, read_metrics
+from tests.runs import newest_run, read_metrics
 
 NUM_STEPS = 10  # of 4 to an epoch
 

@@ -12,7 +12,7 @@ from lit_isdpo.cli import main
 from lit_isdpo.evaluation.rewards import RewardModel
 from lit_isdpo.training.export import load_policy
 from lit_isdpo.types import InputError
-from tests.conftest import read_metrics
+from tests.runs import read_metrics
 from tests.training.test_invariance import assert_alike, end_of, one_rank_is_two
 from tests.training.test_resume import assert_same_log
 

@@ -17,9 +17,9 @@ from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.module import WEIGHTS_PREFIX
 from lit_isdpo.training.strategy import FSDP2Strategy
-from tests.conftest import newest_run, read_metrics
 from tests.kept import KEPT, keeping
 from tests.ranks import DDP, run_on_ranks
+from tests.runs import newest_run, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp_to_torch_save's
 NUM_STEPS = 6  # of 4 to an epoch

@@ -29,7 +29,7 @@ from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import load_logprob_model
 from lit_isdpo.types import TokenizedPair
-from tests.conftest import newest_run, read_metrics
+from tests.runs import newest_run, read_metrics
 from tests.tools.benchmarks.workload import ModelSize, Shape, Workload, make_workload
 
 BATCH_SIZE = 4

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from lit_isdpo.cli import main
-from tests.conftest import newest_run, read_metrics, write_pairs
+from tests.conftest import write_pairs
+from tests.runs import newest_run, read_metrics
 
 FOLDER = Path(__file__).with_name("trajectories")
 METHODS = {

@@ -49,6 +49,7 @@ class ModelSize:
         num_kv_heads: heads of keys and values.
         vocabulary: V; at least 4,096 is sensible.
         dtype: of the saved weights.
+        tied: whether embeddings and head are one.
     """
 
     hidden_size: int = 512
@@ -58,6 +59,23 @@ class ModelSize:
     num_kv_heads: int = 4
     vocabulary: int = 16_384
     dtype: str = "float32"
+    tied: bool = True
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Without a number of positions."""
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+            tie_word_embeddings=self.tied,
+        )
 
 
 class Workload(NamedTuple):
@@ -81,7 +99,14 @@ class Workload(NamedTuple):
 
 
 def make_workload(
-    folder: Path, source: Shape | Path, size: ModelSize, *, num_pairs: int, batch_size: int, seed: int = 0
+    folder: Path,
+    source: Shape | Path,
+    size: ModelSize,
+    *,
+    num_pairs: int,
+    batch_size: int,
+    seed: int = 0,
+    with_weights: bool = True,
 ) -> Workload:
     """Writes a workload, or finds the one that was written there.
 
@@ -92,6 +117,7 @@ def make_workload(
         num_pairs: a multiple of ``batch_size``.
         batch_size: pairs of an optimizer step.
         seed: of weights, words and order.
+        with_weights: else only the model's configuration is written, for weights that are drawn in memory.
     """
     assert num_pairs % batch_size == 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +139,13 @@ def make_workload(
     _write(workload.ordered, [rows[number] for number in order.tolist()])
     _write(workload.validation, rows[:2])
     if not (folder / "model" / "config.json").is_file():
-        _save_model(folder / "model", tokenizer, size, 2 * workload.max_length, seed)
+        config = size.config
+        config.max_position_embeddings = 2 * workload.max_length
+        config.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        if with_weights:
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype)).save_pretrained(folder / "model")
     return workload
 
 
@@ -164,28 +196,6 @@ def _bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
-
-
-def _save_model(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, size: ModelSize, max_positions: int, seed: int
-) -> None:
-    config = LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        max_position_embeddings=max_positions,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _write(path: str, rows: Sequence[dict[str, str]]) -> None:

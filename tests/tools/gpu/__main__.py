@@ -1,0 +1,178 @@
+"""Whether everything works on a GPU, and how fast: ``python -m tests.tools.gpu [--seconds 330] [--only STEP ...]``.
+
+The steps run one after another, the most valuable first, each in a process of its own with a limit of its own. What
+they find is in ``gpu.md`` and ``gpu.json`` from the first finding on: a check that is cut off keeps its results. A step
+that fails says its last lines and does not stop the others. The exit status is 1 where a step failed or a check did.
+
+On a machine without network, packages that are missing come from a folder: ``python -m tests.tools.gpu.wheels``. With
+``--device cpu`` every step that can does a tiny part of its work.
+
+{steps}
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import torch
+
+from tests.tools.gpu import processes
+from tests.tools.gpu.report import failures, report
+from tests.tools.gpu.sheet import Sheet, read
+
+
+class Step(NamedTuple):
+    """A step: a module of this folder with a function ``run(sheet)``.
+
+    Attributes:
+        module: by its name.
+        seconds: its share of a whole check; alone it has all of the time.
+        about: a line for the help.
+    """
+
+    module: str
+    seconds: float
+    about: str
+
+
+STEPS = {
+    "numerics": Step("numerics", 45, "the same pairs on CPU and GPU, in every layout; the head; sampling and scoring"),
+    "fit": Step("fits", 75, "the quickstart and 135M parameters in bfloat16: first-step gate, resume, export"),
+    "speed": Step("speed", 120, "pairs per second and memory beside TRL, on three shapes of rows"),
+    "kernels": Step("kernels", 50, "FlexAttention with packed rows, compiled layers, fused AdamW"),
+    "ranks": Step("ranks", 45, "ddp and fsdp2 on one rank equal one device"),
+    "memory": Step("memory", 45, "the plan against the measured peak, four settings"),
+    "sampling": Step("sampling", 45, "tokens per second, the probe, a step of HyPO and of RLOO"),
+    "profile": Step("profiling", 30, "host synchronizations, casts, the longest kernels"),
+}
+SMALLEST = 5.0  # seconds; with less left a step is not started
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "jsonargparse", "trl")
+PRELOADED = ("lit_isdpo.cli", "peft", "datasets", "trl", "torch._dynamo", "torch.profiler", "torch.utils.tensorboard")
+PRELOADED += ("transformers.models.llama.modeling_llama",)
+
+
+def main() -> int:
+    """Runs the steps that were asked for."""
+    described = "\n".join(f"{name}: {step.about}" for name, step in STEPS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.gpu",
+        description=str(__doc__).replace("{steps}", described),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=330, help="for the whole check, imports included")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of the report")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", choices=("1b", "3b", "8b_lora"), default="1b", help="what `speed` trains")
+    given = parser.parse_args()
+    ends = monotonic() + given.seconds
+    if given.device == "cuda" and torch.cuda.device_count() == 0:
+        parser.error("there is no CUDA GPU here; --device cpu tries a tiny part of each step")
+    root = given.output.resolve()
+    (root / "steps").mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "command": " ".join(["python -m tests.tools.gpu", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": {},
+        "steps": {},
+    }
+    missing = _import_all()
+    sheet = Sheet("machine", given.device, root, ends)
+    machine = _run("tests.tools.gpu.machine", sheet, min(60.0, given.seconds), results={})
+    cells = next((line["cells"] for line in machine["lines"] if "cells" in line), {})
+    if cells.pop("bad fork", False):
+        os.environ[processes.START] = "spawn"
+        machine = _run("tests.tools.gpu.machine", sheet, 90, results={})
+        cells = next((line["cells"] for line in machine["lines"] if "cells" in line), {})
+    results["machine"] = cells | _versions() | {f"{name} is missing:": error for name, error in missing.items()}
+    if machine["status"] != "done":
+        results["steps"]["machine"] = machine
+    for name in given.only:
+        left = ends - monotonic()
+        limit = left if len(given.only) == 1 else min(left, STEPS[name].seconds * max(1.0, given.seconds / 330))
+        if left < SMALLEST:
+            results["steps"][name] = _step_result("not started: no time was left", 0, [], [])
+            continue
+        sheet = Sheet(name, given.device, root, monotonic() + limit, given.model)
+        print(f"{name} ...", flush=True)
+        step = _run(f"tests.tools.gpu.{STEPS[name].module}", sheet, limit, results)
+        failed = [line["check"] for line in step["lines"] if "check" in line and not line["passed"]]
+        print(f"{name}: {step['status']} after {step['seconds']:.0f} s; failed checks: {failed or 'none'}", flush=True)
+    _write(root, results)
+    print((root / "gpu.md").read_text())
+    bad = failures(results)
+    print(f"{len(bad)} came out badly{': ' if bad else '.'}{'; '.join(bad)}")
+    return 1 if bad else 0
+
+
+def _import_all() -> dict[str, str]:
+    """Imports what the steps need, once for all of them; says what is not there."""
+    missing = {}
+    for name in PRELOADED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # the steps that need it will say so
+            missing[name] = f"{type(error).__name__}: {error}"[:200]
+    return missing
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _run(module: str, sheet: Sheet, limit: float, results: dict[str, Any]) -> dict[str, Any]:
+    """Runs a step; while it does, its findings are written as they come."""
+    sheet.file.unlink(missing_ok=True)
+    began = monotonic()
+    process = processes.started(_step, module, sheet, log=sheet.log)
+    known = -1
+    while process.is_alive() and monotonic() - began < limit:
+        process.join(0.25)
+        lines = read(sheet.file)
+        if results and len(lines) != known:
+            known = len(lines)
+            results["steps"][sheet.name] = _step_result("running", monotonic() - began, lines, [])
+            _write(sheet.root, results)
+    seconds = monotonic() - began
+    is_late = process.is_alive()
+    processes.end(process)
+    status = f"cut off after {seconds:.0f} s" if is_late else "done" if process.exitcode == 0 else "failed"
+    last = [] if status == "done" else sheet.log.read_text(errors="replace").splitlines()[-12:]
+    step = _step_result(status, seconds, read(sheet.file), last)
+    if results:
+        results["steps"][sheet.name] = step
+        _write(sheet.root, results)
+    return step
+
+
+def _step(module: str, sheet: Sheet) -> None:
+    importlib.import_module(module).run(sheet)
+
+
+def _step_result(status: str, seconds: float, lines: list[Any], last_lines: list[str]) -> dict[str, Any]:
+    return {"status": status, "seconds": seconds, "lines": lines, "last_lines": last_lines}
+
+
+def _write(root: Path, results: dict[str, Any]) -> None:
+    """Both files, each in one go: whoever kills this process leaves whole ones."""
+    for name, text in (("gpu.json", json.dumps(results, indent=1)), ("gpu.md", report(results))):
+        part = root / f".{name}"
+        part.write_text(text)
+        part.replace(root / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

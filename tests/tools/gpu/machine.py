@@ -1,0 +1,34 @@
+"""The first thing in a report: which card, which driver, and how fast it multiplies."""
+
+import os
+import platform
+import subprocess
+from contextlib import suppress
+
+import torch
+
+from lit_isdpo.training.throughput import matmul_rate
+from tests.tools.gpu.sheet import Sheet
+
+
+def run(sheet: Sheet) -> None:
+    """One row."""
+    if not sheet.is_gpu:
+        rate = matmul_rate(torch.device("cpu"), torch.float32)
+        about = {"CPU": f"{platform.machine()}, {os.cpu_count()} cores", "fp32 matmul": f"{rate / 1e9:.0f} GFLOP/s"}
+        sheet.row("machine", **about)
+    elif torch.cuda._is_in_bad_fork():
+        sheet.row("machine", **{"bad fork": True})
+    else:
+        about = driver() or {"card": torch.cuda.get_device_name()}
+        rate = matmul_rate(torch.device("cuda"), torch.bfloat16)
+        sheet.row("machine", **about, **{"bf16 matmul": f"{rate / 1e12:.0f} TFLOP/s"})
+
+
+def driver() -> dict[str, str]:
+    """What the GPU's own tool says of card and driver."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+        return dict(zip(("card", "driver", "memory"), told.splitlines()[0].split(", "), strict=True))
+    return {}

@@ -1,0 +1,84 @@
+"""Work in processes of its own: what fails, hangs or fills a GPU there leaves the others alone."""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+START = "GPU_CHECK_START"  # environment: how processes start, fork or spawn
+
+
+class Failed(NamedTuple):
+    """What a process says that failed."""
+
+    error: str
+
+
+def context() -> Any:
+    """Forks have imported everything already; where CUDA cannot be used in them, new processes import it again."""
+    return multiprocessing.get_context(os.environ.get(START, "fork"))
+
+
+def started(function: Callable[..., None], *arguments: Any, log: Path) -> BaseProcess:
+    """Starts a process with a session of its own, whose output goes to a file."""
+    process: BaseProcess = context().Process(target=_work, args=(function, arguments, log))
+    process.start()
+    return process
+
+
+def end(process: BaseProcess) -> None:
+    """Kills a process of ``started`` with all that it has started."""
+    try:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    except ProcessLookupError:  # it ended, or has not got its session yet
+        process.kill()
+    process.join()
+
+
+def _work(function: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    function(*arguments)
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, whose memory is free afterwards.
+
+    This process computes on one thread from then on: a fork of one that has used several would wait for them.
+
+    Raises:
+        RuntimeError: it failed there; with the last line of its error.
+    """
+    torch.set_num_threads(1)
+    receiver, sender = context().Pipe(duplex=False)
+    process = context().Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        result = Failed(f"{function.__name__} ended with status {process.exitcode}")
+    process.join()
+    if isinstance(result, Failed):
+        raise RuntimeError(result.error)
+    return result
+
+
+def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        result = function(*arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        result = Failed(traceback.format_exception_only(error)[-1].strip()[:500])
+    sender.send(result)

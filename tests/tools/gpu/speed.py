@@ -1,0 +1,170 @@
+"""Pairs per second beside TRL: the same drawn model, the same rows in the same order, ten seconds each."""
+
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaForCausalLM
+
+from lit_isdpo.data.collation import collate_pairs
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.training.throughput import count_work, forward_flops, matmul_rate
+from lit_isdpo.types import TokenizedPair
+from tests.tools.benchmarks.contenders import run_ours, run_trl
+from tests.tools.benchmarks.workload import SHAPES, ModelSize, Shape, Workload, make_workload
+from tests.tools.gpu.processes import apart
+from tests.tools.gpu.shapes import MODELS, TINY
+from tests.tools.gpu.sheet import Sheet
+
+LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+COMPILED = {"model.policy.compile": "true"}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "ours, live": {"side": "ours", "cache": False},
+    "TRL, live": {"side": "trl", "cache": False},
+    "ours, cached": {"side": "ours", "cache": True},
+    "TRL, cached": {"side": "trl", "cache": True},
+    "ours, live, compiled": {"side": "ours", "cache": False, "options": COMPILED},
+}
+ROUNDS = (["ours, live", "TRL, live"], ["ours, cached", "TRL, cached"], ["ours, live, compiled"])
+"""Of each round all shapes are measured before the next: a check that is cut off has the most valuable numbers."""
+
+
+class Setting(NamedTuple):
+    """What is trained, and how. Both sides have master weights of the same dtype, and compute in bfloat16 on a GPU.
+
+    Attributes:
+        size: of the model.
+        shapes: of the rows.
+        micro_batch_size: pairs.
+        checkpointing: of gradients.
+        weights: dtype of the master weights.
+        peft: an adapter, or none.
+        seconds: of each contender, from its first step on.
+    """
+
+    size: ModelSize
+    shapes: dict[str, Shape]
+    micro_batch_size: int
+    checkpointing: bool = False
+    weights: str = "float32"
+    peft: dict[str, Any] | None = None
+    seconds: float = 10
+
+
+SETTINGS = {
+    "1b": Setting(MODELS["1b"], SHAPES, micro_batch_size=8),
+    "3b": Setting(MODELS["3b"], SHAPES, micro_batch_size=4, checkpointing=True),
+    "8b_lora": Setting(
+        MODELS["8b"],
+        {**SHAPES, "2,048 tokens": Shape(1280, 384)},
+        micro_batch_size=1,
+        checkpointing=True,
+        weights="bfloat16",
+        peft=LORA,
+    ),
+}
+ON_CPU = Setting(TINY, {"hh": SHAPES["hh"]}, micro_batch_size=2, seconds=1)
+BATCH = 32  # pairs of an optimizer step; on a CPU 4
+
+
+def run(sheet: Sheet) -> None:
+    """All contenders, each in a process of its own."""
+    setting = SETTINGS[sheet.model] if sheet.is_gpu else ON_CPU
+    batch = BATCH if sheet.is_gpu else 4
+    has_trl = importlib.util.find_spec("trl") is not None
+    if not has_trl:
+        sheet.skip("TRL", "it is not installed")
+    rate = apart(_rate, sheet.device)
+    losses: dict[str, list[float]] = {}  # of the first contender of each shape
+    best: dict[str, dict[str, float]] = {}
+    for contenders in ROUNDS:
+        for name, shape in setting.shapes.items():
+            folder = sheet.folder / sheet.model / name.replace(" ", "_")
+            workload = make_workload(
+                folder, shape, setting.size, num_pairs=4 * batch, batch_size=batch, with_weights=False
+            )
+            for who in contenders:
+                if CONTENDERS[who]["side"] == "trl" and not has_trl:
+                    continue
+                job = {
+                    "sharing": True,
+                    "workload": workload._asdict(),
+                    "device": sheet.device,
+                    "weights": setting.weights,
+                    "batch_size": batch,
+                    "micro_batch_size": setting.micro_batch_size,
+                    "steps": 10_000,
+                    "seconds": setting.seconds,
+                    "gradient_checkpointing": setting.checkpointing,
+                    "trl_attention": "sdpa",
+                    "in_memory": True,
+                    "peft": setting.peft,
+                    **CONTENDERS[who],
+                }
+                job["options"] = {"trainer.max_epochs": -1, **job.get("options", {})}
+                try:
+                    result = apart(_contender, job)
+                except RuntimeError as error:
+                    sheet.row("Pairs per second", rows=name, contender=who, failed=str(error)[:200])
+                    sheet.check(f"{who}, {name}: runs", float("nan"), 0)
+                    continue
+                first = losses.setdefault(name, result["losses"][:3])
+                seconds = result["seconds"][1:] or result["seconds"]  # the second step may still compile
+                pairs = batch / median(seconds)
+                best.setdefault(name, {})[who] = pairs
+                is_live = not job["cache"]
+                flops = apart(_flops_per_pair, workload, setting.size, 3 + is_live - (setting.peft is not None))
+                baseline = best[name].get(f"TRL, {'live' if is_live else 'cached'}")
+                off = max(abs(a - b) for a, b in zip(first, result["losses"], strict=False))
+                sheet.row(
+                    "Pairs per second",
+                    rows=name,
+                    contender=who,
+                    **{
+                        "pairs/s": pairs,
+                        "x TRL": pairs / baseline if baseline else "",
+                        "MFU on unique tokens": pairs * flops / rate,
+                        "peak GiB": result["peak_mib"] / 1024,
+                        "beyond weights and optimizer, GiB": result["beyond_mib"] / 1024,
+                        "steps": len(result["losses"]),
+                        "losses off by": off,
+                    },
+                )
+                # Of adapters the two sides draw different weights.
+                if setting.peft is None:
+                    sheet.check(f"{who}, {name}: first three losses", off, 0.02 if sheet.is_gpu else 1e-3)
+    for name, rates in best.items():
+        for kind in ("live", "cached"):
+            if {f"ours, {kind}", f"TRL, {kind}"} <= rates.keys():
+                sheet.row(
+                    "Ours over TRL", rows=name, reference=kind, ratio=rates[f"ours, {kind}"] / rates[f"TRL, {kind}"]
+                )
+
+
+def _contender(job: dict[str, Any]) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # what trainers write goes with it
+        return {"trl": run_trl, "ours": run_ours}[job["side"]](job)
+
+
+def _rate(device: str) -> float:
+    return matmul_rate(torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def _flops_per_pair(workload: Workload, size: ModelSize, num_forwards: int) -> float:
+    """Of the unique tokens; a backward is two forwards, or one under an adapter."""
+    with torch.device("meta"):
+        model = LogProbModel(LlamaForCausalLM(size.config))
+    with open(workload.pairs) as lines:
+        rows = [json.loads(line) for line in lines]
+    lengths = [[len(row[key].split()) + (key != "prompt") for key in ("prompt", "chosen", "rejected")] for row in rows]
+    pairs = [TokenizedPair(*([0] * number for number in three)) for three in lengths]  # a word is a token; EOS
+    work = count_work(collate_pairs(pairs, range(len(pairs)), pad_token_id=0, layout="shared"))
+    return num_forwards * float(forward_flops(model, work)) / len(pairs)

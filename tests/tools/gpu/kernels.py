@@ -39,9 +39,8 @@ def _packed(sheet: Sheet, vocabulary: int) -> list[PreferenceBatch]:
     """Packed rows, of other lengths in each batch."""
     number, budget = (24, 4096) if sheet.is_gpu else (4, 256)
     random, batches = Random(1), []
-    pairs = drawn_pairs(
-        number * BATCHES, *(((100, 500), (20, 200)) if sheet.is_gpu else ((5, 40), (3, 20))), vocabulary
-    )
+    lengths = ((100, 500), (20, 200)) if sheet.is_gpu else ((5, 40), (3, 20))
+    pairs = drawn_pairs(number * BATCHES, *lengths, vocabulary)
     for first in range(0, len(pairs), number):
         some: list[TokenizedPair] = pairs[first : first + number - random.randrange(3)]
         batch = collate_pairs(some, range(len(some)), pad_token_id=0, layout="shared", row_budget=budget)
@@ -61,6 +60,8 @@ def _flex(sheet: Sheet) -> None:
     with_backward = sheet.is_gpu
     if not with_backward:
         sheet.skip("backward of FlexAttention", "there is none on a CPU")
+        sheet.skip("FlexAttention on rows of other lengths", "on a CPU torch's kernels do not always compile")
+        batches = batches[:1]
     expected = [_values(policy, batch, with_backward) for batch in batches]
     by_sdpa = _milliseconds(sheet, lambda: _values(policy, batches[0], with_backward))
     for model in (policy, reference):
@@ -92,9 +93,8 @@ def _flex(sheet: Sheet) -> None:
             "sdpa, ms": by_sdpa,
             "FlexAttention, ms": by_flex,
             "first batch, s": seconds[0],
-            "each later batch, s": sum(seconds[1:]) / len(seconds[1:]),
+            "later batches, s": sum(seconds[1:]),
             "graphs compiled": counters["stats"]["unique_graphs"],
-            "recompilations": sum(counters["recompiles"].values()) if counters["recompiles"] else 0,
         },
     )
 
@@ -125,7 +125,7 @@ def _compiled(sheet: Sheet) -> None:
             "eager, ms": _milliseconds(sheet, lambda: _values(eager, batches[0], True)),
             "compiled, ms": _milliseconds(sheet, lambda: _values(compiled, batches[0], True)),
             "first batch, s": seconds[0],
-            "each later batch, s": sum(seconds[1:]) / len(seconds[1:]),
+            "later batches, s": sum(seconds[1:]),
             "graphs compiled": counters["stats"]["unique_graphs"],
         },
     )
@@ -136,11 +136,8 @@ def _fused_adamw(sheet: Sheet) -> None:
     size = MODEL if sheet.is_gpu else TINY
     model = drawn_model(size, sheet.device)
     ends, milliseconds = {}, {}
-    for name, options in {
-        "fused": {"fused": True},
-        "foreach": {"foreach": True},
-        "one by one": {"foreach": False},
-    }.items():
+    ways = {"fused": {"fused": True}, "foreach": {"foreach": True}, "one by one": {"foreach": False}}
+    for name, options in ways.items():
         parameters = [copy.deepcopy(parameter) for parameter in model.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, **options)
         generator = torch.Generator(sheet.device).manual_seed(0)

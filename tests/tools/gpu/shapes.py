@@ -1,5 +1,6 @@
 """Models with random weights and rows with random words: their speed and their numerics are those of real ones."""
 
+import math
 from collections.abc import Sequence
 from random import Random
 
@@ -38,8 +39,9 @@ MODELS = {
 def drawn_model(
     size: ModelSize, device: str, *, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype = torch.float32
 ) -> LogProbModel:
-    """The same weights at every call on a device; with sdpa."""
+    """The same weights at every call on a device, larger than a fresh model's, so that attention decides something."""
     config = size.config
+    config.initializer_range = 1.5 / math.sqrt(size.hidden_size)
     config._attn_implementation = "sdpa"
     with torch.device(device):
         torch.manual_seed(0)

@@ -5,6 +5,7 @@ import json
 import logging
 import tempfile
 import warnings
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -119,7 +120,6 @@ def run(sheet: Sheet) -> None:
                 best.setdefault(name, {})[who] = pairs
                 is_live = not job["cache"]
                 flops = apart(_flops_per_pair, workload, setting.size, 3 + is_live - (setting.peft is not None))
-                baseline = best[name].get(f"TRL, {'live' if is_live else 'cached'}")
                 off = max(abs(a - b) for a, b in zip(first, result["losses"], strict=False))
                 sheet.row(
                     "Pairs per second",
@@ -127,7 +127,6 @@ def run(sheet: Sheet) -> None:
                     contender=who,
                     **{
                         "pairs/s": pairs,
-                        "x TRL": pairs / baseline if baseline else "",
                         "MFU on unique tokens": pairs * flops / rate,
                         "peak GiB": result["peak_mib"] / 1024,
                         "beyond weights and optimizer, GiB": result["beyond_mib"] / 1024,
@@ -162,8 +161,7 @@ def _flops_per_pair(workload: Workload, size: ModelSize, num_forwards: int) -> f
     """Of the unique tokens; a backward is two forwards, or one under an adapter."""
     with torch.device("meta"):
         model = LogProbModel(LlamaForCausalLM(size.config))
-    with open(workload.pairs) as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in Path(workload.pairs).read_text().splitlines()]
     lengths = [[len(row[key].split()) + (key != "prompt") for key in ("prompt", "chosen", "rejected")] for row in rows]
     pairs = [TokenizedPair(*([0] * number for number in three)) for three in lengths]  # a word is a token; EOS
     work = count_work(collate_pairs(pairs, range(len(pairs)), pad_token_id=0, layout="shared"))

@@ -32,7 +32,7 @@ class PeakOfSteps(Callback):
             tensors += [*pl_module.reference.model.parameters(), *pl_module.reference.model.buffers()]
         parts = [own_part(tensor) for tensor in tensors]
         self.before = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in parts}.values())
-        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profiler = profile(acc_events=True, activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profiler.start()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

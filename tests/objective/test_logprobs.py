@@ -50,7 +50,7 @@ def test_large_logits_do_not_overflow() -> None:
 def test_memory_of_the_logits_is_a_chunks() -> None:
     """2,000 tokens x 3,000 entries are 24 MB of fp32 logits; in chunks of 100, 1.2 MB at a time, in both directions."""
     hidden, weight = torch.randn(2000, 8, requires_grad=True), torch.randn(3000, 8, requires_grad=True)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         values, _ = token_logps(hidden, torch.arange(2000), Head(weight), chunk_size=100)
         values.sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())

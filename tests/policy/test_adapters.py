@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.policy.adapters import Adapter, fingerprint, parse_adapter
-from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.loading import PolicyConfig, enable_gradient_checkpointing
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import AdapterOffReference, Reference, ResidentReference
 from lit_isdpo.types import InputError, PreferenceBatch
@@ -155,7 +155,7 @@ def test_the_reference_is_the_policy_with_its_adapter_off(
     """Bit for bit the copy; and a reference's forward between the policy's forward and backward changes no gradient."""
     copied = ResidentReference(LogProbModel(copy.deepcopy(tiny_llama)))
     if gradient_checkpointing:
-        tiny_llama.activation_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(tiny_llama)
     policy = adapted(tiny_llama, LORA)
     train(policy)
     policy.train()

@@ -25,7 +25,7 @@ class CountReads(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.step = trainer.global_step
-        self.profile = profile(activities=[ProfilerActivity.CPU])
+        self.profile = profile(acc_events=True, activities=[ProfilerActivity.CPU])
         self.profile.start()
 
     def on_train_batch_end(

@@ -135,9 +135,10 @@ def _versions() -> dict[str, str]:
 
 def _run(module: str, sheet: Sheet, limit: float, results: dict[str, Any]) -> dict[str, Any]:
     """Runs a step; while it does, its findings are written as they come."""
-    sheet.file.unlink(missing_ok=True)
+    for old in (sheet.file, sheet.log):
+        old.unlink(missing_ok=True)
     began = monotonic()
-    process = processes.started(_step, module, sheet, log=sheet.log)
+    process = processes.started(module, sheet, log=sheet.log)
     known = -1
     while process.is_alive() and monotonic() - began < limit:
         process.join(0.25)
@@ -149,17 +150,15 @@ def _run(module: str, sheet: Sheet, limit: float, results: dict[str, Any]) -> di
     seconds = monotonic() - began
     is_late = process.is_alive()
     processes.end(process)
-    status = f"cut off after {seconds:.0f} s" if is_late else "done" if process.exitcode == 0 else "failed"
-    last = [] if status == "done" else sheet.log.read_text(errors="replace").splitlines()[-12:]
+    status = "cut off" if is_late else "done" if process.exitcode == 0 else "failed"
+    last = (
+        [] if status == "done" or not sheet.log.exists() else sheet.log.read_text(errors="replace").splitlines()[-12:]
+    )
     step = _step_result(status, seconds, read(sheet.file), last)
     if results:
         results["steps"][sheet.name] = step
         _write(sheet.root, results)
     return step
-
-
-def _step(module: str, sheet: Sheet) -> None:
-    importlib.import_module(module).run(sheet)
 
 
 def _step_result(status: str, seconds: float, lines: list[Any], last_lines: list[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Work in processes of its own: what fails, hangs or fills a GPU there leaves the others alone."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -26,9 +27,9 @@ def context() -> Any:
     return multiprocessing.get_context(os.environ.get(START, "fork"))
 
 
-def started(function: Callable[..., None], *arguments: Any, log: Path) -> BaseProcess:
-    """Starts a process with a session of its own, whose output goes to a file."""
-    process: BaseProcess = context().Process(target=_work, args=(function, arguments, log))
+def started(module: str, *arguments: Any, log: Path) -> BaseProcess:
+    """Starts a module's ``run`` in a process with a session of its own, whose output goes to a file."""
+    process: BaseProcess = context().Process(target=_work, args=(module, arguments, log))
     process.start()
     return process
 
@@ -42,12 +43,12 @@ def end(process: BaseProcess) -> None:
     process.join()
 
 
-def _work(function: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+def _work(module: str, arguments: tuple[Any, ...], log: Path) -> None:
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
-    function(*arguments)
+    importlib.import_module(module).run(*arguments)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

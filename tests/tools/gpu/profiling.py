@@ -35,7 +35,7 @@ class Profile(Callback):
     def __init__(self, on_gpu: bool) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         self.on_gpu = on_gpu
-        self.profile = profile(activities=activities)
+        self.profile = profile(activities=activities, acc_events=True)
         self.waited: Counter[str] = Counter()
         self.micro_batches = 0
 

@@ -25,7 +25,7 @@ settings.load_profile("quick")
 
 
 LONGEST = ("test_readme.py", "test_notebooks.py", "test_sharded.py", "test_plan.py", "test_over_optimization.py")
-LONGEST += ("test_reward.py", "test_benchmarks.py")
+LONGEST += ("test_gpu.py", "test_reward.py", "test_benchmarks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,7 +166,8 @@ class ProgressBar(RichProgressBar):
             self._shown.pop("v_num", None)  # the folder tells it
             known = trainer.callback_metrics
             self._shown |= {name: known[key].item() for name, key in BEHIND_BAR.items() if key in known}
-            self._read_at = monotonic()
+            if self._shown:  # until the first step there are none
+                self._read_at = monotonic()
         return self._shown
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,13 +4,15 @@ On a CPU nothing waits, but the operations that would are the same: reading a nu
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
 from lit_isdpo.cli import main
+from lit_isdpo.training.report import ProgressBar
+from tests.runs import newest_run, read_metrics
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount")
 """What reads values on the host: ``.item()``, ``bool()``, a boolean index, and results whose size depends on values."""
@@ -64,3 +66,37 @@ def test_a_step_waits_twice_for_its_guard_and_no_micro_batch_waits(kind: str, ti
     assert list(SEEN) == [0, 1, 2]
     for step in (1, 2):  # the first one is also compared with its reference
         assert SEEN[step] == [in_forwards, in_forwards, in_forwards, in_forwards + OF_GUARD]
+
+
+class ReadBar(Callback):
+    """Reads what stands behind the progress bar after each micro-batch."""
+
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        bar = trainer.progress_bar_callback
+        assert isinstance(bar, ProgressBar)
+        self.seen.append(bar.get_metrics(trainer, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bar = trainer.progress_bar_callback
+        assert isinstance(bar, ProgressBar)
+        self.seen.append(bar.get_metrics(trainer, pl_module))
+
+
+def test_what_stands_behind_the_bar_is_read_rarely_and_ends_with_the_last_step(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_isdpo.training.report.SECONDS_BETWEEN_VALUES", 1e6)
+    options = [option for option in tiny if not option.startswith("--trainer.enable_progress_bar")]
+    options += [f"--trainer.callbacks={ReadBar.__module__}.ReadBar", f"--trainer.default_root_dir={tmp_path}"]
+    ReadBar.seen.clear()
+    main(["fit", "--model=PreferenceModule", *options, "--trainer.max_epochs=1"])
+    logged = read_metrics(newest_run(tmp_path))
+    keys = {"loss": "train/loss", "accuracy": "train/rewards/accuracies", "weight": "train/weights/mean"}
+    first, *others = ReadBar.seen
+    assert first == pytest.approx({name: logged[key][0] for name, key in keys.items()}, rel=1e-5)
+    assert others[:-1] == [first] * 3
+    assert others[-1] == pytest.approx({name: logged[key][3] for name, key in keys.items()}, rel=1e-5)

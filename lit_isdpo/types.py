@@ -132,8 +132,12 @@ class TokenBatch(NamedTuple):
     num_prompt_positions: int = 0
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The batch on a device."""
-        return TokenBatch(*(field.to(device) if isinstance(field, Tensor) else field for field in self))  # type: ignore[arg-type]
+        """The batch on a device. A GPU gets it while the host goes on, as Lightning moves tensors of its own."""
+        moved = (
+            field.to(device, non_blocking=device.type == "cuda") if isinstance(field, Tensor) else field
+            for field in self
+        )
+        return TokenBatch(*moved)  # type: ignore[arg-type]
 
     def at_completions(self, values: Tensor) -> Tensor:
         """The values at the N response tokens, ``(S, C) -> (N,)``, sequence by sequence."""
@@ -141,7 +145,9 @@ class TokenBatch(NamedTuple):
 
     def spread(self, values: Tensor) -> Tensor:
         """The values of the N response tokens in their places, ``(N,) -> (S, C)``; 0 where masked."""
-        return values.new_zeros(self.completion_mask.shape).put(self.completion_index, values)
+        shape = self.completion_mask.shape
+        flat = values.new_zeros(shape.numel()).index_copy(0, self.completion_index, values)
+        return flat.view(shape).clone()  # FSDP warns of views that a forward returns
 
 
 class PreferenceBatch(NamedTuple):

@@ -104,8 +104,8 @@ class LogProbModel(nn.Module):
         """Last hidden states, ``(R, T, H)``."""
         length = tokens.input_ids.shape[1]
         layout: dict[str, Any] = {}
-        # Plain rows are padded on the right, where no token before sees it: the model's own causal attention is enough.
-        # With a mask, transformers would look on the host whether it hides anything, and attend without fast kernels.
+        # Plain rows are padded on the right, where no token before sees it: the model's own causal attention is enough,
+        # and has faster kernels than attention under a mask.
         if tokens.segment_ids is not None:
             config = self.model.config.get_text_config()
             if config._attn_implementation == "flex_attention":
@@ -172,20 +172,34 @@ class LogProbModel(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently."""
+        """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently.
+
+        A change of the last token must not change what comes before it: rows are padded on the right without a mask.
+        """
         input_ids = torch.arange(4, device=self.device)[None]
+        other_ids = input_ids * (input_ids < 3)
         numerics = self.compute_dtype if self.is_sharded else self.model.dtype  # of the layers' weights at hand
         with autocast(self.device, numerics):
             own = self.model(input_ids=input_ids, use_cache=False).logits.float()
-            decoded = getattr(self.model.base_model(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+            decoded, other = (
+                getattr(self.model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+                for ids in (input_ids, other_ids)
+            )
         if decoded is None:
             raise InputError(
                 f"model.policy.path: {type(self.model).__name__} has no decoder apart from its head, which is not "
                 "supported."
             )
+        assert other is not None
         ours = self.head(decoded)
         # Half-precision weights round the model's own logits; an unknown scale or cap is off by far more.
         tolerance = 1e-3 if numerics == torch.float32 else 0.05
+        before, changed = decoded[:, :3].float(), other[:, :3].float()
+        if not torch.allclose(before, changed, atol=tolerance * float(before.abs().max()) + 1e-6, rtol=0):
+            raise InputError(
+                f"model.policy.path: {type(self.model).__name__} is not causal: a token changes what is computed "
+                "before it, so its log-probs are not those of a language model."
+            )
         if not torch.allclose(own, ours, atol=tolerance * float(own.abs().max()) + 1e-6, rtol=0):
             raise InputError(
                 f"model.policy.path: {type(self.model).__name__} changes its logits after the head in a way that is "

@@ -294,7 +294,7 @@ class LanguageModule(LightningModule, ABC):
             for parameter in parameters:
                 parameter.grad = None
         if self.guard.nonfinite.action == "skip":
-            self.log("train/skipped_steps", float(self.guard.num_skipped))
+            self.log("train/skipped_steps", torch.full((), float(self.guard.num_skipped), device=self.device))
         self.log("train/grad_norm", norm)
         if gradient_clip_val:
             self.log("train/grad_clipped", (norm > gradient_clip_val).float())

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
 
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.loading import DTYPES
@@ -102,7 +103,7 @@ def make_plan(
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         batch = _without_values(batch, fake)
         recorder = CostRecorder()
-        with fake, recorder:
+        with fake, recorder, _rows_of_one_sequence():
             forward, backward, traffic = _record_step(module, batch, recorder, micro_batches, trainer)
     memory = Counter({kind: size for kind, size in recorder.peak.items() if size})
     if devices > 1 and not isinstance(strategy, FSDP2Strategy):
@@ -120,6 +121,17 @@ def _pretended_ranks(size: int) -> Generator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _rows_of_one_sequence() -> Generator[None]:
+    """Rows without a mask hold one sequence, which transformers cannot see without values: it would mask them."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def _models(module: LanguageModule) -> list[Any]:

@@ -97,8 +97,8 @@ class PreferenceModule(AlignmentModule):
         self.samples = on_policy_kl is not None
         self.ess_window = ess_window
         self.train_metrics = PairMetrics(loss, unknown=self.unmeasured, window=ess_window)
-        self._last_values: dict[str, Tensor] = {}  # of the last optimizer step
-        self._recent_log_weights: list[Tensor] = []  # likewise
+        self._not_looked_at: dict[str, Tensor] = {}  # of the last optimizer step, where it was not logged
+        self._recent_log_weights: list[Tensor] = []  # as of the last optimizer step
         self._ess_before_resume: Tensor | None = None
         self._sampled_kl: list[Tensor] = []  # of the micro-batches since then
 
@@ -170,17 +170,18 @@ class PreferenceModule(AlignmentModule):
 
     def log_window(self) -> None:
         """Logs the accumulation window once, as a whole."""
-        values = self._last_values = self._log_pairs("train", self.train_metrics)
+        values = self._log_pairs("train", self.train_metrics)
         if self._sampled_kl:
             self.log("train/kl/k1", torch.stack(self._sampled_kl).mean(), sync_dist=True)
             self._sampled_kl = []
+        self._not_looked_at = {} if self.logs_this_step else values
         if self.logs_this_step:  # to look at values makes the host wait for a GPU
             warn_of_vanishing_weights(self.weighting, values)
 
     def on_train_end(self) -> None:
         """Looks at the last step's weights, which may not have been logged."""
-        if self._last_values:
-            warn_of_vanishing_weights(self.weighting, self._last_values)
+        if self._not_looked_at:
+            warn_of_vanishing_weights(self.weighting, self._not_looked_at)
 
     def forget_window(self) -> None:
         """Leaves its pairs out of the effective sample size too."""

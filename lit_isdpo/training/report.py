@@ -150,10 +150,14 @@ class ProgressBar(RichProgressBar):
 
     Values that are logged with ``prog_bar=True`` are read on the host after every micro-batch, bar or no bar, and the
     host waits for a GPU each time. Here they are read twice per second.
+
+    Args:
+        refresh_rate: in micro-batches; 0 shows no bar.
+        leave: whether the bar of an epoch stays when the next one begins.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
         self._shown: dict[str, int | str | float | dict[str, float]] = {}
         self._read_at = -math.inf
 

@@ -76,7 +76,12 @@ class SFTModule(PolicyModule):
         # Lightning divided each micro-batch's loss by the number of micro-batches, DDP the gradient by that of ranks.
         # The scale stays on the device: to read it would make the host wait for all of the step.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / values.pop("num_tokens").double()
-        torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
+        scale = scale.float().to(gradients[0].device)
+        if wide := [gradient for gradient in gradients if gradient.dtype == torch.float32]:
+            torch._foreach_mul_(wide, scale)
+        for gradient in gradients:  # others would round the scale to their own dtype first
+            if gradient.dtype != torch.float32:
+                gradient.copy_(gradient.float() * scale)
         self.train_metrics.reset()
         self.log_dict({f"train/{key}": value for key, value in values.items()})
 

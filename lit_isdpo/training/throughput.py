@@ -1,6 +1,7 @@
 """How fast a fit is, and how near to what the machine could do."""
 
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -62,7 +63,8 @@ class Throughput(Callback):
         assert isinstance(pl_module, LanguageModule)
         self._counts += count_work(batch)
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if at_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if at_step and every > 0 and trainer.global_step % every == 0:
             self._stop(pl_module)
             rates = self._counts.cpu() / self._seconds
             # A backward pass costs two forwards, and one where the weights are frozen under an adapter.
@@ -155,7 +157,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """Largest memory since ``reset_peak_memory``: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    with suppress(OSError):
+    with suppress(OSError, IndexError):  # no such file, or a sandbox whose file has no such line
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

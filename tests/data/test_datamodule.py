@@ -4,11 +4,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lit_isdpo.data import rows as rows_module
+from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
-from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
+from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedPair
 from tests.data.conftest import RANKED, pairs
 
 # Lightning 2.6 asks torch's tree specifications in a way that newer torch warns about.
@@ -333,3 +337,20 @@ def test_real_transcripts(make, tmp_path):
     row_id, pair = data.splits.rows["train"][0]
     text = data.tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids], skip_special_tokens=True)
     assert text in rows[row_id]["chosen"]
+
+
+def test_lightning_moves_a_whole_batch_without_waiting_for_a_gpu():
+    """A copy that waits would have the host wait for all that the GPU was given before, once a tensor."""
+    moved = []
+
+    class Moves(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is not Tensor.to:
+                return func(*args, **(kwargs or {}))
+            moved.append(kwargs)
+            return args[0]
+
+    batch = collate_pairs([TokenizedPair([1, 5], [6, 2], [7])], [0], pad_token_id=0, layout="shared")
+    with Moves():
+        assert move_data_to_device(batch, torch.device("cuda")).num_counted == 1
+    assert moved == [{"non_blocking": True}] * 12

@@ -118,3 +118,12 @@ def test_an_unknown_change_of_the_logits_is_refused(tiny_llama: PreTrainedModel)
     tiny_llama.lm_head.register_forward_hook(lambda module, arguments, output: 2 * output)
     with pytest.raises(InputError, match="changes its logits"):
         LogProbModel(tiny_llama)
+
+
+def test_a_model_that_sees_what_comes_is_refused() -> None:
+    """Its log-probs would be no language model's, and padding on the right would change them."""
+    config = CONFIG_MAPPING["bert-generation"](**SMALL, intermediate_size=32, is_decoder=False)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match="BertGenerationDecoder is not causal"):
+        LogProbModel(model)
+    model.config.is_decoder = True

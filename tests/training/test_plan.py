@@ -1,5 +1,6 @@
 """The plan against what PyTorch's profiler counts in a fit of the same config, and against formulas."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,21 @@ def save_model(folder: Path, config: Any) -> str:
     return str(folder)
 
 
-def equal_rows(pairs_file: str, folder: Path) -> list[str]:
-    """Data whose first micro-batch is as long as its longest."""
-    row = Path(pairs_file).read_text().splitlines()[0]
-    (folder / "pairs.jsonl").write_text(f"{row}\n" * 32)
+def equal_rows(pairs_file: str, folder: Path, times: int = 1) -> list[str]:
+    """Data whose first micro-batch is as long as its longest, with a prompt that is repeated."""
+    row = json.loads(Path(pairs_file).read_text().splitlines()[0])
+    row["prompt"] = " ".join([row["prompt"]] * times)
+    (folder / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 32)
     return [f"--data.{split}={folder / 'pairs.jsonl'}" for split in ("train", "val")]
 
 
+LONG = ["--data.max_length=1024", "--data.max_prompt_length=1000", "--data.micro_batch_size=2"]
+"""Rows whose attention would be seen in memory, were it not fused."""
 SETTINGS: dict[str, tuple[Any, list[str]]] = {
     "llama": (LlamaConfig(**LLAMA, tie_word_embeddings=False), []),
     "tied": (LlamaConfig(**LLAMA, tie_word_embeddings=True), ["--data.micro_batch_size=4"]),
     "plain": (LlamaConfig(**LLAMA), ["--model.prefix_sharing=false"]),
+    "plain, long": (LlamaConfig(**LLAMA), ["--model.prefix_sharing=false", *LONG]),
     "checkpointing": (
         LlamaConfig(**LLAMA),
         ["--model.policy.gradient_checkpointing=true", "--data.micro_batch_size=4"],
@@ -80,7 +85,7 @@ SETTINGS: dict[str, tuple[Any, list[str]]] = {
     "sft": (LlamaConfig(**LLAMA), ["--model=SFTModule", "--data=SFTDataModule"]),
     "reward": (LlamaConfig(**LLAMA), ["--model=RewardModule"]),
 }
-QUICK = ("tied", "bfloat16 checkpointing", "lora")
+QUICK = ("tied", "plain, long", "bfloat16 checkpointing", "lora")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,7 @@ def test_the_peak_is_the_profilers(
     options = [option for option in options if option not in kind]
     path = "--model.backbone.path" if "RewardModule" in str(kind) else "--model.policy.path"
     shared = [option for option in tiny if "policy.path" not in option]
-    data = equal_rows(pairs_file, tmp_path)
+    data = equal_rows(pairs_file, tmp_path, times=40 if LONG[0] in options else 1)
     arguments = [*kind, *shared, *data, f"{path}={folder}", *options, f"--trainer.default_root_dir={tmp_path}"]
     cli.main(["plan", *arguments])
     measure = PeakOfSteps()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
@@ -100,3 +101,14 @@ def test_what_stands_behind_the_bar_is_read_rarely_and_ends_with_the_last_step(
     assert first == pytest.approx({name: logged[key][0] for name, key in keys.items()}, rel=1e-5)
     assert others[:-1] == [first] * 3
     assert others[-1] == pytest.approx({name: logged[key][3] for name, key in keys.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["is_dpo", "sft"])
+def test_a_fit_can_be_asked_for_deterministic_kernels(kind: str, tiny: list[str], tmp_path: Path) -> None:
+    """Every operation of a step has one."""
+    options = [*KINDS[kind][0], *tiny, "--trainer.deterministic=true", "--trainer.max_steps=2"]
+    try:
+        main(["fit", *options, f"--trainer.default_root_dir={tmp_path}"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(read_metrics(newest_run(tmp_path))["train/loss"]) == 2

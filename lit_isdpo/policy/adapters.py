@@ -231,7 +231,7 @@ class Adapter:
         saved = {name: parameter.detach().clone() for name, parameter in trained.items()}
         generator = torch.Generator().manual_seed(0)
         for parameter in trained.values():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
         self.model.train()
         if not torch.equal(_logits(self.model), _logits(self.model)):
             raise InputError(f"{kind} draws noise in its forward, so policy and reference could not be compared.")

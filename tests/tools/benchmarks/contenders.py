@@ -4,8 +4,9 @@ Both sides take the same steps: AdamW (fused) at a constant rate, gradients clip
 dropout, no evaluation, no checkpoints on the way, the loss of each step logged.
 
 A job says what is trained and how: see ``__main__.py``. Three keys are for large models: ``in_memory`` draws the
-weights on the device from a seed, the same for both sides, instead of reading them; ``seconds`` ends the run so long
-after its first step, whatever ``steps`` says; ``peft`` trains such an adapter.
+weights on the device from a seed, the same for both sides, instead of reading them, and saves none; ``seconds`` ends
+the run so long after its first step, whatever ``steps`` says; ``peft`` trains such an adapter. ``learning_rate`` is for
+comparing losses: at large ones Adam's first steps follow the signs of gradients that are all noise.
 """
 
 import json
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lit_isdpo.policy import logprob_model
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
+from lit_isdpo.training.checkpoints import LastCheckpoint
 from tests.tools.benchmarks.measure import Meter
 from tests.tools.benchmarks.workload import Workload
 
@@ -61,7 +63,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         per_device_train_batch_size=job["micro_batch_size"],
         gradient_accumulation_steps=job["batch_size"] // job["micro_batch_size"],
         max_steps=job["steps"],
-        learning_rate=LEARNING_RATE,
+        learning_rate=job.get("learning_rate", LEARNING_RATE),
         lr_scheduler_type="constant",
         max_grad_norm=CLIP_NORM,
         optim="adamw_torch_fused",
@@ -123,6 +125,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     workload, meter = Workload(**job["workload"]), Meter(job["device"])
     clock = Clock(meter, job.get("seconds", float("inf")))
     if job.get("in_memory"):
+        LastCheckpoint._save = lambda self, trainer: None  # type: ignore[method-assign]  # the others save nothing either
         logprob_model.load_causal_lm = lambda config, *, option="": drawn(config, job["device"], option=option)
     plain_trainer = cli.IsdpoCLI.instantiate_trainer
 
@@ -150,7 +153,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         "model.loss.beta": BETA,
         "model.weighting": "UniformWeighting",
         "model.optimizer": "torch.optim.AdamW",
-        "model.optimizer.lr": LEARNING_RATE,
+        "model.optimizer.lr": job.get("learning_rate", LEARNING_RATE),
         "model.optimizer.weight_decay": 0.0,
         "model.optimizer.fused": "true",
         "model.prefix_sharing": str(job["sharing"]).lower(),

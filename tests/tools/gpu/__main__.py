@@ -16,7 +16,9 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,19 +47,20 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "numerics": Step("numerics", 45, "the same pairs on CPU and GPU, in every layout; the head; sampling and scoring"),
-    "fit": Step("fits", 75, "the quickstart and 135M parameters in bfloat16: first-step gate, resume, export"),
-    "speed": Step("speed", 120, "pairs per second and memory beside TRL, on three shapes of rows"),
-    "kernels": Step("kernels", 50, "FlexAttention with packed rows, compiled layers, fused AdamW"),
-    "ranks": Step("ranks", 45, "ddp and fsdp2 on one rank equal one device"),
-    "memory": Step("memory", 45, "the plan against the measured peak, four settings"),
-    "sampling": Step("sampling", 45, "tokens per second, the probe, a step of HyPO and of RLOO"),
-    "profile": Step("profiling", 30, "host synchronizations, casts, the longest kernels"),
+    "numerics": Step("numerics", 30, "the same pairs on CPU and GPU, in every layout; the head; sampling and scoring"),
+    "fit": Step("fits", 55, "the quickstart and 135M parameters in bfloat16: first-step gate, resume, export"),
+    "speed": Step("speed", 100, "pairs per second and memory beside TRL, on three shapes of rows"),
+    "kernels": Step("kernels", 40, "FlexAttention with packed rows, compiled layers, fused AdamW"),
+    "ranks": Step("ranks", 30, "ddp and fsdp2 on one rank equal one device"),
+    "memory": Step("memory", 25, "the plan against the measured peak, four settings"),
+    "sampling": Step("sampling", 20, "tokens per second, the probe, a step of HyPO and of RLOO"),
+    "profile": Step("profiling", 15, "host synchronizations, casts, the longest kernels"),
 }
+WHOLE = 330.0  # seconds, which the steps share with imports
 SMALLEST = 5.0  # seconds; with less left a step is not started
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "jsonargparse", "trl")
 PRELOADED = ("lit_isdpo.cli", "peft", "datasets", "trl", "torch._dynamo", "torch.profiler", "torch.utils.tensorboard")
-PRELOADED += ("transformers.models.llama.modeling_llama",)
+PRELOADED += ("transformers.models.llama.modeling_llama", "torch._inductor.compile_fx", "trl.trainer.dpo_trainer")
 
 
 def main() -> int:
@@ -68,50 +71,61 @@ def main() -> int:
         description=str(__doc__).replace("{steps}", described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=330, help="for the whole check, imports included")
+    parser.add_argument("--seconds", type=float, default=WHOLE, help="for the whole check, imports included")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of the report")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", choices=("1b", "3b", "8b_lora"), default="1b", help="what `speed` trains")
     given = parser.parse_args()
-    ends = monotonic() + given.seconds
     if given.device == "cuda" and torch.cuda.device_count() == 0:
         parser.error("there is no CUDA GPU here; --device cpu tries a tiny part of each step")
     root = given.output.resolve()
     (root / "steps").mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "command": " ".join(["python -m tests.tools.gpu", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": {},
-        "steps": {},
-    }
-    missing = _import_all()
-    sheet = Sheet("machine", given.device, root, ends)
-    machine = _run("tests.tools.gpu.machine", sheet, min(60.0, given.seconds), results={})
-    cells = next((line["cells"] for line in machine["lines"] if "cells" in line), {})
-    if cells.pop("bad fork", False):
-        os.environ[processes.START] = "spawn"
-        machine = _run("tests.tools.gpu.machine", sheet, 90, results={})
-        cells = next((line["cells"] for line in machine["lines"] if "cells" in line), {})
-    results["machine"] = cells | _versions() | {f"{name} is missing:": error for name, error in missing.items()}
-    if machine["status"] != "done":
-        results["steps"]["machine"] = machine
-    for name in given.only:
-        left = ends - monotonic()
-        limit = left if len(given.only) == 1 else min(left, STEPS[name].seconds * max(1.0, given.seconds / 330))
-        if left < SMALLEST:
-            results["steps"][name] = _step_result("not started: no time was left", 0, [], [])
-            continue
-        sheet = Sheet(name, given.device, root, monotonic() + limit, given.model)
-        print(f"{name} ...", flush=True)
-        step = _run(f"tests.tools.gpu.{STEPS[name].module}", sheet, limit, results)
-        failed = [line["check"] for line in step["lines"] if "check" in line and not line["passed"]]
-        print(f"{name}: {step['status']} after {step['seconds']:.0f} s; failed checks: {failed or 'none'}", flush=True)
-    _write(root, results)
+    command = " ".join(["python -m tests.tools.gpu", *sys.argv[1:]])
+    results: dict[str, Any] = {"command": command, "date": date.today().isoformat(), "machine": {}, "steps": {}}
+    with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as work:
+        sheet = Sheet("", given.device, root, Path(work), monotonic() + given.seconds, given.model)
+        try:
+            _check(sheet, given.only, given.seconds, results)
+        except KeyboardInterrupt:
+            print(f"Stopped; what was found is in {root / 'gpu.md'}")
+            return 130
     print((root / "gpu.md").read_text())
     bad = failures(results)
     print(f"{len(bad)} came out badly{': ' if bad else '.'}{'; '.join(bad)}")
     return 1 if bad else 0
+
+
+def _check(sheet: Sheet, names: list[str], seconds: float, results: dict[str, Any]) -> None:
+    """All steps, each with its share of the time that is left."""
+    missing = _import_all()
+    results["machine"] = _machine(sheet, results) | _versions()
+    results["machine"] |= {f"{name} cannot be imported:": error for name, error in missing.items()}
+    for name in names:
+        left = sheet.left
+        limit = left if len(names) == 1 else min(left, STEPS[name].seconds * max(1.0, seconds / WHOLE))
+        if left < SMALLEST:
+            results["steps"][name] = _step_result("not started: no time was left", 0, [], [])
+            continue
+        own = replace(sheet, name=name, ends=monotonic() + limit)
+        print(f"{name} ...", flush=True)
+        step = _run(f"tests.tools.gpu.{STEPS[name].module}", own, limit, results)
+        failed = [line["check"] for line in step["lines"] if "check" in line and not line["passed"]]
+        print(f"{name}: {step['status']} after {step['seconds']:.0f} s; failed checks: {failed or 'none'}", flush=True)
+    _write(sheet.root, results)
+
+
+def _machine(sheet: Sheet, results: dict[str, Any]) -> dict[str, Any]:
+    """What it is and how fast it multiplies; decides how processes start."""
+    for _ in range(2):
+        step = _run("tests.tools.gpu.machine", replace(sheet, name="machine"), min(60.0, sheet.left), results={})
+        cells: dict[str, Any] = next((line["cells"] for line in step["lines"] if "cells" in line), {})
+        if not cells.pop("bad fork", False):
+            break
+        os.environ[processes.START] = "spawn"
+    if step["status"] != "done":
+        results["steps"]["machine"] = step
+    return cells
 
 
 def _import_all() -> dict[str, str]:
@@ -140,16 +154,18 @@ def _run(module: str, sheet: Sheet, limit: float, results: dict[str, Any]) -> di
     began = monotonic()
     process = processes.started(module, sheet, log=sheet.log)
     known = -1
-    while process.is_alive() and monotonic() - began < limit:
-        process.join(0.25)
-        lines = read(sheet.file)
-        if results and len(lines) != known:
-            known = len(lines)
-            results["steps"][sheet.name] = _step_result("running", monotonic() - began, lines, [])
-            _write(sheet.root, results)
-    seconds = monotonic() - began
-    is_late = process.is_alive()
-    processes.end(process)
+    try:
+        while process.is_alive() and monotonic() - began < limit:
+            process.join(0.25)
+            lines = read(sheet.file)
+            if results and len(lines) != known:
+                known = len(lines)
+                results["steps"][sheet.name] = _step_result("running", monotonic() - began, lines, [])
+                _write(sheet.root, results)
+        seconds = monotonic() - began
+        is_late = process.is_alive()
+    finally:
+        processes.end(process)
     status = "cut off" if is_late else "done" if process.exitcode == 0 else "failed"
     last = (
         [] if status == "done" or not sheet.log.exists() else sheet.log.read_text(errors="replace").splitlines()[-12:]

@@ -22,7 +22,7 @@ def run(sheet: Sheet) -> None:
     quick = [f"--config={CONFIG}", f"--trainer.accelerator={device}", "--trainer.enable_progress_bar=false"]
     quick += ["--trainer.max_epochs=-1", "--trainer.limit_val_batches=0", "--probe.num_prompts=0"]
     quick += ["--checkpoint.monitor=null"]
-    larger = options(sheet, small_workload(sheet), f"--trainer.max_steps={STEPS}")
+    larger = options(sheet, small_workload(sheet, "135m", num_pairs=256), f"--trainer.max_steps={STEPS}")
     _fit(sheet, "quickstart", quick, tolerance=1e-3)
     _fit(sheet, "135M in bf16" if sheet.is_gpu else "tiny in bf16", larger, tolerance=0.02)
 

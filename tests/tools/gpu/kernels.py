@@ -78,7 +78,7 @@ def _flex(sheet: Sheet) -> None:
         sheet.check(
             f"FlexAttention, batch {len(seconds)}: log-probs against sdpa, nats per square root of tokens",
             float(((own - logps).abs() / root).max()),
-            0.05 if sheet.is_gpu else 1e-3,
+            0.2 if sheet.is_gpu else 1e-3,
         )
         sheet.check(f"FlexAttention, batch {len(seconds)}: policy against reference, nats", ratio, 0.1)
         if with_backward:
@@ -117,7 +117,7 @@ def _compiled(sheet: Sheet) -> None:
         root = batch.tokens.completion_mask.sum(dim=1).sqrt()
         off = float(((own - wanted).abs() / root).max())
         turned = float((own_gradient - gradient).norm() / gradient.norm())
-        sheet.check(f"compiled layers, batch {len(seconds)}: log-probs", off, 0.05 if sheet.is_gpu else 1e-3)
+        sheet.check(f"compiled layers, batch {len(seconds)}: log-probs", off, 0.2 if sheet.is_gpu else 1e-3)
         sheet.check(f"compiled layers, batch {len(seconds)}: gradient", turned, 0.1 if sheet.is_gpu else 1e-3)
     sheet.row(
         "Compiled layers",

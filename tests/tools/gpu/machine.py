@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 
 from lit_isdpo.training.throughput import matmul_rate
+from tests.tools.gpu.processes import started_by
 from tests.tools.gpu.sheet import Sheet
 
 
@@ -22,7 +23,7 @@ def run(sheet: Sheet) -> None:
     else:
         about = driver() or {"card": torch.cuda.get_device_name()}
         rate = matmul_rate(torch.device("cuda"), torch.bfloat16)
-        sheet.row("machine", **about, **{"bf16 matmul": f"{rate / 1e12:.0f} TFLOP/s"})
+        sheet.row("machine", **about, **{"bf16 matmul": f"{rate / 1e12:.0f} TFLOP/s", "processes": started_by()})
 
 
 def driver() -> dict[str, str]:

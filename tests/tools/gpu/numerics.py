@@ -187,7 +187,7 @@ def _sampling(sheet: Sheet) -> None:
             },
         )
         both = dtype == compute == FP32
-        sheet.check(f"sampling against scoring, {numerics}: mean", float(off.mean()), 1e-5 if both else 0.01)
+        sheet.check(f"sampling against scoring, {numerics}: mean", float(off.mean()), 1e-5 if both else 0.05)
         sheet.check(f"KL of the probe of a policy to itself, {numerics}", float(k1.abs().max()), 0.0)
 
 

@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,14 @@ class Failed(NamedTuple):
     error: str
 
 
+def started_by() -> str:
+    """A fork has imported everything already; where CUDA cannot be used in one, a new process imports it again."""
+    return os.environ.get(START, "fork")
+
+
 def context() -> Any:
-    """Forks have imported everything already; where CUDA cannot be used in them, new processes import it again."""
-    return multiprocessing.get_context(os.environ.get(START, "fork"))
+    """Makes processes so."""
+    return multiprocessing.get_context(started_by())
 
 
 def started(module: str, *arguments: Any, log: Path) -> BaseProcess:
@@ -50,18 +56,25 @@ def _work(module: str, arguments: tuple[Any, ...], log: Path) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
+    torch.set_num_threads(1)  # a fork of a process that has computed on several would wait for them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     importlib.import_module(module).run(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Ends this session when the check is killed: nobody would use the GPU's results any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own, whose memory is free afterwards.
 
-    This process computes on one thread from then on: a fork of one that has used several would wait for them.
-
     Raises:
         RuntimeError: it failed there; with the last line of its error.
     """
-    torch.set_num_threads(1)
     receiver, sender = context().Pipe(duplex=False)
     process = context().Process(target=_send, args=(sender, function, arguments))
     process.start()

@@ -20,7 +20,7 @@ def run(sheet: Sheet) -> None:
     """Each in a process of its own, which has a process group of one."""
     workload = small_workload(sheet)
     found: dict[str, tuple[Metrics, Path]] = {}
-    for strategy in ("auto", "ddp", "fsdp2"):
+    for strategy in ("auto", "fsdp2", "ddp"):
         for dtype in ("float32", "bfloat16"):
             given = options(sheet, workload, f"--trainer.max_steps={STEPS}", f"--trainer.strategy={strategy}")
             given.append(f"--model.policy.compute_dtype={dtype}")
@@ -39,7 +39,7 @@ def run(sheet: Sheet) -> None:
             if strategy == "auto":
                 continue
             # fsdp2 rounds norms and embeddings to bfloat16 too, and autocast does not.
-            sheet.check(f"{name}: losses and gradient norms", off, 1e-4 if dtype == "float32" else 0.05)
+            sheet.check(f"{name}: losses and gradient norms", off, 1e-3 if dtype == "float32" else 0.05)
             # At a rate of 1e-4 AdamW moves a weight whose gradient is noise by as much per step, either way.
             sheet.check(f"{name}: exported weights", turned, 2e-4 * STEPS)
 

@@ -15,6 +15,9 @@ TINY = ModelSize(
     hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, vocabulary=4096
 )  # of a CPU
 MODELS = {
+    "34m": ModelSize(
+        hidden_size=512, intermediate_size=1408, num_layers=8, num_heads=8, num_kv_heads=4, vocabulary=16_384
+    ),
     "135m": ModelSize(  # SmolLM2-135M
         hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, vocabulary=49_152
     ),

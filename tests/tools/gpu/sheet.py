@@ -16,7 +16,8 @@ class Sheet:
     Args:
         name: of the step.
         device: cuda or cpu. On a CPU everything is tiny, so that the check stays alive where there is no GPU.
-        root: folder of the check; what the step finds is in ``steps/`` there, a JSON object per line.
+        root: folder of the report; what the step finds is in ``steps/`` there, a JSON object per line.
+        work: folder of everything else: models, runs.
         ends: when the step is cut off, on this machine's monotonic clock.
         model: which shapes ``speed`` measures.
     """
@@ -24,6 +25,7 @@ class Sheet:
     name: str
     device: str
     root: Path
+    work: Path
     ends: float
     model: str = "1b"
 
@@ -40,7 +42,7 @@ class Sheet:
     @property
     def folder(self) -> Path:
         """For its own files."""
-        folder = self.root / "work" / self.name
+        folder = self.work / self.name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -71,78 +71,105 @@ SETTINGS = {
 }
 ON_CPU = Setting(TINY, {"hh": SHAPES["hh"]}, micro_batch_size=2, seconds=1)
 BATCH = 32  # pairs of an optimizer step; on a CPU 4
+ALONE = 180.0  # seconds left, with which the contenders have all of theirs
+LEARNING_RATE = 1e-6
 
 
 def run(sheet: Sheet) -> None:
     """All contenders, each in a process of its own."""
-    setting = SETTINGS[sheet.model] if sheet.is_gpu else ON_CPU
-    batch = BATCH if sheet.is_gpu else 4
-    has_trl = importlib.util.find_spec("trl") is not None
-    if not has_trl:
-        sheet.skip("TRL", "it is not installed")
-    rate = apart(_rate, sheet.device)
-    losses: dict[str, list[float]] = {}  # of the first contender of each shape
-    best: dict[str, dict[str, float]] = {}
+    race = Race(sheet)
     for contenders in ROUNDS:
-        for name, shape in setting.shapes.items():
-            folder = sheet.folder / sheet.model / name.replace(" ", "_")
-            workload = make_workload(
-                folder, shape, setting.size, num_pairs=4 * batch, batch_size=batch, with_weights=False
-            )
+        for shape in race.setting.shapes:
             for who in contenders:
-                if CONTENDERS[who]["side"] == "trl" and not has_trl:
-                    continue
-                job = {
-                    "sharing": True,
-                    "workload": workload._asdict(),
-                    "device": sheet.device,
-                    "weights": setting.weights,
-                    "batch_size": batch,
-                    "micro_batch_size": setting.micro_batch_size,
-                    "steps": 10_000,
-                    "seconds": setting.seconds,
-                    "gradient_checkpointing": setting.checkpointing,
-                    "trl_attention": "sdpa",
-                    "in_memory": True,
-                    "peft": setting.peft,
-                    **CONTENDERS[who],
-                }
-                job["options"] = {"trainer.max_epochs": -1, **job.get("options", {})}
-                try:
-                    result = apart(_contender, job)
-                except RuntimeError as error:
-                    sheet.row("Pairs per second", rows=name, contender=who, failed=str(error)[:200])
-                    sheet.check(f"{who}, {name}: runs", float("nan"), 0)
-                    continue
-                first = losses.setdefault(name, result["losses"][:3])
-                seconds = result["seconds"][1:] or result["seconds"]  # the second step may still compile
-                pairs = batch / median(seconds)
-                best.setdefault(name, {})[who] = pairs
-                is_live = not job["cache"]
-                flops = apart(_flops_per_pair, workload, setting.size, 3 + is_live - (setting.peft is not None))
-                off = max(abs(a - b) for a, b in zip(first, result["losses"], strict=False))
-                sheet.row(
-                    "Pairs per second",
-                    rows=name,
-                    contender=who,
-                    **{
-                        "pairs/s": pairs,
-                        "MFU on unique tokens": pairs * flops / rate,
-                        "peak GiB": result["peak_mib"] / 1024,
-                        "beyond weights and optimizer, GiB": result["beyond_mib"] / 1024,
-                        "steps": len(result["losses"]),
-                        "losses off by": off,
-                    },
-                )
-                # Of adapters the two sides draw different weights.
-                if setting.peft is None:
-                    sheet.check(f"{who}, {name}: first three losses", off, 0.02 if sheet.is_gpu else 1e-3)
-    for name, rates in best.items():
-        for kind in ("live", "cached"):
-            if {f"ours, {kind}", f"TRL, {kind}"} <= rates.keys():
-                sheet.row(
-                    "Ours over TRL", rows=name, reference=kind, ratio=rates[f"ours, {kind}"] / rates[f"TRL, {kind}"]
-                )
+                race.measure(shape, who)
+
+
+class Race:
+    """Measures contenders, and compares each with the first on the same rows.
+
+    Args:
+        sheet: gets the rows.
+    """
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.sheet = sheet
+        self.setting = SETTINGS[sheet.model] if sheet.is_gpu else ON_CPU
+        self.batch = BATCH if sheet.is_gpu else 4
+        self.rate = apart(_rate, sheet.device)
+        self.losses: dict[str, list[float]] = {}  # of the first contender on each shape
+        self.pairs: dict[tuple[str, str], float] = {}  # per second, by shape and contender
+        self.has_trl = importlib.util.find_spec("trl") is not None
+        if not self.has_trl:
+            sheet.skip("TRL", "it is not installed")
+
+    def measure(self, shape: str, who: str) -> None:
+        """One contender on one shape of rows."""
+        contender = CONTENDERS[who]
+        if contender["side"] == "trl" and not self.has_trl:
+            return
+        setting = self.setting
+        workload = self._workload(shape)
+        try:
+            result = apart(_contender, self._job(workload, contender))
+        except RuntimeError as error:
+            self.sheet.row("Pairs per second", rows=shape, contender=who, failed=str(error)[:200])
+            self.sheet.check(f"{who}, {shape}: runs", float("nan"), 0)
+            return
+        seconds = result["seconds"][1:] or result["seconds"]  # the second step may still compile
+        pairs = self.pairs[shape, who] = self.batch / median(seconds)
+        num_forwards = 3 + (not contender["cache"]) - (setting.peft is not None)
+        flops = apart(_flops_per_pair, workload, setting.size, num_forwards)
+        first = self.losses.setdefault(shape, result["losses"][:3])
+        off = max(abs(a - b) for a, b in zip(first, result["losses"], strict=False))
+        self.sheet.row(
+            "Pairs per second",
+            rows=shape,
+            contender=who,
+            **{
+                "pairs/s": pairs,
+                "MFU on unique tokens": pairs * flops / self.rate,
+                "peak GiB": result["peak_mib"] / 1024,
+                "beyond weights and optimizer, GiB": result["beyond_mib"] / 1024,
+                "steps": len(result["losses"]),
+                "losses off by": off,
+            },
+        )
+        if setting.peft is None:  # of adapters the two sides draw different weights
+            self.sheet.check(f"{who}, {shape}: first three losses", off, 0.01 if self.sheet.is_gpu else 1e-3)
+        ours = self.pairs.get((shape, who.replace("TRL", "ours")))
+        if contender["side"] == "trl" and ours is not None:
+            self.sheet.row("Ours over TRL", rows=shape, reference=who.removeprefix("TRL, "), ratio=ours / pairs)
+
+    def _workload(self, shape: str) -> Workload:
+        return make_workload(
+            self.sheet.folder / self.sheet.model / shape.replace(" ", "_"),
+            self.setting.shapes[shape],
+            self.setting.size,
+            num_pairs=4 * self.batch,
+            batch_size=self.batch,
+            with_weights=False,
+        )
+
+    def _job(self, workload: Workload, contender: dict[str, Any]) -> dict[str, Any]:
+        setting = self.setting
+        return {
+            "sharing": True,
+            "workload": workload._asdict(),
+            "device": self.sheet.device,
+            "weights": setting.weights,
+            "batch_size": self.batch,
+            "micro_batch_size": setting.micro_batch_size,
+            "steps": 10_000,
+            # Where the check shares its time, half of it.
+            "seconds": setting.seconds if self.sheet.left > ALONE else setting.seconds / 2,
+            "learning_rate": LEARNING_RATE,
+            "gradient_checkpointing": setting.checkpointing,
+            "trl_attention": "sdpa",
+            "in_memory": True,
+            "peft": setting.peft,
+            **contender,
+            "options": {"trainer.max_epochs": -1, **contender.get("options", {})},
+        }
 
 
 def _contender(job: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def run_step(folder: Path, monkeypatch: pytest.MonkeyPatch, rest: str, limit: fl
     sys.modules.pop("a_step_of_its_own", None)
     (folder / "steps").mkdir()
     results: dict[str, Any] = {"command": "", "date": "", "machine": {}, "steps": {}}
-    _run("a_step_of_its_own", Sheet("own", "cpu", folder, monotonic() + limit), limit, results)
+    _run("a_step_of_its_own", Sheet("own", "cpu", folder, folder / "work", monotonic() + limit), limit, results)
     assert json.loads((folder / "gpu.json").read_text())["steps"] == results["steps"]
     assert (folder / "gpu.md").read_text() == report(results)
     return results
@@ -86,7 +86,7 @@ def test_a_check_that_does_not_hold_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_line_that_was_not_written_whole_is_left_out(tmp_path: Path) -> None:
-    sheet = Sheet("own", "cpu", tmp_path, 0)
+    sheet = Sheet("own", "cpu", tmp_path, tmp_path, 0)
     sheet.file.parent.mkdir()
     sheet.note("whole")
     with sheet.file.open("a") as file:

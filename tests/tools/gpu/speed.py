@@ -98,6 +98,7 @@ class Race:
         self.rate = apart(_rate, sheet.device)
         self.losses: dict[str, list[float]] = {}  # of the first contender on each shape
         self.pairs: dict[tuple[str, str], float] = {}  # per second, by shape and contender
+        self.beyond: dict[tuple[str, str], float] = {}  # MiB beyond weights and optimizer, likewise
         self.has_trl = importlib.util.find_spec("trl") is not None
         if not self.has_trl:
             sheet.skip("TRL", "it is not installed")
@@ -117,6 +118,7 @@ class Race:
             return
         seconds = result["seconds"][1:] or result["seconds"]  # the second step may still compile
         pairs = self.pairs[shape, who] = self.batch / median(seconds)
+        self.beyond[shape, who] = result["beyond_mib"]
         num_forwards = 3 + (not contender["cache"]) - (setting.peft is not None)
         flops = apart(_flops_per_pair, workload, setting.size, num_forwards)
         first = self.losses.setdefault(shape, result["losses"][:3])
@@ -136,9 +138,17 @@ class Race:
         )
         if setting.peft is None:  # of adapters the two sides draw different weights
             self.sheet.check(f"{who}, {shape}: first three losses", off, 0.01 if self.sheet.is_gpu else 1e-3)
-        ours = self.pairs.get((shape, who.replace("TRL", "ours")))
-        if contender["side"] == "trl" and ours is not None:
-            self.sheet.row("Ours over TRL", rows=shape, reference=who.removeprefix("TRL, "), ratio=ours / pairs)
+        own = shape, who.replace("TRL", "ours")
+        if contender["side"] == "trl" and own in self.pairs:
+            self.sheet.row(
+                "Ours over TRL",
+                rows=shape,
+                reference=who.removeprefix("TRL, "),
+                **{
+                    "pairs/s": self.pairs[own] / pairs,
+                    "memory beyond weights and optimizer": self.beyond[own] / self.beyond[shape, who],
+                },
+            )
 
     def _workload(self, shape: str) -> Workload:
         return make_workload(

@@ -58,7 +58,7 @@ class Head:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a b`` with factors in ``dtype``, or in bfloat16 where both are kept in it anyway, and sums in fp32."""
+    """``a b`` with factors in ``dtype`` and sums in fp32. Factors that are kept in bfloat16 are multiplied in it."""
     is_narrow = dtype == torch.bfloat16 or a.dtype == b.dtype == torch.bfloat16
     if is_narrow and a.is_cuda:
         return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16), out_dtype=torch.float32)

@@ -97,7 +97,7 @@ class PreferenceModule(AlignmentModule):
         self.samples = on_policy_kl is not None
         self.ess_window = ess_window
         self.train_metrics = PairMetrics(loss, unknown=self.unmeasured, window=ess_window)
-        self._not_looked_at: dict[str, Tensor] = {}  # of the last optimizer step, where it was not logged
+        self._not_looked_at: dict[str, Tensor] = {}  # of the last optimizer step, if it was not logged
         self._recent_log_weights: list[Tensor] = []  # as of the last optimizer step
         self._ess_before_resume: Tensor | None = None
         self._sampled_kl: list[Tensor] = []  # of the micro-batches since then

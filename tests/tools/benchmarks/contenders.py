@@ -3,10 +3,9 @@
 Both sides take the same steps: AdamW (fused) at a constant rate, gradients clipped at norm 1, DPO without weights, no
 dropout, no evaluation, no checkpoints on the way, the loss of each step logged.
 
-A job says what is trained and how: see ``__main__.py``. Three keys are for large models: ``in_memory`` draws the
-weights on the device from a seed, the same for both sides, instead of reading them, and saves none; ``seconds`` ends
-the run so long after its first step, whatever ``steps`` says; ``peft`` trains such an adapter. ``learning_rate`` is for
-comparing losses: at large ones Adam's first steps follow the signs of gradients that are all noise.
+A job says what is trained and how: see ``__main__.py``. Four keys are optional. ``in_memory`` draws the weights on the
+device from a seed, equal on both sides, and saves no checkpoints. ``seconds`` ends the run that long after its first
+step. ``peft`` has the options of an adapter. ``learning_rate`` replaces the default one.
 """
 
 import json
@@ -33,7 +32,7 @@ RESULT = "RESULT "
 
 
 def drawn(config: PolicyConfig, device: str, *, option: str = "path") -> PreTrainedModel:
-    """A model with random weights that are made where they stay, the same at every call."""
+    """Draws a model's weights on the device, the same at every call."""
     with torch.device(device):
         torch.manual_seed(0)
         return load_causal_lm(replace(config, init="random", peft=None), option=option)

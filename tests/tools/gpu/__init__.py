@@ -1,4 +1,4 @@
-"""What a GPU check finds within minutes: ``python -m tests.tools.gpu``."""
+"""A check of everything that runs on a GPU: ``python -m tests.tools.gpu``."""
 
 import os
 

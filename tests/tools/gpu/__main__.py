@@ -1,11 +1,11 @@
-"""Whether everything works on a GPU, and how fast: ``python -m tests.tools.gpu [--seconds 330] [--only STEP ...]``.
+"""Does everything work on a GPU, and how fast is it? ``python -m tests.tools.gpu [--seconds 330] [--only STEP ...]``.
 
-The steps run one after another, the most valuable first, each in a process of its own with a limit of its own. What
-they find is in ``gpu.md`` and ``gpu.json`` from the first finding on: a check that is cut off keeps its results. A step
-that fails says its last lines and does not stop the others. The exit status is 1 where a step failed or a check did.
+The check runs its steps one after another and begins with the most valuable ones. Each step is a process with a time
+limit. The check writes ``gpu.md`` and ``gpu.json`` after every finding, so that they survive if it is cut off. If a
+step fails, the report shows its last lines, and the next step runs. The exit status is 1 if a step or check failed.
 
-On a machine without network, packages that are missing come from a folder: ``python -m tests.tools.gpu.wheels``. With
-``--device cpu`` every step that can does a tiny part of its work.
+``--device cpu`` runs a tiny version of every step that a CPU can run. ``python -m tests.tools.gpu.wheels`` downloads
+the missing packages for a machine without network.
 
 {steps}
 """
@@ -36,9 +36,9 @@ class Step(NamedTuple):
     """A step: a module of this folder with a function ``run(sheet)``.
 
     Attributes:
-        module: by its name.
-        seconds: its share of a whole check; alone it has all of the time.
-        about: a line for the help.
+        module: its name.
+        seconds: its time limit in a whole check. If it is the only step, it may use all of the time.
+        about: one line for the help.
     """
 
     module: str
@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def _check(sheet: Sheet, names: list[str], seconds: float, results: dict[str, Any]) -> None:
-    """All steps, each with its share of the time that is left."""
+    """Runs all steps within the time that is left."""
     missing = _import_all()
     results["machine"] = _machine(sheet, results) | _versions()
     results["machine"] |= {f"{name} cannot be imported:": error for name, error in missing.items()}
@@ -116,7 +116,7 @@ def _check(sheet: Sheet, names: list[str], seconds: float, results: dict[str, An
 
 
 def _machine(sheet: Sheet, results: dict[str, Any]) -> dict[str, Any]:
-    """What it is and how fast it multiplies; decides how processes start."""
+    """Describes the machine, and decides how processes start."""
     for _ in range(2):
         step = _run("tests.tools.gpu.machine", replace(sheet, name="machine"), min(60.0, sheet.left), results={})
         cells: dict[str, Any] = next((line["cells"] for line in step["lines"] if "cells" in line), {})
@@ -129,12 +129,12 @@ def _machine(sheet: Sheet, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _import_all() -> dict[str, str]:
-    """Imports what the steps need, once for all of them; says what is not there."""
+    """Imports what the steps need, once for all of them. Returns the errors by module."""
     missing = {}
     for name in PRELOADED:
         try:
             importlib.import_module(name)
-        except Exception as error:  # the steps that need it will say so
+        except Exception as error:  # the steps that need it report it
             missing[name] = f"{type(error).__name__}: {error}"[:200]
     return missing
 
@@ -148,7 +148,7 @@ def _versions() -> dict[str, str]:
 
 
 def _run(module: str, sheet: Sheet, limit: float, results: dict[str, Any]) -> dict[str, Any]:
-    """Runs a step; while it does, its findings are written as they come."""
+    """Runs a step, and writes its findings as they come."""
     for old in (sheet.file, sheet.log):
         old.unlink(missing_ok=True)
     began = monotonic()
@@ -182,7 +182,7 @@ def _step_result(status: str, seconds: float, lines: list[Any], last_lines: list
 
 
 def _write(root: Path, results: dict[str, Any]) -> None:
-    """Both files, each in one go: whoever kills this process leaves whole ones."""
+    """Replaces both files atomically: a kill leaves whole files."""
     for name, text in (("gpu.json", json.dumps(results, indent=1)), ("gpu.md", report(results))):
         part = root / f".{name}"
         part.write_text(text)

@@ -1,4 +1,4 @@
-"""Twenty steps of a small fit and of a larger one: they begin at the reference, resume to the bit, and are exported."""
+"""Twenty steps of a small fit and of a larger one: first step, bit-exact resume, export."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
 
 def run(sheet: Sheet) -> None:
-    """Each fit three times: unbroken, unbroken again, and resumed in the middle."""
+    """Runs each fit three times: unbroken, unbroken again, and resumed from the middle."""
     device = "gpu" if sheet.is_gpu else "cpu"
     quick = [f"--config={CONFIG}", f"--trainer.accelerator={device}", "--trainer.enable_progress_bar=false"]
     quick += ["--trainer.max_epochs=-1", "--trainer.limit_val_batches=0", "--probe.num_prompts=0"]
@@ -44,7 +44,7 @@ def _fit(sheet: Sheet, name: str, arguments: list[str], tolerance: float) -> Non
             "peak GiB, last step": logged["perf/peak_memory_gib"][max(logged["perf/peak_memory_gib"])],
         },
     )
-    # That the fit was not stopped there says that its first step's log-ratios were 0 within the noise.
+    # The fit would have stopped if the log-ratios of its first step were not 0 within the noise.
     sheet.check(f"{name}: loss of the first step less ln 2", abs(logged["train/loss"][first] - math.log(2)), tolerance)
     last = whole / "checkpoints" / "last.ckpt"
     exported = root / "exported"

@@ -1,4 +1,4 @@
-"""Kernels that only a GPU has whole: FlexAttention with packed rows, compiled layers, fused AdamW."""
+"""Compares special kernels with plain ones: FlexAttention on packed rows, compiled layers, fused AdamW."""
 
 import copy
 import shutil
@@ -26,7 +26,7 @@ BATCHES = 6  # of rows of different lengths, which must not be compiled anew eac
 
 
 def run(sheet: Sheet) -> None:
-    """On a CPU there is a forward of FlexAttention only, and it needs a C++ compiler."""
+    """A CPU has only the forward of FlexAttention, and needs a C++ compiler for it."""
     _fused_adamw(sheet)
     if not sheet.is_gpu and shutil.which("g++") is None:
         sheet.skip("FlexAttention and compiled layers", "on a CPU they need a C++ compiler")
@@ -36,7 +36,7 @@ def run(sheet: Sheet) -> None:
 
 
 def _packed(sheet: Sheet, vocabulary: int) -> list[PreferenceBatch]:
-    """Packed rows, of other lengths in each batch."""
+    """Draws batches of packed rows, each batch with other lengths."""
     number, budget = (24, 4096) if sheet.is_gpu else (4, 256)
     random, batches = Random(1), []
     lengths = ((100, 500), (20, 200)) if sheet.is_gpu else ((5, 40), (3, 20))
@@ -49,7 +49,7 @@ def _packed(sheet: Sheet, vocabulary: int) -> list[PreferenceBatch]:
 
 
 def _flex(sheet: Sheet) -> None:
-    """Log-probs and gradients as sdpa has them; a policy and its reference take turns, as in training."""
+    """Compares log-probs and gradients with sdpa's. Policy and reference take turns, as in training."""
     size = MODEL if sheet.is_gpu else TINY
     compute = torch.bfloat16 if sheet.is_gpu else torch.float32
     policy = drawn_model(size, sheet.device, compute_dtype=compute)
@@ -100,7 +100,7 @@ def _flex(sheet: Sheet) -> None:
 
 
 def _compiled(sheet: Sheet) -> None:
-    """Compiled layers give what eager ones do, are faster, and are not compiled for each length."""
+    """Compares compiled layers with eager ones, on rows of several lengths."""
     size = MODEL if sheet.is_gpu else TINY
     compute = torch.bfloat16 if sheet.is_gpu else torch.float32
     eager, compiled = (drawn_model(size, sheet.device, compute_dtype=compute).train() for _ in range(2))
@@ -132,7 +132,7 @@ def _compiled(sheet: Sheet) -> None:
 
 
 def _fused_adamw(sheet: Sheet) -> None:
-    """Three steps of AdamW, fused and per tensor."""
+    """Compares three steps of fused AdamW with AdamW per tensor."""
     size = MODEL if sheet.is_gpu else TINY
     model = drawn_model(size, sheet.device)
     ends, milliseconds = {}, {}
@@ -164,7 +164,7 @@ def _values(model: LogProbModel, batch: PreferenceBatch, with_backward: bool) ->
 
 
 def _milliseconds(sheet: Sheet, work: Callable[[], Any], repeats: int = 5) -> float:
-    """The least of a few."""
+    """The least time of a few runs."""
     best = float("inf")
     for _ in range(repeats):
         if sheet.is_gpu:

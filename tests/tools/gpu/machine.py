@@ -1,4 +1,4 @@
-"""The first thing in a report: which card, which driver, and how fast it multiplies."""
+"""The head of the report: card, driver, and the measured rate of matrix products."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from tests.tools.gpu.sheet import Sheet
 
 
 def run(sheet: Sheet) -> None:
-    """One row."""
+    """Writes one row."""
     if not sheet.is_gpu:
         rate = matmul_rate(torch.device("cpu"), torch.float32)
         about = {"CPU": f"{platform.machine()}, {os.cpu_count()} cores", "fp32 matmul": f"{rate / 1e9:.0f} GFLOP/s"}
@@ -27,7 +27,7 @@ def run(sheet: Sheet) -> None:
 
 
 def driver() -> dict[str, str]:
-    """What the GPU's own tool says of card and driver."""
+    """Card and driver, as nvidia-smi names them."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout

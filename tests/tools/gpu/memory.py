@@ -1,4 +1,4 @@
-"""What ``plan`` says beforehand against what a fit takes."""
+"""Compares the memory that ``plan`` predicts with the peak of a fit."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Peak(Callback):
 
 
 def run(sheet: Sheet) -> None:
-    """Rows are all alike, so that every micro-batch is the longest."""
+    """Uses equal rows, so that every micro-batch is the longest."""
     workload = small_workload(sheet)
     alike = sheet.folder / "alike.jsonl"
     row = Path(workload.pairs).read_text().splitlines()[0]
@@ -51,7 +51,7 @@ def run(sheet: Sheet) -> None:
 
 
 def _both(arguments: list[str], root: Path, on_gpu: bool) -> tuple[int, int]:
-    """Bytes that are planned, and bytes at the peak."""
+    """Returns the planned bytes, and the bytes at the peak."""
     plans: list[Plan] = []
     trainer_module.print_plan = lambda plan, *args, **options: plans.append(plan)
     cli.main(["plan", *arguments, f"--trainer.default_root_dir={root}"])

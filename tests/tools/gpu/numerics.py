@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on a CPU: log-probs and gradients in every layout, the head, sampling and scoring."""
+"""Compares a GPU with a CPU: log-probs and gradients in every layout, the head, and sampling with scoring."""
 
 import math
 from collections.abc import Callable
@@ -29,17 +29,17 @@ PER_TOKEN = {FP32: 1e-4, BF16: 0.2}
 
 
 def run(sheet: Sheet) -> None:
-    """All parts; each is small."""
+    """Runs all three comparisons."""
     _layouts(sheet)
     _head(sheet)
     _sampling(sheet)
 
 
 def _layouts(sheet: Sheet) -> None:
-    """Against plain rows in fp32 on the CPU; in each numerics a model against its copy, too."""
+    """Compares each layout with plain rows in fp32 on the CPU, and a model with itself in each numerics."""
     size = MODEL if sheet.is_gpu else TINY
     short = drawn_pairs(6, (20, 100), (10, 40), size.vocabulary)
-    long = drawn_pairs(6, (130, 220), (10, 40), size.vocabulary)  # such prompts are attended to apart
+    long = drawn_pairs(6, (130, 220), (10, 40), size.vocabulary)  # attention treats such prompts apart
     layouts: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain": (short, {}),
         "shared": (short, {"layout": "shared"}),
@@ -92,7 +92,7 @@ def _values(model: LogProbModel, batch: PreferenceBatch) -> tuple[Tensor, Tensor
 
 
 def _head(sheet: Sheet) -> None:
-    """The chunked head against autograd through all logits at once."""
+    """Compares the chunked head with autograd through all logits at once."""
     tokens, width, vocabulary, chunk = (2048, 2048, 152_000, 512) if sheet.is_gpu else (64, 32, 1_520, 16)
     device = torch.device(sheet.device)
     generator = torch.Generator(device).manual_seed(0)
@@ -128,7 +128,7 @@ def _head(sheet: Sheet) -> None:
 def _head_values(
     way: Callable[[list[Tensor]], Tensor], factors: list[Tensor], slope: Tensor, device: torch.device
 ) -> dict[str, Any]:
-    """Values, gradients, and what the second of two rounds costs."""
+    """Values and gradients, with time and memory of the second of two rounds."""
     for _ in range(2):
         inputs = [factor.clone().requires_grad_() for factor in factors]
         reset_peak_memory(device)
@@ -140,7 +140,7 @@ def _head_values(
 
 
 def _sampling(sheet: Sheet) -> None:
-    """The logits that tokens are drawn from, against those that trainer and probe compute of the same tokens."""
+    """Compares the logits that tokens are drawn from with those of the trainer and the probe for the same tokens."""
     size = MODEL if sheet.is_gpu else TINY
     number, length = (32, 32) if sheet.is_gpu else (4, 8)
     prompts = [pair.prompt_ids for pair in drawn_pairs(number, (5, 40), (1, 1), size.vocabulary)]

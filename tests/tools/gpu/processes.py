@@ -1,4 +1,4 @@
-"""Work in processes of its own: what fails, hangs or fills a GPU there leaves the others alone."""
+"""Processes for single pieces of work: one that fails, hangs or fills the GPU does not disturb the others."""
 
 import importlib
 import multiprocessing
@@ -19,30 +19,30 @@ START = "GPU_CHECK_START"  # environment: how processes start, fork or spawn
 
 
 class Failed(NamedTuple):
-    """What a process says that failed."""
+    """The error of a process that failed."""
 
     error: str
 
 
 def started_by() -> str:
-    """A fork has imported everything already; where CUDA cannot be used in one, a new process imports it again."""
+    """``fork`` saves the imports. ``spawn`` imports everything again, and is needed if CUDA does not work in a fork."""
     return os.environ.get(START, "fork")
 
 
 def context() -> Any:
-    """Makes processes so."""
+    """Starts processes in that way."""
     return multiprocessing.get_context(started_by())
 
 
 def started(module: str, *arguments: Any, log: Path) -> BaseProcess:
-    """Starts a module's ``run`` in a process with a session of its own, whose output goes to a file."""
+    """Starts a module's ``run`` in a new process and session, and sends its output to a file."""
     process: BaseProcess = context().Process(target=_work, args=(module, arguments, log))
     process.start()
     return process
 
 
 def end(process: BaseProcess) -> None:
-    """Kills a process of ``started`` with all that it has started."""
+    """Kills a process of ``started`` and its children."""
     try:
         os.killpg(process.pid or 0, signal.SIGKILL)
     except ProcessLookupError:  # it ended, or has not got its session yet
@@ -56,13 +56,13 @@ def _work(module: str, arguments: tuple[Any, ...], log: Path) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
-    torch.set_num_threads(1)  # a fork of a process that has computed on several would wait for them
+    torch.set_num_threads(1)  # a fork would wait forever for the threads of its parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     importlib.import_module(module).run(*arguments)
 
 
 def _end_with_parent() -> None:
-    """Ends this session when the check is killed: nobody would use the GPU's results any more."""
+    """Kills this session when the check itself is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -70,10 +70,10 @@ def _end_with_parent() -> None:
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own, whose memory is free afterwards.
+    """Calls a function in a new process and returns its result. The process's memory is free afterwards.
 
     Raises:
-        RuntimeError: it failed there; with the last line of its error.
+        RuntimeError: the function failed; with the last line of its error.
     """
     receiver, sender = context().Pipe(duplex=False)
     process = context().Process(target=_send, args=(sender, function, arguments))

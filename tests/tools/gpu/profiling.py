@@ -1,4 +1,4 @@
-"""Where the time of a step goes: what makes the host wait, casts, kernels."""
+"""Profiles optimizer steps: host synchronizations, casts, the longest kernels."""
 
 import warnings
 from collections import Counter
@@ -27,7 +27,7 @@ FIRST, STEPS = 3, 2  # the first steps warm up
 
 
 class Profile(Callback):
-    """Profiles whole optimizer steps, and notes where the host waited.
+    """Profiles whole optimizer steps, and notes the lines at which the host waited.
 
     Args:
         on_gpu: whether there is a GPU to watch.
@@ -72,7 +72,7 @@ class Profile(Callback):
 
 
 def _loads_data(event: Any) -> bool:
-    """Whether it is a part of making the next batch, whose tensors are the host's."""
+    """Whether the event belongs to the loading of the next batch, which happens on the host."""
     while event is not None:
         if "DataLoader" in event.name:
             return True
@@ -81,15 +81,15 @@ def _loads_data(event: Any) -> bool:
 
 
 def _is_kernel(event: Any) -> bool:
-    """Whether it is itself on the GPU; what launches kernels, and marks around them, have their time too."""
+    """Whether the event is a kernel. Operators and annotations would count the time of their kernels again."""
     return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
 def run(sheet: Sheet) -> None:
-    """Steps of two micro-batches, through Lightning, whose logs are off in them."""
+    """Profiles steps of two micro-batches at which Lightning writes no log."""
     watched = Profile(sheet.is_gpu)
     given = options(sheet, small_workload(sheet, "135m", num_pairs=256), f"--trainer.max_steps={FIRST + STEPS}")
-    if not sheet.is_gpu:  # where AdamW reads how many steps each tensor has made
+    if not sheet.is_gpu:  # there, AdamW reads the step count of each tensor
         given = [option for option in given if not option.startswith("--model.optimizer")]
         given += ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e-3"]
     fit([*given, "--trainer.log_every_n_steps=100"], sheet.folder / "runs", watched)

@@ -1,4 +1,4 @@
-"""``ddp`` and ``fsdp2`` on one rank are one device: losses, gradients, checkpoint and export."""
+"""Compares ``ddp`` and ``fsdp2`` on one rank with one device: losses, gradients, checkpoint and export."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ KEYS = ("train/loss", "train/grad_norm")
 
 
 def run(sheet: Sheet) -> None:
-    """Each in a process of its own, which has a process group of one."""
+    """Runs each strategy in a new process, which is a process group of one."""
     workload = small_workload(sheet)
     found: dict[str, tuple[Metrics, Path]] = {}
     for strategy in ("auto", "fsdp2", "ddp"):
@@ -45,7 +45,7 @@ def run(sheet: Sheet) -> None:
 
 
 def _fit(arguments: list[str], root: Path) -> tuple[Metrics, Path]:
-    """What a fit logged, and where its export is."""
+    """Returns the log of a fit, and the folder of its export."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

@@ -1,4 +1,4 @@
-"""The findings as a page."""
+"""The findings as a Markdown page."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ Results = dict[str, Any]
 
 
 def report(results: Results) -> str:
-    """Markdown: the machine, a line per step, then what each has found."""
+    """Shows the machine, one line per step, then the findings of each step."""
     machine, steps = results["machine"], results["steps"]
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     lines = ["# GPU check", "", f"`{results['command']}`, {results['date']}.", "", f"{about}.", ""]
@@ -23,7 +23,7 @@ def report(results: Results) -> str:
 
 
 def failures(results: Results) -> list[str]:
-    """What did not come out well, a phrase each."""
+    """Names every step and every check that failed."""
     found = []
     for name, step in results["steps"].items():
         if step["status"].startswith(("failed", "cut off", "not started")):

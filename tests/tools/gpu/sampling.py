@@ -1,4 +1,4 @@
-"""How fast responses are sampled, and what the steps cost that sample."""
+"""Measures the speed of sampling, of the probe, and of training steps that sample."""
 
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ LORA = {"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}
 
 
 def run(sheet: Sheet) -> None:
-    """With weights in fp32 and compute in bfloat16."""
+    """Uses fp32 weights and bfloat16 compute."""
     size, number, length = (MODELS["1b"], 64, 64) if sheet.is_gpu else (TINY, 4, 8)
     prompts = [pair.prompt_ids for pair in drawn_pairs(number, (20, 160), (1, 1), size.vocabulary)]
 

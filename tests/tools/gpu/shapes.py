@@ -1,4 +1,4 @@
-"""Models with random weights and rows with random words: their speed and their numerics are those of real ones."""
+"""Models with random weights and rows of random tokens. Speed and numerics do not need trained ones."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ MODELS = {
 def drawn_model(
     size: ModelSize, device: str, *, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype = torch.float32
 ) -> LogProbModel:
-    """The same weights at every call on a device, larger than a fresh model's, so that attention decides something."""
+    """Draws the same weights at every call. They are larger than a fresh model's, so that attention matters."""
     config = size.config
     config.initializer_range = 1.5 / math.sqrt(size.hidden_size)
     config._attn_implementation = "sdpa"
@@ -53,7 +53,7 @@ def drawn_model(
 
 
 def drawn_pairs(number: int, prompts: Sequence[int], responses: Sequence[int], vocabulary: int) -> list[TokenizedPair]:
-    """Pairs of random tokens, the same at every call; lengths are between the two numbers of each, both included."""
+    """Draws the same pairs at every call. Lengths lie between the two given numbers, both included."""
     random = Random(0)
 
     def ids(lengths: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a step writes down, line by line, so that a step that is cut off leaves what it has found."""
+"""The findings of a step, one per line of a file, so that they survive if the step is cut off."""
 
 import json
 import math
@@ -11,15 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sheet:
-    """A step's own.
+    """Takes down the findings of a step, and tells the step where and how it runs.
 
     Args:
-        name: of the step.
-        device: cuda or cpu. On a CPU everything is tiny, so that the check stays alive where there is no GPU.
-        root: folder of the report; what the step finds is in ``steps/`` there, a JSON object per line.
-        work: folder of everything else: models, runs.
-        ends: when the step is cut off, on this machine's monotonic clock.
-        model: which shapes ``speed`` measures.
+        name: name of the step.
+        device: cuda or cpu. On a CPU all sizes are tiny.
+        root: folder of the report. Its ``steps/`` has the findings, one JSON object per line.
+        work: folder for models and runs; it is removed at the end.
+        ends: time at which the step is cut off, on the monotonic clock.
+        model: model that ``speed`` trains.
     """
 
     name: str
@@ -31,24 +31,24 @@ class Sheet:
 
     @property
     def file(self) -> Path:
-        """Its findings."""
+        """File of the findings."""
         return self.root / "steps" / f"{self.name}.jsonl"
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File of the step's output."""
         return self.root / "steps" / f"{self.name}.log"
 
     @property
     def folder(self) -> Path:
-        """For its own files."""
+        """Folder for the step's files."""
         folder = self.work / self.name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def is_gpu(self) -> bool:
-        """Whether sizes are those of a GPU."""
+        """Whether the step runs on a GPU, at a GPU's sizes."""
         return self.device == "cuda"
 
     @property
@@ -57,19 +57,19 @@ class Sheet:
         return self.ends - monotonic()
 
     def row(self, table: str, **cells: Any) -> None:
-        """A row of a table; columns are named by its first row."""
+        """Adds a row to a table."""
         self._write({"table": table, "cells": cells})
 
     def check(self, what: str, value: float, at_most: float) -> None:
-        """A number that must not be larger; NaN is."""
+        """Records whether a number is at most a bound; NaN is not."""
         self._write({"check": what, "value": value, "at_most": at_most, "passed": bool(value <= at_most)})
 
     def note(self, text: str) -> None:
-        """A sentence."""
+        """Adds a sentence."""
         self._write({"note": text})
 
     def skip(self, what: str, why: str) -> None:
-        """Says by name what this device cannot do."""
+        """Names something that this device or environment cannot do."""
         self._write({"skipped": what, "why": why})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Sheet:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All whole lines of a sheet."""
+    """Reads all complete lines of a sheet."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Pairs per second beside TRL: the same drawn model, the same rows in the same order, ten seconds each."""
+"""Measures pairs per second beside TRL: the same weights, the same rows in the same order, ten seconds each."""
 
 import importlib.util
 import json
@@ -32,20 +32,20 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "ours, live, compiled": {"side": "ours", "cache": False, "options": COMPILED},
 }
 ROUNDS = (["ours, live", "TRL, live"], ["ours, cached", "TRL, cached"], ["ours, live, compiled"])
-"""Of each round all shapes are measured before the next: a check that is cut off has the most valuable numbers."""
+"""A round measures all shapes. The first round is the most valuable, in case the check is cut off."""
 
 
 class Setting(NamedTuple):
-    """What is trained, and how. Both sides have master weights of the same dtype, and compute in bfloat16 on a GPU.
+    """What both sides train, with master weights of the same dtype. On a GPU they compute in bfloat16.
 
     Attributes:
-        size: of the model.
-        shapes: of the rows.
-        micro_batch_size: pairs.
-        checkpointing: of gradients.
+        size: size of the model.
+        shapes: shapes of the rows.
+        micro_batch_size: pairs per micro-batch.
+        checkpointing: whether gradient checkpointing is on.
         weights: dtype of the master weights.
-        peft: an adapter, or none.
-        seconds: of each contender, from its first step on.
+        peft: options of an adapter, or none.
+        seconds: time per contender, from its first step on.
     """
 
     size: ModelSize
@@ -71,12 +71,12 @@ SETTINGS = {
 }
 ON_CPU = Setting(TINY, {"hh": SHAPES["hh"]}, micro_batch_size=2, seconds=1)
 BATCH = 32  # pairs of an optimizer step; on a CPU 4
-ALONE = 180.0  # seconds left, with which the contenders have all of theirs
+ALONE = 180.0  # seconds: with more time left, each contender gets all of its own
 LEARNING_RATE = 1e-6
 
 
 def run(sheet: Sheet) -> None:
-    """All contenders, each in a process of its own."""
+    """Measures all contenders, each in a new process."""
     race = Race(sheet)
     for contenders in ROUNDS:
         for shape in race.setting.shapes:
@@ -85,10 +85,10 @@ def run(sheet: Sheet) -> None:
 
 
 class Race:
-    """Measures contenders, and compares each with the first on the same rows.
+    """Measures contenders, and compares their losses with those of the first one on the same rows.
 
     Args:
-        sheet: gets the rows.
+        sheet: takes down the results.
     """
 
     def __init__(self, sheet: Sheet) -> None:
@@ -96,15 +96,15 @@ class Race:
         self.setting = SETTINGS[sheet.model] if sheet.is_gpu else ON_CPU
         self.batch = BATCH if sheet.is_gpu else 4
         self.rate = apart(_rate, sheet.device)
-        self.losses: dict[str, list[float]] = {}  # of the first contender on each shape
+        self.losses: dict[str, list[float]] = {}  # by shape: of its first contender
         self.pairs: dict[tuple[str, str], float] = {}  # per second, by shape and contender
-        self.beyond: dict[tuple[str, str], float] = {}  # MiB beyond weights and optimizer, likewise
+        self.beyond: dict[tuple[str, str], float] = {}  # MiB beyond weights and optimizer
         self.has_trl = importlib.util.find_spec("trl") is not None
         if not self.has_trl:
             sheet.skip("TRL", "it is not installed")
 
     def measure(self, shape: str, who: str) -> None:
-        """One contender on one shape of rows."""
+        """Measures one contender on one shape of rows."""
         contender = CONTENDERS[who]
         if contender["side"] == "trl" and not self.has_trl:
             return
@@ -170,7 +170,7 @@ class Race:
             "batch_size": self.batch,
             "micro_batch_size": setting.micro_batch_size,
             "steps": 10_000,
-            # Where the check shares its time, half of it.
+            # Half of it if other steps need their share of the check's time.
             "seconds": setting.seconds if self.sheet.left > ALONE else setting.seconds / 2,
             "learning_rate": LEARNING_RATE,
             "gradient_checkpointing": setting.checkpointing,
@@ -195,7 +195,7 @@ def _rate(device: str) -> float:
 
 
 def _flops_per_pair(workload: Workload, size: ModelSize, num_forwards: int) -> float:
-    """Of the unique tokens; a backward is two forwards, or one under an adapter."""
+    """FLOPs of a pair's unique tokens. A backward counts as two forwards, or as one under an adapter."""
     with torch.device("meta"):
         model = LogProbModel(LlamaForCausalLM(size.config))
     rows = [json.loads(line) for line in Path(workload.pairs).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The check stays alive where there is no GPU: on a CPU every step does a tiny part of its work."""
+"""The GPU check on a CPU, at tiny sizes, and its behavior when steps fail, hang or find something wrong."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def check(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_every_step_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Whatever is not there is skipped by name: a GPU's kernels, and TRL where it is not installed."""
+    """The report names what it skips: kernels of a GPU, and TRL if it is not installed."""
     done = check(tmp_path, "--seconds=800")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())

@@ -20,7 +20,7 @@ Metrics = dict[str, dict[int, float]]
 
 
 def small_workload(sheet: Sheet, model: str = "34m", *, num_pairs: int = 64) -> Workload:
-    """HH-shaped rows and a model; on a CPU a tiny one. An epoch ends with a checkpoint, so that few are quick."""
+    """HH-shaped rows and a model, tiny on a CPU. Every epoch ends with a checkpoint: more pairs, fewer of them."""
     size: ModelSize = MODELS[model] if sheet.is_gpu else TINY
     return make_workload(sheet.folder / "workload", SHAPES["hh"], size, num_pairs=num_pairs, batch_size=8)
 
@@ -56,7 +56,7 @@ def options(sheet: Sheet, workload: Workload, *more: str) -> list[str]:
 
 
 def fit(arguments: Sequence[str], root: Path, *callbacks: Callback) -> Path:
-    """The folder of a fit that was given the callbacks first of all."""
+    """Runs a fit with the callbacks before all others, and returns its folder."""
     folders: list[Path] = []
     plain = cli.IsdpoCLI.instantiate_trainer
 
@@ -75,22 +75,22 @@ def fit(arguments: Sequence[str], root: Path, *callbacks: Callback) -> Path:
 
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Of a checkpoint that is a file."""
+    """Reads the weights of a checkpoint that is one file."""
     state: dict[str, Tensor] = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
     return state
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest difference of two weights of the same name; infinite where names differ."""
+    """Largest difference between two weights of the same name; infinite if the names differ."""
     if one.keys() != other.keys():
         return math.inf
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
 def difference(one: Metrics, other: Metrics, keys: Sequence[str], first: int = 0) -> float:
-    """Largest difference of what two runs logged from an optimizer step on; infinite where steps are missing.
+    """Largest difference between the logs of two runs from an optimizer step on; infinite if steps are missing.
 
-    Values above 1, as norms of gradients may be, count as shares of themselves.
+    For values above 1, such as gradient norms, it is the relative difference.
     """
     found = 0.0
     for key in keys:

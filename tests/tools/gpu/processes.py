@@ -91,7 +91,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     try:
         result = function(*arguments)
     except BaseException as error:

@@ -24,7 +24,7 @@ def check(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_every_step_runs_on_a_cpu(tmp_path: Path) -> None:
     """The report names what it skips: kernels of a GPU, and TRL if it is not installed."""
-    done = check(tmp_path, "--seconds=800")
+    done = check(tmp_path, "--seconds=2400")  # limits grow with it; this machine may be busy
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: step["status"] for name, step in found["steps"].items()} == dict.fromkeys(STEPS, "done")

@@ -168,7 +168,9 @@ def test_what_formulas_say(tiny: list[str], planned: list[Plan], tmp_path: Path)
     attention = 4 * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * 64 * (4 * 64)  # masked positions are computed
     of_one = 2 * (weights - head) * 4 * 64 + 2 * head * 4 * 16 + attention
     norms = 2 * 7 * LLAMA["hidden_size"] * 4 * 64  # have weights, and no matrix products
-    assert plan.forward_flops == 2 * (of_one - norms)
+    # Older releases of transformers compute the angles of RoPE, half a head's width each, by a matrix product.
+    angles = 2 * (LLAMA["hidden_size"] // LLAMA["num_attention_heads"] // 2) * 64
+    assert plan.forward_flops - 2 * (of_one - norms) in (0, 2 * angles)
     recomputed = 2 * head * 4 * 16 + attention / 2  # of the head's logits, and of the attention's scores
     assert plan.backward_flops == pytest.approx(2 * (of_one - norms) + recomputed, rel=1e-6)
     assert plan.flops_per_step == 2 * (plan.forward_flops + plan.backward_flops)

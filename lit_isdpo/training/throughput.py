@@ -31,8 +31,8 @@ class Throughput(Callback):
     of the device's matrix-product rate, measured at the start, that goes into useful work: the policy's forward and
     backward and a live reference's forward on those tokens, attention included, recomputation not. The padding
     fraction is that of the positions that are computed. The peak memory is the largest since the last log, validations
-    between included: allocated on a GPU, resident of the process on a CPU. Where the policy samples in training, a pair
-    is a prompt, and of the rates that alone is logged: most of the time goes into tokens that no batch holds.
+    between included: allocated on a GPU, resident of the process on a CPU. If the policy samples in training, a pair is
+    a prompt, and the other rates are not logged: most of the time goes into tokens that no batch holds.
     """
 
     def __init__(self) -> None:

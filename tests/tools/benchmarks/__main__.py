@@ -19,14 +19,10 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.training.throughput import count_work, forward_flops, matmul_rate
-from lit_isdpo.types import TokenizedPair
+from lit_isdpo.training.throughput import matmul_rate
 from tests.tools.benchmarks.contenders import RESULT
-from tests.tools.benchmarks.workload import SHAPES, ModelSize, Workload, make_workload
+from tests.tools.benchmarks.workload import SHAPES, ModelSize, flops_per_pair, make_workload
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "TRL": {"side": "trl", "cache": False},
@@ -102,7 +98,9 @@ def benchmark(
             runs[who][micro][0] |= {key: value for key, value in memory.items() if key.endswith("_mib")}
         results["workloads"][name] = {
             "runs": runs,
-            "floor_pairs_per_second": {cached: rate / flops_per_pair(workload, cached) for cached in (False, True)},
+            "floor_pairs_per_second": {
+                cached: rate / flops_per_pair(workload, 3 if cached else 4) for cached in (False, True)
+            },
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -142,18 +140,6 @@ def measure(job: dict[str, Any], memory: bool = False, cache: Path | None = None
             result = dict(json.loads(line.removeprefix(RESULT)))
             return result | {"seconds_to_first_step": result["first_step_at"] - started}
     raise SystemExit(f"{job['side']} failed:\n{done.stderr[-3000:]}")
-
-
-def flops_per_pair(workload: Workload, cached: bool) -> float:
-    """Of the unique tokens: forward and backward of the policy, and a live reference's forward."""
-    tokenizer = AutoTokenizer.from_pretrained(workload.model)
-    model = LogProbModel(AutoModelForCausalLM.from_pretrained(workload.model).to("meta"))
-    rows = [json.loads(line) for line in Path(workload.pairs).read_text().splitlines()]
-    pairs = [
-        TokenizedPair(*([*tokenizer(row[key]).input_ids] for key in ("prompt", "chosen", "rejected"))) for row in rows
-    ]
-    work = count_work(collate_pairs(pairs, range(len(pairs)), pad_token_id=0, layout="shared"))
-    return (3 if cached else 4) * float(forward_flops(model, work)) / len(pairs)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -53,5 +53,5 @@ class Meter:
         }
 
     def _peak(self) -> float:
-        """Bytes; just after a reset, what is held."""
+        """Returns bytes. Just after a reset, it is the memory in use."""
         return peak_memory_gib(torch.device(self.device)) * GIB

@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.formats import detect_format, to_pairs
 from lit_isdpo.data.readers import RowError
 from lit_isdpo.data.sampling import TrainingOrder
 from lit_isdpo.data.tokenization import transcript
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.training.throughput import count_work, forward_flops
+from lit_isdpo.types import TokenizedPair
 
 EOS, PAD = "<eos>", "<pad>"
 SPREAD = 0.4  # standard deviation of the logarithm of a length
@@ -147,6 +151,25 @@ def make_workload(
             torch.manual_seed(seed)
             AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype)).save_pretrained(folder / "model")
     return workload
+
+
+def flops_per_pair(workload: Workload, num_forwards: int) -> float:
+    """Useful FLOPs of a pair: those of its unique tokens.
+
+    Args:
+        workload: names the model's configuration and the pairs.
+        num_forwards: one for a live reference and one for the policy; a backward counts as two, or as one if the
+            weights are frozen under an adapter.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(workload.model)
+    with torch.device("meta"):
+        model = LogProbModel(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workload.model)))
+    rows = [json.loads(line) for line in Path(workload.pairs).read_text().splitlines()]
+    pairs = [
+        TokenizedPair(*([*tokenizer(row[key]).input_ids] for key in ("prompt", "chosen", "rejected"))) for row in rows
+    ]
+    work = count_work(collate_pairs(pairs, range(len(pairs)), pad_token_id=0, layout="shared"))
+    return num_forwards * float(forward_flops(model, work)) / len(pairs)
 
 
 def _drawn(shape: Shape, size: ModelSize, num_pairs: int, seed: int) -> Iterable[dict[str, str]]:

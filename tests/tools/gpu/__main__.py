@@ -13,6 +13,7 @@ the missing packages for a machine without network.
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -99,7 +100,9 @@ def main() -> int:
 def _check(sheet: Sheet, names: list[str], seconds: float, results: dict[str, Any]) -> None:
     """Runs all steps within the time that is left."""
     missing = _import_all()
-    results["machine"] = _machine(sheet, results) | _versions()
+    machine = _machine(sheet, results)
+    sheet = replace(sheet, rate=machine.pop("rate", math.nan))
+    results["machine"] = machine | _versions()
     results["machine"] |= {f"{name} cannot be imported:": error for name, error in missing.items()}
     for name in names:
         left = sheet.left

@@ -16,7 +16,7 @@ from lit_isdpo.policy.loading import compile_layers
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import PreferenceBatch, TokenizedPair
 from tests.tools.benchmarks.workload import ModelSize
-from tests.tools.gpu.shapes import TINY, drawn_model, drawn_pairs
+from tests.tools.gpu.shapes import TINY, drawn_model, drawn_pairs, logps_and_gradient
 from tests.tools.gpu.sheet import Sheet
 
 MODEL = ModelSize(
@@ -153,14 +153,11 @@ def _fused_adamw(sheet: Sheet) -> None:
 
 
 def _values(model: LogProbModel, batch: PreferenceBatch, with_backward: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs, and the gradient of a sum that tells all sequences apart."""
-    model.zero_grad()
-    with torch.set_grad_enabled(with_backward):
-        logps = model(batch.tokens).logps
-    if not with_backward:
-        return logps, torch.empty(0)
-    (logps * torch.linspace(-1, 2, len(logps), device=logps.device)).sum().backward()
-    return logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    """Log-probs and the gradient, or no gradient if the device has no backward."""
+    if with_backward:
+        return logps_and_gradient(model, batch)
+    with torch.no_grad():
+        return model(batch.tokens).logps, torch.empty(0)
 
 
 def _milliseconds(sheet: Sheet, work: Callable[[], Any], repeats: int = 5) -> float:

@@ -13,17 +13,19 @@ from tests.tools.gpu.sheet import Sheet
 
 
 def run(sheet: Sheet) -> None:
-    """Writes one row."""
+    """Writes one row. Its ``rate`` is for the steps, and ``bad fork`` asks for another way to start processes."""
     if not sheet.is_gpu:
         rate = matmul_rate(torch.device("cpu"), torch.float32)
         about = {"CPU": f"{platform.machine()}, {os.cpu_count()} cores", "fp32 matmul": f"{rate / 1e9:.0f} GFLOP/s"}
-        sheet.row("machine", **about)
+        sheet.row("machine", **about, rate=rate)
     elif torch.cuda._is_in_bad_fork():
         sheet.row("machine", **{"bad fork": True})
     else:
         about = driver() or {"card": torch.cuda.get_device_name()}
         rate = matmul_rate(torch.device("cuda"), torch.bfloat16)
-        sheet.row("machine", **about, **{"bf16 matmul": f"{rate / 1e12:.0f} TFLOP/s", "processes": started_by()})
+        sheet.row(
+            "machine", **about, **{"bf16 matmul": f"{rate / 1e12:.0f} TFLOP/s", "processes": started_by()}, rate=rate
+        )
 
 
 def driver() -> dict[str, str]:

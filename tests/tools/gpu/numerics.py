@@ -19,7 +19,7 @@ from lit_isdpo.policy.reference import ResidentReference
 from lit_isdpo.training.throughput import peak_memory_gib, reset_peak_memory
 from lit_isdpo.types import PreferenceBatch, PromptBatch
 from tests.tools.benchmarks.workload import ModelSize
-from tests.tools.gpu.shapes import TINY, drawn_model, drawn_pairs
+from tests.tools.gpu.shapes import TINY, drawn_model, drawn_pairs, logps_and_gradient
 from tests.tools.gpu.sheet import Sheet
 
 MODEL = ModelSize(hidden_size=512, intermediate_size=1408, num_layers=4, num_heads=8, num_kv_heads=4, vocabulary=32_000)
@@ -47,12 +47,12 @@ def _layouts(sheet: Sheet) -> None:
         "packed": (short, {"layout": "shared", "row_budget": 400}),
     }
     at_home = drawn_model(size, "cpu")
-    expected = {name: _values(at_home, _batch(pairs, {}, "cpu")) for name, (pairs, _) in layouts.items()}
+    expected = {name: logps_and_gradient(at_home, _batch(pairs, {}, "cpu")) for name, (pairs, _) in layouts.items()}
     for dtype in (FP32, BF16):
         model = LogProbModel(drawn_model(size, "cpu").model.to(sheet.device), compute_dtype=dtype)
         for name, (pairs, options) in layouts.items():
             batch = _batch(pairs, options, sheet.device)
-            logps, gradient = _values(model, batch)
+            logps, gradient = (values.cpu() for values in logps_and_gradient(model, batch))
             wanted, wanted_gradient = expected[name]
             root = batch.tokens.completion_mask.sum(dim=1).cpu().sqrt()
             off = float(((logps - wanted).abs() / root).max())
@@ -80,15 +80,6 @@ def _layouts(sheet: Sheet) -> None:
 def _batch(pairs: Any, options: dict[str, Any], device: str) -> PreferenceBatch:
     batch = collate_pairs(pairs, range(len(pairs)), pad_token_id=0, **options)
     return batch._replace(tokens=batch.tokens.to(torch.device(device)))
-
-
-def _values(model: LogProbModel, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    """Log-probs, and the gradient of a sum that tells all sequences apart, on the CPU."""
-    model.zero_grad()
-    logps = model(batch.tokens).logps
-    (logps * torch.linspace(-1, 2, len(logps), device=logps.device)).sum().backward()
-    gradient = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None])
-    return logps.detach().cpu(), gradient
 
 
 def _head(sheet: Sheet) -> None:

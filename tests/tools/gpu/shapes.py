@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from random import Random
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import TokenizedPair
+from lit_isdpo.types import PreferenceBatch, TokenizedPair
 from tests.tools.benchmarks.workload import ModelSize
 
 TINY = ModelSize(
@@ -60,3 +61,12 @@ def drawn_pairs(number: int, prompts: Sequence[int], responses: Sequence[int], v
         return [random.randrange(2, vocabulary) for _ in range(random.randint(*lengths))]
 
     return [TokenizedPair(ids(prompts), ids(responses), ids(responses)) for _ in range(number)]
+
+
+def logps_and_gradient(model: LogProbModel, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Log-probs, and the gradient of all weights of a sum in which every sequence has another factor."""
+    model.zero_grad()
+    logps = model(batch.tokens).logps
+    (logps * torch.linspace(-1, 2, len(logps), device=logps.device)).sum().backward()
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return logps.detach(), torch.cat(gradients)

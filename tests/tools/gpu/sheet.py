@@ -20,6 +20,7 @@ class Sheet:
         work: folder for models and runs; it is removed at the end.
         ends: time at which the step is cut off, on the monotonic clock.
         model: model that ``speed`` trains.
+        rate: measured FLOP/s of matrix products.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Sheet:
     work: Path
     ends: float
     model: str = "1b"
+    rate: float = math.nan
 
     @property
     def file(self) -> Path:

@@ -1,23 +1,14 @@
 """Measures pairs per second beside TRL: the same weights, the same rows in the same order, ten seconds each."""
 
 import importlib.util
-import json
 import logging
 import tempfile
 import warnings
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import torch
-from transformers import LlamaForCausalLM
-
-from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.training.throughput import count_work, forward_flops, matmul_rate
-from lit_isdpo.types import TokenizedPair
 from tests.tools.benchmarks.contenders import run_ours, run_trl
-from tests.tools.benchmarks.workload import SHAPES, ModelSize, Shape, Workload, make_workload
+from tests.tools.benchmarks.workload import SHAPES, ModelSize, Shape, Workload, flops_per_pair, make_workload
 from tests.tools.gpu.processes import apart
 from tests.tools.gpu.shapes import MODELS, TINY
 from tests.tools.gpu.sheet import Sheet
@@ -71,7 +62,7 @@ SETTINGS = {
 }
 ON_CPU = Setting(TINY, {"hh": SHAPES["hh"]}, micro_batch_size=2, seconds=1)
 BATCH = 32  # pairs of an optimizer step; on a CPU 4
-ALONE = 180.0  # seconds: with more time left, each contender gets all of its own
+ENOUGH = 180.0  # seconds: with more time left, each contender gets all of its own
 LEARNING_RATE = 1e-6
 
 
@@ -95,7 +86,6 @@ class Race:
         self.sheet = sheet
         self.setting = SETTINGS[sheet.model] if sheet.is_gpu else ON_CPU
         self.batch = BATCH if sheet.is_gpu else 4
-        self.rate = apart(_rate, sheet.device)
         self.losses: dict[str, list[float]] = {}  # by shape: of its first contender
         self.pairs: dict[tuple[str, str], float] = {}  # per second, by shape and contender
         self.beyond: dict[tuple[str, str], float] = {}  # MiB beyond weights and optimizer
@@ -120,7 +110,7 @@ class Race:
         pairs = self.pairs[shape, who] = self.batch / median(seconds)
         self.beyond[shape, who] = result["beyond_mib"]
         num_forwards = 3 + (not contender["cache"]) - (setting.peft is not None)
-        flops = apart(_flops_per_pair, workload, setting.size, num_forwards)
+        flops = apart(flops_per_pair, workload, num_forwards)
         first = self.losses.setdefault(shape, result["losses"][:3])
         off = max(abs(a - b) for a, b in zip(first, result["losses"], strict=False))
         self.sheet.row(
@@ -129,7 +119,7 @@ class Race:
             contender=who,
             **{
                 "pairs/s": pairs,
-                "MFU on unique tokens": pairs * flops / self.rate,
+                "MFU on unique tokens": pairs * flops / self.sheet.rate,
                 "peak GiB": result["peak_mib"] / 1024,
                 "beyond weights and optimizer, GiB": result["beyond_mib"] / 1024,
                 "steps": len(result["losses"]),
@@ -171,7 +161,7 @@ class Race:
             "micro_batch_size": setting.micro_batch_size,
             "steps": 10_000,
             # Half of it if other steps need their share of the check's time.
-            "seconds": setting.seconds if self.sheet.left > ALONE else setting.seconds / 2,
+            "seconds": setting.seconds if self.sheet.left > ENOUGH else setting.seconds / 2,
             "learning_rate": LEARNING_RATE,
             "gradient_checkpointing": setting.checkpointing,
             "trl_attention": "sdpa",
@@ -188,18 +178,3 @@ def _contender(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # what trainers write goes with it
         return {"trl": run_trl, "ours": run_ours}[job["side"]](job)
-
-
-def _rate(device: str) -> float:
-    return matmul_rate(torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
-
-
-def _flops_per_pair(workload: Workload, size: ModelSize, num_forwards: int) -> float:
-    """FLOPs of a pair's unique tokens. A backward counts as two forwards, or as one under an adapter."""
-    with torch.device("meta"):
-        model = LogProbModel(LlamaForCausalLM(size.config))
-    rows = [json.loads(line) for line in Path(workload.pairs).read_text().splitlines()]
-    lengths = [[len(row[key].split()) + (key != "prompt") for key in ("prompt", "chosen", "rejected")] for row in rows]
-    pairs = [TokenizedPair(*([0] * number for number in three)) for three in lengths]  # a word is a token; EOS
-    work = count_work(collate_pairs(pairs, range(len(pairs)), pad_token_id=0, layout="shared"))
-    return num_forwards * float(forward_flops(model, work)) / len(pairs)

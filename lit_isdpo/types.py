@@ -4,8 +4,8 @@ Shape legend: B pairs, S sequences (2B in a preference batch: chosen first, then
 input, T positions of a row, C positions of the longest completion, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,13 +22,42 @@ NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as in the Hugging Face chat format."""
+    """One turn of a conversation, as in the Hugging Face chat format. All but ``prefix`` goes to the chat template.
 
-    role: Literal["system", "user", "assistant", "tool"]
+    ``prefix`` marks a last turn of the assistant that is not finished: the response goes on with it.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    thinking: NotRequired[str]
+    prefix: NotRequired[bool]
+
+
+class Conversation(list[Message]):
+    """The turns of a conversation, with the tools that the assistant may call; it equals the list of its turns.
+
+    Args:
+        turns: one after another.
+        tools: their descriptions, as the chat template takes them.
+    """
+
+    def __init__(self, turns: Iterable[Message], tools: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(turns)
+        self.tools = tools
+
+    @classmethod
+    def like(cls, prompt: list[Message], turns: Iterable[Message]) -> "Conversation":
+        """Other turns with the tools of a conversation; a plain list has none."""
+        return cls(turns, prompt.tools if isinstance(prompt, Conversation) else None)
 
 
 Prompt = str | list[Message]
+Answer = str | Message  # a message where it holds more than text: a thought or tool calls
 
 
 class PreferenceExample(NamedTuple):
@@ -38,22 +67,25 @@ class PreferenceExample(NamedTuple):
     without one, as a plain transcript). The behavior log-probs are those of the policy that wrote the
     response (nats, summed over its tokens, EOS included), where the data has them. The pair's loss is multiplied with
     ``weight`` (at least 0), and its scaled preference must exceed ``margin``, both where the user names a column.
+    ``changes`` says what was done to the row's text, in words.
     """
 
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     chosen_behavior_logps: float | None = None
     rejected_behavior_logps: float | None = None
     weight: float = 1.0
     margin: float = 0.0
+    changes: tuple[str, ...] = ()
 
 
 class SFTExample(NamedTuple):
-    """One demonstration as text."""
+    """One demonstration as text; ``changes`` as in :class:`PreferenceExample`."""
 
     prompt: Prompt
-    completion: str
+    completion: Answer
+    changes: tuple[str, ...] = ()
 
 
 class TokenizedPair(NamedTuple):

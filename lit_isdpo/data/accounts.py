@@ -10,6 +10,7 @@ from rich.table import Table
 from lit_isdpo.types import InputError
 
 Split = Literal["train", "val", "test"]
+MOST_REASONS = 12  # that are told one by one, the commonest
 SPELLED_ROWS = 32  # that are looked at
 _SPELLED = 1.25  # bytes a token: of its own kind of text a tokenizer makes tokens of three and more
 _LOG_WIDTH = 120  # columns of a table that goes to a file
@@ -20,7 +21,8 @@ class SourceCounts(NamedTuple):
 
     ``kept``, ``held_out`` and those ``dropped``, by reason, add up to ``lines``: the rows that were read, but where a
     row holds several responses, the pairs that were made of them. ``changed`` counts, of those that are kept or held
-    out, what was cut or is odd; a line may be there more than once.
+    out, what was cut or is odd; a line may be there more than once. ``example`` is what a row shows that was
+    dropped for the commonest reason.
     """
 
     source: str
@@ -30,6 +32,7 @@ class SourceCounts(NamedTuple):
     held_out: int
     dropped: dict[str, int]
     changed: dict[str, int]
+    example: str = ""
 
     @property
     def lines(self) -> int:
@@ -53,7 +56,10 @@ def check_dropped(counts: SourceCounts, split: Split, limit: float) -> None:
     Raises:
         InputError: it is more, or all; names the reasons.
     """
-    why = ", ".join(f"{number:,} x {reason}" for reason, number in counts.dropped.items())
+    reasons = list(counts.dropped.items())
+    why = ", ".join(f"{number:,} x {reason}" for reason, number in reasons[:MOST_REASONS])
+    why += f", and {len(reasons) - MOST_REASONS} more reasons" if len(reasons) > MOST_REASONS else ""
+    why += f"; of the first reason one row shows: {counts.example}" if counts.example else ""
     if counts.num_dropped == counts.lines:
         raise InputError(f"data.{split}: {counts.source}: none of the {counts.lines:,} rows can be used: {why}")
     if counts.num_dropped > limit * counts.lines:
@@ -77,7 +83,10 @@ def metrics(counts: Mapping[Split, Sequence[SourceCounts]]) -> dict[str, float]:
         dropped = sum(source.num_dropped for source in sources)
         values[f"data/{split}/dropped_fraction"] = dropped / max(1, sum(source.lines for source in sources))
         for name in ("dropped", "changed"):
-            reasons: Counter[str] = sum((Counter(getattr(source, name)) for source in sources), Counter())
+            reasons: Counter[str] = Counter()
+            for source in sources:
+                for words, number in getattr(source, name).items():
+                    reasons[words.partition(":")[0]] += number  # not by field: a key means the same for all data
             for reason, number in reasons.items():
                 values[f"data/{split}/{name}/{reason.replace(',', '').replace(' ', '_')}"] = float(number)
     return values
@@ -104,10 +113,11 @@ def table(counts: Mapping[Split, Sequence[SourceCounts]], unit: str) -> Table:
             add(f"{split}: {source.source} ({source.format}){several}, kept", source.kept)
             if source.held_out:
                 add("  held out for validation", source.held_out)
-            for reason, number in source.dropped.items():
-                add(f"  left out: {reason}", number)
-            for change, number in source.changed.items():
-                add(f"  kept, but {change}", number)
+            for label, notes in (("left out:", source.dropped), ("kept, but", source.changed)):
+                for words, number in list(notes.items())[:MOST_REASONS]:
+                    add(f"  {label} {words}", number)
+                if rest := list(notes.values())[MOST_REASONS:]:
+                    add(f"  {label} {len(rest)} more reasons", sum(rest))
     return grid
 
 

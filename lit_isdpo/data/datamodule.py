@@ -11,7 +11,6 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -29,9 +28,9 @@ from lit_isdpo.data.formats import FORMATS, check_pairing
 from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, TokenizedSource, tokenize_rows
 from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder, split_batch
-from lit_isdpo.data.sources import OpenSource, Sources, as_sources
+from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
-from lit_isdpo.data.tokenization import ChatTemplate, load_tokenizer, pad_token_id
+from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, pad_token_id
 from lit_isdpo.data.truncation import TruncationMode
 from lit_isdpo.types import InputError, ProbePrompt
 
@@ -42,12 +41,15 @@ class TextDataModule(LightningDataModule, ABC):
     """Reads rows, tokenizes them once, and serves them in batches.
 
     Args:
-        train: training rows: a file, folder, glob or hub id, a source ``{path, split, weight, revision, name}``, or a
-            list of either as a mixture.
+        train: training rows: a file, folder, glob or hub id, a source ``{path, split, weight, revision, name, first,
+            columns}``, or a list of either as a mixture. In Python also rows in memory: a ``datasets.Dataset`` or
+            ``DatasetDict``, a ``DataFrame``, or a list of mappings.
         val: validation rows. Default: the validation split of ``train``, else a held-out part of its rows.
         test: test rows. Default: the test split of ``train``.
         format: auto recognises it by the columns; else transcripts, dialogues, messages, strings, queries, comparisons,
             ranked, nectar or ultrafeedback (``formats.FORMATS``).
+        columns: the names of columns in the data where they are others, as in ``{prompt: question, chosen:
+            answer_good}``; ``null`` hides a column. Formats are recognised by the new names.
         tokenizer: folder or hub id of a tokenizer, where there is no model; with one it is the model's own.
         batch_size: rows of an optimizer step, over all ranks and micro-batches.
         micro_batch_size: rows of a forward on one rank; how often gradients are accumulated follows from it. Default:
@@ -58,6 +60,7 @@ class TextDataModule(LightningDataModule, ABC):
             conversation does not help (``keep_end``); ``drop`` leaves the row out.
         chat_template: auto uses the tokenizer's chat template for conversations where there is one, always for string
             prompts too, never writes plain transcripts.
+        chat_template_kwargs: further variables of the chat template, such as ``{enable_thinking: false}``.
         val_size: how much of the training rows is held out where there are no validation rows: a fraction, or a number
             of rows. Rows with the same prompt stay together, so that it can be somewhat more.
         seed: of the order of the training rows. Default: the run's ``seed_everything``, and 0 in Python.
@@ -90,10 +93,11 @@ class TextDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
-        train: Sources | None = None,
-        val: Sources | None = None,
-        test: Sources | None = None,
+        train: Given | None = None,
+        val: Given | None = None,
+        test: Given | None = None,
         format: str = "auto",
+        columns: dict[str, str | None] | None = None,
         tokenizer: str | None = None,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
@@ -101,6 +105,7 @@ class TextDataModule(LightningDataModule, ABC):
         max_prompt_length: int | None = None,
         truncation_mode: TruncationMode = "keep_end",
         chat_template: ChatTemplate = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
         val_size: int | float = 0.05,
         seed: int | None = None,
         length_window: int = 1,
@@ -114,9 +119,10 @@ class TextDataModule(LightningDataModule, ABC):
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        given: dict[Split, Sources | None] = {"train": train, "val": val, "test": test}
+        given: dict[Split, Given | None] = {"train": train, "val": val, "test": test}
         self.sources = {split: as_sources(value, f"data.{split}") for split, value in given.items()}
         self.format = format
+        self.columns = columns or {}
         self.tokenizer_path = tokenizer
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -125,6 +131,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.val_size = val_size
         self.seed = 0 if seed is None else seed
         self.length_window = length_window
@@ -139,7 +146,7 @@ class TextDataModule(LightningDataModule, ABC):
         if duplicates not in get_args(Duplicates):
             raise InputError(f"data.duplicates is {duplicates!r}; known: {', '.join(get_args(Duplicates))}")
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
-        plain = {split: [asdict(source) for source in sources] or None for split, sources in self.sources.items()}
+        plain = {split: [source.plain() for source in sources] or None for split, sources in self.sources.items()}
         self.save_hyperparameters({**arguments, **plain}, logger=False)
         self.splits = Splits(
             self.sources,
@@ -195,6 +202,11 @@ class TextDataModule(LightningDataModule, ABC):
                 raise InputError("data.tokenizer: without a model, a tokenizer must be named")
         return self._tokenizer
 
+    @property
+    def encoder(self) -> TextEncoder:
+        """Writes prompts and responses as the model reads them."""
+        return TextEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs)
+
     def prepare_data(self) -> None:
         """Reads and tokenizes on one rank of a node, so that the others find the tokens in ``setup``."""
         assert self.trainer is not None
@@ -245,19 +257,17 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
         """A split of a source, tokenized; messages call it ``label``."""
-        numbers = [self.read_options[key] for key in ("weight_column", "margin_column") if self.read_options.get(key)]
         return tokenize_rows(
-            source.rows(name, numbers=numbers),
+            source.records(name, self.columns),
             self.row_type,
             self.format,
-            self.tokenizer,
+            self.encoder,
             name=label,
             num_proc=self.num_proc,
             read_options=self.read_options,
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
             truncation_mode=self.truncation_mode,
-            chat_template=self.chat_template,
         )
 
     @rank_zero_only

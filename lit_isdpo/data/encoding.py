@@ -4,16 +4,41 @@ Tokenizers put in front of a text what they want at the beginning of a sequence,
 must have neither. Nothing here knows of pairs or lengths.
 """
 
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.types import InputError, Message
+from lit_isdpo.data.readers import THOUGHTS, Reason, RowError, noted
+from lit_isdpo.types import Answer, Conversation, InputError, Message
 
+PROMPT_REWRITTEN = "prompt text left out or changed by the chat template"  # changes
+RESPONSE_EXTENDED = "text added to a response by the chat template"
+SPECIAL_IN_PROMPT = "special token inside a prompt"
+SPECIAL_IN_RESPONSE = "special token inside a response"
 _ANCHOR = "\n"
+_SHOWN = 80  # characters of a text in a message
+_ANYWHERE = ("system", "developer")  # some templates move their turns, into the last user turn for one
+
+
+class Encoded(NamedTuple):
+    """A prompt and the responses to it as token ids.
+
+    Attributes:
+        prompt_ids: of the prompt.
+        completions: of each response, with its terminator.
+        changes: what of the text is not what the data says, as notes.
+        rewritten: the error of a response whose text is not in the rendering.
+    """
+
+    prompt_ids: list[int]
+    completions: list[list[int]]
+    changes: tuple[str, ...] = ()
+    rewritten: RowError | None = None
 
 
 @lru_cache(maxsize=8)
@@ -75,38 +100,163 @@ def _ended_once(ids: list[int]) -> list[int]:
 
 
 def encode_chat(
-    messages: list[Message], responses: list[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]]]:
-    """Renders a conversation with and without its last turn; what the turn adds is the completion."""
-    prompt = render_chat(messages, tokenizer, add_generation_prompt=True)
-    completions = []
+    messages: list[Message],
+    responses: Sequence[Answer],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+) -> Encoded:
+    """Renders a conversation with and without its last turn; what the turn adds is the completion.
+
+    Raises:
+        RowError: the template refuses the conversation, or writes the beginning of an answer in other words.
+        InputError: the template does not render a prompt as the beginning of prompt and response.
+    """
+    before, prefix = split_prefix(messages)
+    prompt = opened = render_chat(before, tokenizer, template_options, add_generation_prompt=True)
+    changes, rewritten, completions = [], None, []
     for response in responses:
-        turn = Message(role="assistant", content=response)
-        full = render_chat([*messages, turn], tokenizer, add_generation_prompt=False)
-        if not full.startswith(prompt):
-            at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+        turn = Message(role="assistant", content=response) if isinstance(response, str) else response
+        whole = cast(Message, {**turn, "content": prefix + turn["content"]})
+        full = render_chat(
+            Conversation.like(before, [*before, whole]), tokenizer, template_options, add_generation_prompt=False
+        )
+        if not full.startswith(opened):
+            at = next((i for i, (a, b) in enumerate(zip(opened, full, strict=False)) if a != b), len(full))
             raise InputError(
                 f"the chat template of {tokenizer.name_or_path!r} does not begin prompt and response as it renders the "
-                f"prompt alone, which goes on with {prompt[at:][:60]!r} where both together go on with "
-                f"{full[at:][:60]!r}; a template that thinks needs data.chat_template: never, or another template"
+                f"prompt alone, which goes on with {opened[at:][:60]!r} where both together go on with "
+                f"{full[at:][:60]!r}; a template that thinks needs data.chat_template_kwargs (as in "
+                "{enable_thinking: false}), data.chat_template: never, or another template"
             )
-        completions.append(_encode_turn(full[len(prompt) :], response, tokenizer))
+        completion = full[len(opened) :]
+        if prefix:
+            begun = next((text for text in (prefix, prefix.lstrip()) if completion.startswith(text)), None)
+            if begun is None:
+                raise RowError(Reason.REWRITTEN, "the beginning of an answer in the prompt", _beside(prefix, full))
+            prompt, completion = opened + begun, completion[len(begun) :]
+        try:
+            changes += _added(turn, completion, tokenizer)
+        except RowError as error:
+            rewritten = rewritten or error
+        completions.append(_encode_turn(completion, turn["content"], tokenizer))
+    if lost := _left_out(before, prompt):
+        changes.append(noted(PROMPT_REWRITTEN, lost))
     # The template writes BOS itself, where it wants one.
-    return _encode(prompt, tokenizer), completions
+    return Encoded(_encode(prompt, tokenizer), completions, tuple(changes), rewritten)
 
 
-def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+def split_prefix(messages: list[Message]) -> tuple[Conversation, str]:
+    """The turns of a conversation, and what the assistant has begun to say behind them; mostly nothing."""
+    if messages[-1].get("prefix") and len(messages) > 1:
+        return Conversation.like(messages, messages[:-1]), messages[-1]["content"]
+    return Conversation.like(messages, messages), ""
+
+
+def render_chat(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> str:
     """A conversation as the chat template writes it.
 
     Raises:
         RowError: the template refuses it.
     """
+    conversation: Any = [{key: value for key, value in turn.items() if key != "prefix"} for turn in messages]
+    tools: Any = messages.tools if isinstance(messages, Conversation) else None
     try:
-        conversation: Any = messages
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise RowError(Reason.TEMPLATE) from error
+        text = tokenizer.apply_chat_template(
+            conversation, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **template_options
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: the template adds text to what is none
+        raise RowError(Reason.TEMPLATE, shown=str(error)) from error
     return str(text)
+
+
+def special_in(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text holds what the tokenizer reads as a special token: a control token and no text to the model."""
+    return _special_pattern(tokenizer).search(text) is not None
+
+
+@lru_cache(maxsize=8)
+def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    tokens = (str(tokenizer.convert_ids_to_tokens(token)) for token in special_ids(tokenizer))
+    return re.compile("|".join(re.escape(token) for token in tokens) or "(?!)")
+
+
+def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Notes what stands in a rendered response besides the response's own text.
+
+    Raises:
+        RowError: some of the text is not there, or stands in markup that it has itself.
+    """
+    content, others = turn["content"].strip(), list(_other_texts(turn))
+    missing = [text for text in [content, *others] if _find(text, completion) is None]
+    if missing:
+        raise RowError(Reason.REWRITTEN, shown=_beside(missing[0], completion))
+    if others:  # how a thought or a call is written is the template's business
+        return []
+    before, _, after = completion.partition(content)
+    added = _special_pattern(tokenizer).sub("", before + after).strip()
+    if any(tag in content for tag in re.findall(r"</?\w+>", added)):
+        raise RowError(Reason.REWRITTEN, "it stands in markup that it has itself", _beside(content, completion))
+    return [noted(RESPONSE_EXTENDED, _beside(content, completion))] if added else []
+
+
+def _left_out(messages: Conversation, rendered: str) -> str:
+    """What of a conversation's text does not stand in its rendering, turn after turn, in words; mostly nothing."""
+    at = 0
+    for place, turn in enumerate(messages):
+        moves = turn["role"] in _ANYWHERE
+        end = _find(turn["content"].strip(), rendered, 0 if moves else at)
+        missing = [turn["content"]] if end is None else []
+        missing += [text for text in _other_texts(turn) if _find(text, rendered) is None]
+        if missing:
+            return f"prompt[{place}]: {_beside(missing[0], rendered)}"
+        at = at if moves or end is None else end
+    names = (tool.get("function", tool).get("name") for tool in messages.tools or ())
+    missing = [name for name in names if isinstance(name, str) and _find(name, rendered) is None]
+    return f"tools: {_beside(missing[0], rendered)}" if missing else ""
+
+
+def _other_texts(turn: Message) -> Iterator[str]:
+    """The text of a turn besides its content: thoughts, and the names and arguments of calls."""
+    fields = cast(dict[str, Any], turn)
+    yield from (fields[name].strip() for name in THOUGHTS if name in fields)
+    for call in fields.get("tool_calls", ()):
+        function = call.get("function", call)
+        yield from _leaves({key: function[key] for key in ("name", "arguments") if key in function})
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def _find(text: str, rendered: str, start: int = 0) -> int | None:
+    """Where a text ends in a rendering that has it as it is or as JSON writes it, also as JSON within JSON."""
+    if (at := rendered.find(text, start)) >= 0:
+        return at + len(text)
+    once = json.dumps(text, ensure_ascii=False)[1:-1]
+    for form in (once, json.dumps(text)[1:-1], json.dumps(once, ensure_ascii=False)[1:-1]):
+        if (at := rendered.find(form, start)) >= 0:
+            return at + len(form)
+    return None
+
+
+def _beside(text: str, rendered: str) -> str:
+    """A text and its rendering, for a message."""
+    return f"{text[:_SHOWN]!r} is rendered as {rendered[-_SHOWN:].strip()!r}"
 
 
 def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,3 +268,12 @@ def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -
     if ids and ids[-1] in special_ids(tokenizer) and ids[-1] != tokenizer.unk_token_id:
         return _ended_once(ids)
     return with_eos(encode_inside(text, tokenizer) if text.endswith(response) else ids, tokenizer)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an assistant's turn in the chat template; ``None`` where the template refuses a plain one."""
+    turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+    try:
+        return _encode_turn(render_chat(turns, tokenizer, {}, add_generation_prompt=False), "b", tokenizer)[-1]
+    except RowError:
+        return None

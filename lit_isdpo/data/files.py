@@ -1,56 +1,59 @@
-"""Local files as tables: which reader a name asks for, what is checked before it reads, what is said of a failure."""
+"""Local files as records: which reader a name asks for, what a file may look like, what is said of a failure.
 
+JSON and CSV files become lines of JSON, a row a line, in a memory-mapped file that the next start finds again. Their
+rows are parsed later, where they are tokenized. Parquet and Arrow files are read by ``datasets``.
+"""
+
+import bz2
+import csv
 import glob
+import gzip
+import hashlib
+import importlib
 import importlib.util
-import math
+import io
+import itertools
+import json
+import lzma
 import shutil
-from collections.abc import Collection, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import datasets
+import pandas as pd
+import pyarrow as pa
 
-from lit_isdpo.data.formats import BEHAVIOR_COLUMNS
-from lit_isdpo.data.intact import TEXT_COLUMNS, check_csv, check_json
+from lit_isdpo.data.records import LINE, Records
 from lit_isdpo.types import InputError
 
-
-def _cell(text: str) -> float:
-    """The number in a cell, NaN where there is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _csv(numbers: Collection[str] = ()) -> dict[str, Any]:
-    """Options of the CSV reader, as a CSV column has no type of its own.
-
-    Text is read as it stands, or a response "None" would be a missing one, and numbers cell by cell, or one bad cell
-    would make text of the column.
-    """
-    return {
-        "converters": dict.fromkeys(TEXT_COLUMNS, str) | dict.fromkeys(numbers, _cell),
-        "keep_default_na": False,
-        "na_values": {column: [""] for column in BEHAVIOR_COLUMNS},
-    }
-
-
-READERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix -> the reader of `datasets` and its options
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
+Reader = Literal["json", "csv", "parquet", "arrow"]
+READERS: dict[str, Reader] = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
 }
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text; Parquet and Arrow compress by themselves
+_OPENERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # suffix -> the first bytes, and what opens it
+    ".gz": (b"\x1f\x8b", gzip.open),
+    ".bz2": (b"BZh", bz2.open),
+    ".xz": (b"\xfd7zXZ\x00", lzma.open),
+    ".zst": (b"\x28\xb5\x2f\xfd", lambda file: importlib.import_module("zstandard").open(file, "rb")),
+}
+_LINES_VERSION = 1  # part of the cache's key: raise it with every change to how files become lines
+_CHUNK = 2**24  # bytes that are read at once
+_SCHEMA = pa.schema([(LINE, pa.large_string())])
 
 
-def reader_of(file: Path, option: str) -> tuple[str, dict[str, Any]]:
-    """The reader of ``datasets`` for a file, and its options.
+def reader_of(file: Path, option: str) -> Reader:
+    """What reads a file.
 
     Raises:
         InputError: no reader knows the suffix, or a package that it needs is not there.
@@ -59,48 +62,271 @@ def reader_of(file: Path, option: str) -> tuple[str, dict[str, Any]]:
     if suffix not in READERS or (compression and suffix in (".parquet", ".arrow")):
         raise InputError(
             f"{option}: {str(file)!r} has an unknown suffix; known: {', '.join(READERS)}, text also with "
-            f"{', '.join(_COMPRESSED)}"
+            f"{', '.join(_OPENERS)}"
         )
     if compression == ".zst" and importlib.util.find_spec("zstandard") is None:
         raise InputError(f"{option}: {str(file)!r} needs `pip install zstandard` to be read")
     return READERS[suffix]
 
 
-def read_files(files: list[Path], option: str, numbers: Collection[str] = ()) -> Any:
-    """One table of all rows of some files.
+def read_files(files: list[Path], option: str) -> Records:
+    """All rows of some files.
 
     Args:
         files: of one format.
         option: for messages.
-        numbers: columns that a user names as numbers.
 
     Raises:
         InputError: a file cannot be read, or they do not go together.
     """
     readers = {suffixes(file)[0]: reader_of(file, option) for file in files}
-    if len({reader for reader, _ in readers.values()}) > 1:
+    if len(set(readers.values())) > 1:
         raise InputError(f"{option}: {str(files[0].parent)!r} mixes files of several formats: {', '.join(readers)}")
-    reader, options = readers[suffixes(files[0])[0]]
-    if reader == "csv":
-        options = _csv(numbers) | options
+    reader = next(iter(readers.values()))
+    read = _read_lines if reader in ("json", "csv") else _read_table
     try:
-        files = [file for file in files if file.stat().st_size]
-        return _load(files, reader, options) if files else []
+        return read([file for file in files if file.stat().st_size], reader, option)
+    except InputError:
+        raise
     except Exception as error:  # the readers raise whatever their libraries do
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            return []
-        reason = ""
-        if len(files) > 1:  # one is at fault, or they do not go together
-            reason = _difference(files, [read_files([file], option, numbers) for file in files])
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = reason or next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        which = _printable(files[0]) if len(files) == 1 else f"{_printable(files[0])} to {files[-1].name!r} together"
-        raise InputError(f"{option}: cannot read {which} as {reader}: {reason}") from error
+        for file in files if len(files) > 1 else ():  # one is at fault, or they do not go together
+            read_files([file], option)
+        together = f" to {files[-1].name!r} together" if len(files) > 1 else ""
+        raise InputError(_cannot_read(files[0], reader, option, _reason(error), together)) from error
 
 
-def _load(files: list[Path], reader: str, options: dict[str, Any]) -> Any:
+def rows_in_memory(rows: Any, option: str) -> Records:
+    """Rows that Python holds: a ``datasets.Dataset``, a ``DataFrame``, or mappings.
+
+    Args:
+        rows: one after another.
+        option: for messages.
+
+    Raises:
+        InputError: a row is no mapping, or holds what JSON has no word for.
+    """
+    if isinstance(rows, datasets.Dataset):
+        return Records(rows, rows._fingerprint)
+    if isinstance(rows, pd.DataFrame):
+        rows = [{name: _cell(value) for name, value in row.items()} for row in rows.to_dict("records")]
+    lines = []
+    for place, row in enumerate(rows):
+        try:
+            if not isinstance(row, Mapping):
+                raise TypeError(f"it is a {type(row).__name__} and no mapping")
+            lines.append(json.dumps(dict(row), default=_plain))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{option}: row {place} in memory cannot be read: {error}") from error
+    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    table, fingerprint = write_lines([lines], digest)
+    return Records(table, fingerprint)
+
+
+def _cell(value: Any) -> Any:
+    """What a cell of a ``DataFrame`` holds; its NaN is a missing value."""
+    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
+
+
+def _plain(value: Any) -> Any:
+    """Scalars and arrays of NumPy in plain types, which JSON can write."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"it holds a {type(value).__name__}; make text or a number of it")
+
+
+def write_lines(rows: Iterable[Iterable[str]], key: object) -> Any:
+    """A table of lines in the cache, which is written only if no earlier run has done so.
+
+    Args:
+        rows: lines in portions, each the JSON of an object.
+        key: tells these lines from any others.
+
+    Returns:
+        A memory-mapped ``datasets.Dataset``, and its fingerprint.
+    """
+    fingerprint = hashlib.blake2b(json.dumps([_LINES_VERSION, key]).encode(), digest_size=16).hexdigest()
+    file = cache_file(f"lines-{fingerprint}")
+    if not file.exists():
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".lines-") as temporary:
+            written = Path(temporary) / file.name
+            with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+                for portion in rows:
+                    writer.write_batch(pa.record_batch([pa.array(portion, pa.large_string())], schema=_SCHEMA))
+            written.replace(file)  # nobody finds half of it
+    return datasets.Dataset.from_file(str(file)), fingerprint
+
+
+def cache_file(name: str) -> Path:
+    """A file of ours in the cache of ``datasets``."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lit_isdpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.arrow"
+
+
+def _read_lines(files: list[Path], reader: Reader, option: str) -> Records:
+    """The rows of text files; a row that is no object is found where it is asked for."""
+    states = [_state(file) for file in files]
+    lines = (portion for file in files for portion in _portions(file, reader))
+
+    def checked() -> Iterator[list[str]]:
+        yield from lines
+        for file, state in zip(files, states, strict=True):
+            if _state(file) != state:
+                raise ValueError(f"{file.name!r} was changed while it was read; begin again when it is complete")
+
+    key = [(str(file.absolute()), *state) for file, state in zip(files, states, strict=True)]
+    table, fingerprint = write_lines(checked(), key)
+    return Records(table, fingerprint, where=partial(_where, files, reader, option))
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """When a file was last changed, in nanoseconds, and its size in bytes."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _portions(file: Path, reader: Reader) -> Iterator[list[str]]:
+    """The rows of a text file as lines of JSON.
+
+    Raises:
+        ValueError: says what is wrong, in which line (from 1).
+        OSError, EOFError, lzma.LZMAError: it is not what its suffix says.
+    """
+    if reader == "csv":
+        yield from _csv_portions(file)
+        return
+    shape = _json_shape(file)
+    if shape == "lines":
+        yield from _json_lines(file)
+        return
+    rows = _parsed(_whole(file))
+    encoded = (json.dumps(row) for row in (rows if shape == "list" else [rows]))
+    while portion := list(itertools.islice(encoded, 1000)):
+        yield portion
+
+
+def _json_shape(file: Path) -> Literal["lines", "list", "object"]:
+    """Whether a JSON file has an object a line, or is a list of objects, or one object over many lines."""
+    with _opened(file) as lines:
+        first = next((line for line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), b"")
+    if first.lstrip(b" \t\xef\xbb\xbf").startswith(b"["):
+        return "list"
+    if not first or _is_complete(first) or not _is_complete(_whole(file)):
+        return "lines"
+    return "object"
+
+
+def _json_lines(file: Path) -> Iterator[list[str]]:
+    with _opened(file) as content:
+        number = 0  # of lines before the chunk
+        while chunk := content.read(_CHUNK):
+            chunk += content.readline()
+            try:
+                text = chunk.decode("utf-8-sig" if number == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                line = number + chunk[: error.start].count(b"\n") + 1
+                raise ValueError(f"line {line} is not UTF-8: {error.reason}") from None
+            yield [line for line in text.split("\n") if line and not line.isspace()]
+            number += chunk.count(b"\n")
+
+
+def _csv_portions(file: Path) -> Iterator[list[str]]:
+    """The rows of a CSV file; every cell is text, as a CSV column has no type, and one that is not there is missing."""
+    separator = "\t" if suffixes(file)[0] == ".tsv" else ","
+    csv.field_size_limit(sys.maxsize)
+    with _opened(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+        rows = csv.reader(text, delimiter=separator, strict=True)
+        try:
+            names = next((row for row in rows if row), [])
+            if not names:
+                raise ValueError("it has no line with the names of its columns")
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise ValueError(f"two columns are called {twice[0]!r}")
+            portion = []
+            for row in rows:
+                if len(row) > len(names):
+                    raise ValueError(f"line {rows.line_num} has {len(row)} cells, and the header has {len(names)}")
+                if row:
+                    portion.append(json.dumps(dict(zip(names, row, strict=False)), ensure_ascii=False))
+                if len(portion) == 10_000:
+                    yield portion
+                    portion = []
+            yield portion
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num} is not CSV: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it is not UTF-8 behind line {rows.line_num}: {error.reason}") from None
+
+
+def _where(files: list[Path], reader: Reader, option: str, index: int, problem: str) -> str:
+    """A sentence about a row of text files: which file, which line of it (from 1) or item (from 0)."""
+    for file in files:
+        shape = _json_shape(file) if reader == "json" else "lines"
+        if shape == "lines":
+            with _opened(file) as lines:
+                rows = (f"line {number}" for number, line in enumerate(lines, 1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
+                names = list(rows)
+        else:
+            names = [f"item {number}" for number in range(sum(map(len, _portions(file, reader))))]
+        if index < len(names):
+            return _cannot_read(file, reader, option, f"{names[index]} {problem}")
+        index -= len(names)
+    raise AssertionError("the row is in none of the files")
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """Opens a file, compressed or not, by its suffix or its first bytes."""
+    with file.open("rb") as content:
+        head = content.read(6)
+    for suffix, (magic, opener) in _OPENERS.items():
+        if file.suffix.lower() == suffix or head.startswith(magic):
+            opened: IO[bytes] = opener(file)
+            return opened
+    return file.open("rb")
+
+
+def _whole(file: Path) -> bytes:
+    with _opened(file) as content:
+        return content.read()
+
+
+def _is_complete(text: bytes) -> bool:
+    try:
+        _parsed(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"), strict=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file is not UTF-8: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the file is not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("the file is nested too deeply") from None
+
+
+def _read_table(files: list[Path], reader: Reader, option: str) -> Records:
+    """The rows of files with typed columns; one that a file lacks is missing in its rows."""
+    if not files:
+        return Records(datasets.Dataset.from_dict({}), "empty")
+    try:
+        table = _load(files, reader)
+    except Exception as error:
+        tables = [_load([file], reader) for file in files]
+        if len({frozenset(table.column_names) for table in tables}) == 1:
+            raise ValueError(_difference(files, tables) or _reason(error)) from error
+        try:
+            table = datasets.concatenate_datasets(tables)
+        except ValueError as other:
+            raise ValueError(_difference(files, tables) or _reason(other)) from other
+    return Records(table, table._fingerprint)
+
+
+def _load(files: list[Path], reader: Reader) -> Any:
     """Reads files with `datasets`, or finds them read by an earlier run."""
     states = [_state(file) for file in files]
     with quiet():
@@ -108,17 +334,10 @@ def _load(files: list[Path], reader: str, options: dict[str, Any]) -> Any:
             reader,
             # `datasets` would take brackets in a file's name for a pattern.
             data_files={"rows": [glob.escape(str(file.absolute())) for file in files]},
-            # Part of the cache's key, in which `datasets` has times alone: archives give every version the same one.
+            # Part of the cache's key, in which `datasets` has only times: archives give every version the same one.
             description=f"{sum(size for _, size in states)} bytes",
-            **options,
         )
         folder = Path(builder.cache_dir)
-        if not folder.exists():
-            for file in files:
-                if reader == "json":
-                    check_json(file)
-                elif reader == "csv":
-                    check_csv(file, options.get("sep", ","))
         builder.download_and_prepare()
         rows = builder.as_dataset(split="rows")
         for file, state in zip(files, states, strict=True):
@@ -128,24 +347,26 @@ def _load(files: list[Path], reader: str, options: dict[str, Any]) -> Any:
         return rows
 
 
-def _state(file: Path) -> tuple[int, int]:
-    """When a file was last changed, in nanoseconds, and its size in bytes."""
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_size
-
-
 def _difference(files: list[Path], tables: list[Any]) -> str:
-    """In which column files differ, in words; empty where they do not."""
-    described = [(file, table.features) for file, table in zip(files, tables, strict=True) if len(table)]
-    for file, features in described[1:]:
-        first, expected = described[0]
-        for column in [*expected, *features]:
-            if column not in features or column not in expected:
-                there, lacking = (first, file) if column in expected else (file, first)
-                return f"{there.name!r} has a column {column!r}, which {lacking.name!r} lacks"
-            if features[column] != expected[column]:
+    """Which column has several types in some files, in words; empty if there is none."""
+    seen: dict[str, tuple[Path, Any]] = {}
+    for file, table in zip(files, tables, strict=True):
+        for column, kind in table.features.items():
+            first, expected = seen.setdefault(column, (file, kind))
+            if kind != expected:
                 return f"the column {column!r} is of another type in {file.name!r} than in {first.name!r}"
     return ""
+
+
+def _cannot_read(file: Path, reader: Reader, option: str, reason: str, more: str = "") -> str:
+    return f"{option}: cannot read {_printable(file)}{more} as {reader}: {reason}"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _printable(file: Path) -> str:
@@ -156,7 +377,7 @@ def _printable(file: Path) -> str:
 def suffixes(file: Path) -> tuple[str, str]:
     """The suffix of the format and that of the compression."""
     *_, last = ["", *(suffix.lower() for suffix in file.suffixes)]
-    return (Path(file.stem).suffix.lower(), last) if last in _COMPRESSED else (last, "")
+    return (Path(file.stem).suffix.lower(), last) if last in _OPENERS else (last, "")
 
 
 @contextmanager

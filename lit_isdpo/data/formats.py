@@ -8,7 +8,7 @@ A new format is one function in ``readers.py`` and one line of ``FORMATS``. Four
     ranked       prompt "2 + 2 =", responses [" 4", " 5", " 22"], scores [9, 3, 1]
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from lit_isdpo.data.pairing import Pairing, by_score, choose_pairs
@@ -18,6 +18,7 @@ from lit_isdpo.data.readers import (
     Row,
     RowError,
     ScoredReader,
+    decoded,
     is_list_of,
     is_transcript,
     number,
@@ -28,13 +29,19 @@ from lit_isdpo.data.readers import (
     read_query,
     read_ranked,
     read_strings,
+    read_system,
+    read_tools,
     read_transcript,
     read_ultrafeedback,
 )
-from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample
+from lit_isdpo.types import Answer, Conversation, InputError, Message, PreferenceExample, Prompt, SFTExample
 
 Kind = Literal["pairs", "demonstrations"]
 BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
+OF_ANY_FORMAT = ("prompt", "system", "tools", *BEHAVIOR_COLUMNS)  # columns that are read where they are there
+PROMPT_REMOVED = "prompt removed from responses that repeat it"  # changes
+PROMPT_REPEATED = "responses that begin with their prompt"
+_NO_CHANCE = 20  # characters; responses may begin with a shorter prompt by chance ("Hi" and "Hi there")
 
 
 class Format(NamedTuple):
@@ -89,61 +96,61 @@ FORMATS: dict[str, Format | RankedFormat] = {  # the first that fits is taken
         read_transcript,
         "chosen, rejected",
         "chosen",
-        lambda row, column: is_transcript(row[column]),
+        lambda row, column: is_transcript(row.get(column)),
         r'strings such as "\n\nHuman: ...\n\nAssistant: ..."',
     ),
     "dialogues": Format(
         read_dialogue,
         "prompt, chosen, rejected",
         "prompt, completion | chosen",
-        lambda row, column: is_transcript(row["prompt"]) and isinstance(row[column], str),
+        lambda row, column: is_transcript(row.get("prompt")) and isinstance(row.get(column), str),
         r'strings, the prompt such as "\n\nHuman: ...\n\nAssistant:"',
     ),
     "messages": Format(
         read_messages,
         "chosen, rejected",
         "messages | completion | chosen",
-        lambda row, column: is_list_of(row[column], "role"),
+        lambda row, column: is_list_of(row.get(column), "role"),
         "lists of {role, content}; a prompt column is optional",
     ),
     "strings": Format(
         read_strings,
         "prompt, chosen, rejected",
         "prompt, completion | chosen",
-        lambda row, column: isinstance(row[column], str),
+        lambda row, column: isinstance(row.get(column), str),
         "strings",
     ),
     "queries": Format(
         read_query,
         "query, chosen, rejected",
         "query, reference_response | chosen",
-        lambda row, column: isinstance(row[column], str),
+        lambda row, column: isinstance(row.get(column), str),
         'strings, the responses with "<|endoftext|>" at their end',
     ),
     "comparisons": Format(
         read_comparison,
         "info, choice, summaries",
         "info, choice, summaries",
-        lambda row, column: is_list_of(row[column], "text"),
+        lambda row, column: is_list_of(row.get(column), "text"),
         "a post, 0 or 1, and a list of two {text}",
     ),
     "ranked": RankedFormat(
         read_ranked,
         "prompt | question | instruction, scores | ranks, responses",
-        lambda row, column: isinstance(row[column], list),
+        lambda row, column: isinstance(decoded(row.get(column)), list),
         "lists of as many strings and numbers",
         score_column="scores",
     ),
     "nectar": RankedFormat(
         read_nectar,
         "prompt, answers",
-        lambda row, column: is_list_of(row[column], "answer", "rank"),
+        lambda row, column: is_list_of(row.get(column), "answer", "rank"),
         "lists of {answer, rank}",
     ),
     "ultrafeedback": RankedFormat(
         read_ultrafeedback,
         "instruction, completions",
-        lambda row, column: is_list_of(row[column], "response", "overall_score"),
+        lambda row, column: is_list_of(row.get(column), "response", "overall_score"),
         "lists of {response, overall_score}",
     ),
 }
@@ -159,12 +166,12 @@ def required_columns(format: str, kind: Kind, columns: Collection[str]) -> list[
     return [next((name for name in choice if name in columns), " or ".join(choice)) for choice in choices]
 
 
-def detect_format(columns: Sequence[str], first_rows: Sequence[Row], *, kind: Kind = "pairs", name: str = "") -> str:
-    """Recognises a format by its columns and by the values in the first rows.
+def detect_format(columns: Sequence[str], rows: Iterable[Row], *, kind: Kind = "pairs", name: str = "") -> str:
+    """Recognises a format by the columns and by the values of the first row that has some.
 
     Args:
         columns: the data set's columns.
-        first_rows: a few rows, of which one with a value is enough.
+        rows: its first rows.
         kind: what is to be read, preference pairs or demonstrations.
         name: the data set, for the message.
 
@@ -179,9 +186,11 @@ def detect_format(columns: Sequence[str], first_rows: Sequence[Row], *, kind: Ki
     """
     required = {key: required_columns(key, kind, columns) for key in FORMATS}
     missing = {key: [name for name in names if name not in columns] for key, names in required.items()}
-    for key, known in FORMATS.items():
-        if not missing[key] and any(known.holds(row, required[key][-1]) for row in first_rows):
-            return key
+    possible = [key for key in FORMATS if not missing[key]]
+    for row in rows:
+        for key in possible:
+            if FORMATS[key].holds(row, required[key][-1]):
+                return key
     # Reversed, as of two formats with the same columns the plainer one comes later.
     nearest = min(reversed(FORMATS), key=lambda key: (len(missing[key]) - len(required[key]), len(missing[key])))
     hint = f"lacks {', '.join(missing[nearest])}" if missing[nearest] else f"has {FORMATS[nearest].looks} in them"
@@ -189,7 +198,8 @@ def detect_format(columns: Sequence[str], first_rows: Sequence[Row], *, kind: Ki
     raise InputError(
         f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known"
         + f", the nearest, {nearest!r}, {hint}" * (missing[nearest] != required[nearest])
-        + f"; known for {kind}: {formats}"
+        + f"; if they have other names here, map them with data.columns, as in {{prompt: question}}; known for {kind}: "
+        + formats
     )
 
 
@@ -204,7 +214,8 @@ def check_format(key: str, columns: Sequence[str], *, kind: Kind = "pairs", name
     for column in required_columns(key, kind, columns):
         if column not in columns:
             raise InputError(
-                f"{name or 'the data set'}: format {key!r} needs a column {column!r}; it has {_listed(columns)}"
+                f"{name or 'the data set'}: format {key!r} needs a column {column!r}; it has {_listed(columns)}; "
+                "data.columns maps names"
             )
     return key
 
@@ -230,15 +241,18 @@ def to_examples(row: Row, format: str) -> list[SFTExample]:
         RowError: the row cannot be used.
 
     >>> to_examples({"prompt": "2 + 2 =", "completion": " 4"}, "strings")
-    [SFTExample(prompt='2 + 2 =', completion=' 4')]
+    [SFTExample(prompt='2 + 2 =', completion=' 4', changes=())]
     """
     known = FORMATS[format]
     if isinstance(known, Format):
-        return [known.read(row, required_columns(format, "demonstrations", row)[-1])]
-    ranked = known.read(row)
-    if not ranked.responses:
-        raise RowError(Reason.EMPTY_RESPONSE)
-    return [SFTExample(ranked.prompt, ranked.responses[by_score(*ranked)[0]])]
+        prompt, response, changes = known.read(row, required_columns(format, "demonstrations", row)[-1])
+    else:
+        ranked = known.read(row)
+        if not ranked.responses:
+            raise RowError(Reason.EMPTY_RESPONSE)
+        prompt, response, changes = ranked.prompt, ranked.responses[by_score(*ranked)[0]], ()
+    (response,), repeated = _without_prompt(prompt, [response])
+    return [SFTExample(_in_context(prompt, row), response, changes + repeated)]
 
 
 def to_pairs(
@@ -266,23 +280,26 @@ def to_pairs(
     ' 5'
     """
     known = FORMATS[format]
-    weight = 1.0 if weight_column is None else number(row[weight_column])
+    weight = 1.0 if weight_column is None else number(row.get(weight_column), weight_column)
     if weight < 0:
-        raise RowError(Reason.MALFORMED)
+        raise RowError(Reason.MALFORMED, f"{weight_column} is below 0")
     if isinstance(known, RankedFormat):
         return _ranked_pairs(known, row, pairing, weight, margin_column)
-    margin = 0.0 if margin_column is None else number(row[margin_column])
+    margin = 0.0 if margin_column is None else number(row.get(margin_column), margin_column)
     chosen, rejected = known.read(row, "chosen"), known.read(row, "rejected")
     if chosen.prompt != rejected.prompt:
         raise RowError(Reason.TWO_PROMPTS)
-    chosen_logps, rejected_logps = (_behavior_logps(row, column) for column in BEHAVIOR_COLUMNS)
-    if (chosen_logps is None) != (rejected_logps is None):
-        raise RowError(Reason.MALFORMED)
-    texts = (chosen.prompt, chosen.completion, rejected.completion)
-    return [PreferenceExample(*texts, chosen_logps, rejected_logps, weight, margin)]
+    logps = [_behavior_logps(row, column) for column in BEHAVIOR_COLUMNS]
+    if (logps[0] is None) != (logps[1] is None):
+        lacking, there = BEHAVIOR_COLUMNS if logps[0] is None else BEHAVIOR_COLUMNS[::-1]
+        raise RowError(Reason.MALFORMED, f"{lacking} is missing and {there} is not")
+    responses, repeated = _without_prompt(chosen.prompt, [chosen.completion, rejected.completion])
+    changes = tuple(dict.fromkeys(chosen.changes + rejected.changes + repeated))
+    prompt, (better, worse) = _in_context(chosen.prompt, row), responses
+    return [PreferenceExample(prompt, better, worse, logps[0], logps[1], weight, margin, changes)]
 
 
-def read_prompt(row: Row, format: str, kind: Kind) -> str | list[Message]:
+def read_prompt(row: Row, format: str, kind: Kind) -> Prompt:
     """The prompt of a row, which all that is made of it shares.
 
     Raises:
@@ -293,16 +310,49 @@ def read_prompt(row: Row, format: str, kind: Kind) -> str | list[Message]:
     """
     known = FORMATS[format]
     if isinstance(known, Format):
-        return known.read(row, required_columns(format, kind, row)[-1]).prompt
-    return known.read(row).prompt
+        return _in_context(known.read(row, required_columns(format, kind, row)[-1]).prompt, row)
+    return _in_context(known.read(row).prompt, row)
+
+
+def _in_context(prompt: Prompt, row: Row) -> Prompt:
+    """A prompt with what the columns ``system`` and ``tools`` say; a text becomes a user's turn, if they say anything.
+
+    Raises:
+        RowError: the conversation begins with other words of the system.
+    """
+    system, tools = read_system(row), read_tools(row)
+    if not system.strip() and tools is None:
+        return prompt
+    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+    if system.strip():
+        if turns[0]["role"] not in ("system", "developer"):
+            turns.insert(0, Message(role="system", content=system))
+        elif turns[0]["content"].strip() != system.strip():
+            raise RowError(Reason.MALFORMED, "system is not what the conversation's system turn says")
+    return Conversation(turns, tools)
+
+
+def _without_prompt(prompt: Prompt, responses: Sequence[Answer]) -> tuple[Sequence[Answer], tuple[str, ...]]:
+    """Responses without the prompt, if all of them begin with it, and what was changed in words.
+
+    Some data sets hold prompt and response in one text beside the prompt, which would then be there twice.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        return responses, ()
+    texts = [response for response in responses if isinstance(response, str) and response.startswith(prompt)]
+    if len(texts) < len(responses):
+        return responses, ()
+    if len(prompt.strip()) < _NO_CHANCE:
+        return responses, (PROMPT_REPEATED,)
+    return [text[len(prompt) :] for text in texts], (PROMPT_REMOVED,)
 
 
 def _behavior_logps(row: Row, column: str) -> float | None:
-    if row.get(column) is None:
+    if row.get(column) in (None, ""):
         return None
-    value = number(row[column])
+    value = number(row[column], column)
     if value > 1e-3:  # rounding aside
-        raise RowError(Reason.MALFORMED)
+        raise RowError(Reason.MALFORMED, f"{column} is above 0, which no log-probability is")
     return value
 
 
@@ -316,13 +366,15 @@ def _ranked_pairs(
     if margin_column is None:
         margins = [0.0] * len(chosen)
     elif margin_column == known.score_column:
-        margins = [number(scores[better] - scores[worse]) for better, worse in chosen]
+        margins = [number(scores[better] - scores[worse], f"the margin of {margin_column}") for better, worse in chosen]
     else:
-        margins = [number(row[margin_column])] * len(chosen)
-    return [
-        PreferenceExample(prompt, responses[better], responses[worse], weight=weight, margin=margin)
-        for (better, worse), margin in zip(chosen, margins, strict=True)
-    ]
+        margins = [number(row.get(margin_column), margin_column)] * len(chosen)
+    context = _in_context(prompt, row)
+    pairs = []
+    for places, margin in zip(chosen, margins, strict=True):
+        (better, worse), changes = _without_prompt(prompt, [responses[place] for place in places])
+        pairs.append(PreferenceExample(context, better, worse, weight=weight, margin=margin, changes=changes))
+    return pairs
 
 
 def _listed(columns: Sequence[str]) -> str:

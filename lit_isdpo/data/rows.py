@@ -29,8 +29,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import collate_examples, collate_pairs
+from lit_isdpo.data.files import cache_file
 from lit_isdpo.data.formats import (
-    BEHAVIOR_COLUMNS,
+    OF_ANY_FORMAT,
     Kind,
     check_format,
     check_pairing,
@@ -39,13 +40,14 @@ from lit_isdpo.data.formats import (
     to_examples,
     to_pairs,
 )
-from lit_isdpo.data.readers import Row, RowError
+from lit_isdpo.data.readers import Row, RowError, counted
+from lit_isdpo.data.records import BrokenRowError, Records
 from lit_isdpo.data.sampling import permutation
-from lit_isdpo.data.tokenization import tokenize_example, tokenize_pair
+from lit_isdpo.data.tokenization import TextEncoder, tokenize_example, tokenize_pair
 from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 # Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
-_TOKENS_VERSION = 4
+_TOKENS_VERSION = 5
 _NUMBERS = ("prompt_key", "row_key", "row")
 _ROWS_PER_PROCESS = 25_000  # fewer are tokenized before another process has begun
 _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
@@ -131,117 +133,127 @@ class TokenizedSource(NamedTuple):
     Attributes:
         table: a ``datasets.Dataset`` with a line for every row or pair, as shown at the head of this file.
         format: the format that the rows were read in.
-        rows: the rows that were read, a ``datasets.Dataset``.
+        rows: the rows that were read.
         kept: ``(N,)`` int64, the positions of the lines that are not dropped.
         dropped: number of dropped lines by reason, the commonest first.
+        example: what the first dropped row of the commonest reason shows; empty if it shows nothing.
     """
 
     table: Any
     format: str
-    rows: Any
+    rows: Records
     kept: Tensor
     dropped: dict[str, int]
+    example: str
 
     def changes(self, lines: Tensor) -> dict[str, int]:
         """Number of these ``(N,)`` lines by what was changed in them, the commonest first."""
         return _counted(pc.list_flatten(self.table.data.column("changes").take(lines.numpy())))
 
 
-def _counted(words: Any) -> dict[str, int]:
-    return dict(Counter(words.to_pylist()).most_common())
+def _counted(notes: Any) -> dict[str, int]:
+    """Notes by the words that they are counted by; what single rows show need not be looked at twice."""
+    counts: Counter[str] = Counter()
+    for note, number in Counter(notes.to_pylist()).items():
+        counts[counted(note)] += number
+    return dict(counts.most_common())
 
 
 def tokenize_rows(
-    rows: Any,
+    rows: Records,
     row_type: RowType,
     format: str,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
     name: str,
     num_proc: int | None = None,
     read_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    **limits: Any,
 ) -> TokenizedSource:
     """Tokenizes the rows of one source, or finds them tokenized by an earlier run.
 
     Args:
-        rows: a ``datasets.Dataset`` of raw rows.
+        rows: of the source.
         row_type: what to make of a row.
         format: a key of ``formats.FORMATS``, or auto.
-        tokenizer: with an EOS token.
+        encoder: writes what the rows say.
         name: the source, for messages.
         num_proc: number of processes; by default one for so many rows as ``_ROWS_PER_PROCESS``, up to one a core.
         read_options: for pairs, those of ``to_pairs``.
-        **options: those of ``tokenize_pair``.
+        **limits: those of ``tokenize_pair``.
 
     Raises:
-        InputError: the format or the chat template does not fit, a column that was named is not there, the text is not
-            UTF-8, or all weights are 0.
+        InputError: the format or the chat template does not fit, a column that was named is not there, a row is not
+            JSON, or all weights are 0.
     """
     read_options = read_options or {}
+    columns = rows.column_names()
+    rows.check_renamed(name)
+    if format == "auto":
+        format = detect_format(columns, rows.start(), kind=row_type.kind, name=name)
+    else:
+        check_format(format, columns, kind=row_type.kind, name=name)
+    check_pairing(read_options.get("pairing", "best_worst"), format, name=name)
+    for option in ("weight_column", "margin_column"):
+        column = read_options.get(option)
+        if column is not None and column not in columns:
+            raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(columns)}")
     try:
-        if format == "auto":
-            first_rows = list(rows.select(range(min(len(rows), 8))))
-            format = detect_format(rows.column_names, first_rows, kind=row_type.kind, name=name)
-        else:
-            check_format(format, rows.column_names, kind=row_type.kind, name=name)
-        check_pairing(read_options.get("pairing", "best_worst"), format, name=name)
-        for option in ("weight_column", "margin_column"):
-            column = read_options.get(option)
-            if column is not None and column not in rows.column_names:
-                raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(rows.column_names)}")
-        table = _map(rows, row_type, format, tokenizer, num_proc, read_options, options)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: the text is not UTF-8: {error.reason}") from error
+        table = _map(rows, row_type, format, encoder, num_proc, read_options, limits)
+    except BrokenRowError as error:
+        rows.refuse(error)
     reasons = table.data.column("dropped")
     kept = torch.from_numpy(pc.is_null(reasons).to_numpy().nonzero()[0])
-    dropped = _counted(reasons.drop_null())
+    notes = reasons.drop_null()
+    dropped = _counted(notes)
+    example = next((note.as_py() for note in notes if counted(note.as_py()) == next(iter(dropped))), "")
     if len(kept) and read_options.get("weight_column") and not pc.max(table.data.column("weight")).as_py():
         raise InputError(
             f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
             "nothing to learn"
         )
-    return TokenizedSource(table, format, rows, kept, dropped)
+    return TokenizedSource(table, format, rows, kept, dropped, example.partition("\n")[2])
 
 
 def _map(
-    rows: Any,
+    rows: Records,
     row_type: RowType,
     format: str,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     num_proc: int | None,
     read_options: Mapping[str, Any],
-    options: dict[str, Any],
+    limits: dict[str, Any],
 ) -> Any:
     num_proc = num_proc or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
-    content = rows._fingerprint  # of the rows, or of the file that they were read into
-    how = [row_type.kind, format, sorted(read_options.items()), _tokenizer_key(tokenizer), sorted(options.items())]
-    key = [_TOKENS_VERSION, content, *how]
+    how = [row_type.kind, format, sorted(read_options.items()), sorted(rows.renamed.items())]
+    how += [_tokenizer_key(encoder.tokenizer), encoder.chat_template, sorted(encoder.template_options.items())]
+    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, *how, sorted(limits.items())])
+    fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     ids, number, words = (datasets.List(datasets.Value("int32")), datasets.Value("float64"), datasets.Value("string"))
     features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
     features |= {"changes": datasets.List(words), "dropped": words} | dict.fromkeys(_NUMBERS, datasets.Value("int64"))
-    # Some public data sets hold their tokens too: what is not read need not be unpacked.
-    named = {"prompt", *BEHAVIOR_COLUMNS, *read_options.values()}
-    named.update(required_columns(format, row_type.kind, rows.column_names))
-    rows = rows.select_columns([column for column in rows.column_names if column in named])
+    named = {*OF_ANY_FORMAT, *(column for column in read_options.values() if column)}
+    table = rows.needed(named.union(required_columns(format, row_type.kind, rows.column_names())))
     silence = len(rows) < _SHOW_PROGRESS_FROM and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()
     try:
-        return rows.map(
+        return table.map(
             partial(
                 _lines,
+                parse=rows.parser(),
                 read=partial(row_type.read, format=format, **read_options),
-                tokenize=partial(row_type.tokenize, tokenizer=tokenizer, **options),
+                tokenize=partial(row_type.tokenize, encoder=encoder, **limits),
                 fields=row_type.item._fields,
             ),
             batched=True,  # a row may become several lines; few rows, as Nectar's 21 pairs a row are many tokens
             batch_size=100,
             with_indices=True,
-            remove_columns=rows.column_names,
+            remove_columns=table.column_names,
             features=datasets.Features(features),
             num_proc=num_proc if num_proc > 1 else None,
-            new_fingerprint=hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest(),
+            cache_file_name=str(cache_file(f"tokens-{fingerprint}")),
+            new_fingerprint=fingerprint,
             desc="Tokenizing",
         )
     finally:
@@ -283,6 +295,7 @@ def _lines(
     batch: Mapping[str, list[Any]],
     indices: Sequence[int],
     *,
+    parse: Callable[[Mapping[str, Any], int], Row],
     read: Callable[[Row], Sequence[Any]],
     tokenize: Callable[[Any], Any],
     fields: Sequence[str],
@@ -290,8 +303,9 @@ def _lines(
     """The lines of the table that some rows become, column by column."""
     lines = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        row = parse(dict(zip(batch, values, strict=True)), index)
         try:
-            examples = read(dict(zip(batch, values, strict=True)))
+            examples = read(row)
         except RowError as error:
             lines.append(_dropped(error, fields) | {"row": index})
             continue
@@ -321,7 +335,7 @@ def _key(numbers: Sequence[int]) -> int:
 
 def _dropped(error: RowError, fields: Sequence[str]) -> dict[str, Any]:
     blank: dict[str, Any] = {field: [] if field.endswith("_ids") or field == "changes" else None for field in fields}
-    return blank | {"dropped": error.reason.value, "prompt_key": 0, "row_key": 0}
+    return blank | {"dropped": str(error), "prompt_key": 0, "row_key": 0}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -2,30 +2,35 @@
 
 A path that is there is read from disk; ``owner/name`` is otherwise a data set on the hub. Files are told apart by what
 they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parquet`` those are the splits ``train`` and
-``validation``; files that are not named after a split are all ``train``.
+``validation``; a file that is not named after a split is ``train`` too. In Python a source may also be rows in memory.
 """
 
 import glob
+import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.files import READERS, quiet, read_files, reader_of, suffixes
-from lit_isdpo.data.intact import missing_shards
+from lit_isdpo.data.files import READERS, quiet, read_files, reader_of, rows_in_memory, suffixes
+from lit_isdpo.data.records import Records
 from lit_isdpo.types import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_OTHERS = "other files"  # a split of those that no word tells, beside several splits for training
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -40,6 +45,8 @@ class DataSource:
         revision: branch, tag or commit of a hub data set.
         name: configuration of a hub data set.
         first: how many rows of a split are read, from its beginning; by default all.
+        columns: this source's names of columns, over those of ``data.columns``.
+        rows: rows in memory, in Python, in place of a path.
     """
 
     path: str
@@ -48,16 +55,28 @@ class DataSource:
     revision: str | None = None
     name: str | None = None
     first: int | None = None
+    columns: dict[str, str | None] | None = None
+    rows: Any = None
+
+    def plain(self) -> dict[str, Any]:
+        """The source in plain types, without rows in memory."""
+        return {name: getattr(self, name) for name in _OPTIONS}
 
 
+_OPTIONS = [option.name for option in fields(DataSource) if option.name != "rows"]
 Sources = str | dict[str, Any] | list[str | dict[str, Any]]
+if TYPE_CHECKING:  # what Python may give besides, which the command line cannot write
+    Given = Sources | datasets.Dataset | datasets.DatasetDict | pd.DataFrame | Sequence[Mapping[str, Any]] | Path
+else:
+    Given = Sources
 
 
-def as_sources(value: Sources | Mapping[str, Any] | list[Any] | None, option: str) -> list[DataSource]:
+def as_sources(value: Any, option: str) -> list[DataSource]:
     """Puts what a user may write for ``data.train`` into one form.
 
     Args:
-        value: path, source, or a list of either; a mapping stands for a source.
+        value: path, source, or a list of either; a mapping stands for a source. Or rows in memory: a
+            ``datasets.Dataset`` or ``DatasetDict``, a ``DataFrame``, or a list of mappings that are rows.
         option: what it was written for, for the messages.
 
     Raises:
@@ -68,16 +87,17 @@ def as_sources(value: Sources | Mapping[str, Any] | list[Any] | None, option: st
     """
     if value is None:
         return []
+    if isinstance(value, list | tuple) and value and all(map(_is_row, value)):
+        value = [DataSource(f"{len(value):,} rows in memory", rows=list(value))]
     sources = []
-    for item in value if isinstance(value, list) else [value]:
+    for item in value if isinstance(value, list | tuple) else [value]:
         try:
-            source = DataSource(str(item)) if isinstance(item, str | Path) else item
-            source = source if isinstance(source, DataSource) else DataSource(**source)
+            source = _as_source(item)
         except TypeError as error:
             raise InputError(f"{option}: {item!r} is neither a path nor {{path, split, weight}}: {error}") from error
         if not source.path:
             raise InputError(f"{option}: an empty path")
-        if not 0 < source.weight < float("inf"):
+        if not 0 < source.weight < math.inf:
             raise InputError(f"{option}: the weight of {source.path!r} is {source.weight}; it must be above 0")
         if source.first is not None and source.first < 1:
             raise InputError(f"{option}: first is {source.first} for {source.path!r}; it must be at least 1 row")
@@ -88,6 +108,29 @@ def as_sources(value: Sources | Mapping[str, Any] | list[Any] | None, option: st
     return sources
 
 
+def _is_row(item: object) -> bool:
+    """Whether it is a row and no source: it has keys that no source has."""
+    return isinstance(item, Mapping) and not set(item) <= {*_OPTIONS, "rows"} and "path" not in item
+
+
+def _as_source(item: Any) -> DataSource:
+    if isinstance(item, DataSource):
+        return item
+    if isinstance(item, str | Path):
+        return DataSource(str(item))
+    if isinstance(item, Mapping):
+        path = item.get("path")
+        if path is None or isinstance(path, str | Path):
+            return DataSource(**{**item, **({} if path is None else {"path": str(path)})})
+        return DataSource(**{**item, "path": _in_memory(path).path, "rows": path})
+    return _in_memory(item)
+
+
+def _in_memory(rows: Any) -> DataSource:
+    number = "" if isinstance(rows, datasets.DatasetDict) else f"{len(rows):,} rows of "
+    return DataSource(f"{number}a {type(rows).__name__} in memory", rows=rows)
+
+
 @dataclass
 class OpenSource:
     """A source that was found, and the splits that it has."""
@@ -95,17 +138,17 @@ class OpenSource:
     source: DataSource
     option: str
     files: dict[str, list[Path]] = field(default_factory=dict)
-    hub: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def identity(self) -> tuple[str | None, ...]:
+    def identity(self) -> tuple[object, ...]:
         """Equal for sources that are one data set, whatever their splits and weights."""
-        return (self.source.path, self.source.name, self.source.revision)
+        return (self.source.path, self.source.name, self.source.revision, id(self.source.rows))
 
     @property
     def splits(self) -> list[str]:
         """The names of the splits there are."""
-        return list(self.files) + list(self.hub)
+        return list(self.files) + list(self.tables)
 
     def find(self, split: str) -> str | None:
         """The name under which the source has a split, if it does: ``dev`` and ``val`` are ``validation`` too."""
@@ -130,20 +173,24 @@ class OpenSource:
             )
         return found
 
-    def rows(self, split: str, *, numbers: Collection[str] = ()) -> Any:
-        """Reads a split as a memory-mapped ``datasets.Dataset``.
+    def records(self, split: str, columns: Mapping[str, str | None] | None = None) -> Records:
+        """Reads a split.
 
         Args:
             split: its name.
-            numbers: columns that hold numbers, which a CSV file cannot say.
+            columns: what the user calls a column -> its name in the data; the source's own come first.
 
         Raises:
             InputError: a file cannot be read, or there are no rows.
         """
-        rows = self.hub[split] if self.hub else read_files(self.files[split], self.option, numbers)
-        if not len(rows):
+        if self.tables:
+            records = rows_in_memory(self.tables[split], self.option)
+        else:
+            records = read_files(self.files[split], self.option)
+        if not len(records):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
-        return rows if self.source.first is None else rows.select(range(min(self.source.first, len(rows))))
+        records.renamed = {**(columns or {}), **(self.source.columns or {})}
+        return records if self.source.first is None else records.first(self.source.first)
 
 
 def open_source(source: DataSource, option: str) -> OpenSource:
@@ -156,13 +203,18 @@ def open_source(source: DataSource, option: str) -> OpenSource:
     Raises:
         InputError: there is nothing of that name, or nothing that can be read.
     """
+    if source.rows is not None:
+        if source.name or source.revision:
+            raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is none")
+        tables = source.rows if isinstance(source.rows, datasets.DatasetDict) else {"train": source.rows}
+        return OpenSource(source, option, tables=tables)
     try:
         files, folder = _find(source, option)
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
     if not files:
-        return OpenSource(source, option, hub=_from_hub(source, option))
+        return OpenSource(source, option, tables=_from_hub(source, option))
     if source.name or source.revision:
         raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
     for file in files:
@@ -205,13 +257,34 @@ def _is_data(file: Path, folder: Path) -> bool:
     return named_so and not file.is_dir()
 
 
+def missing_shards(names: Sequence[str]) -> list[str]:
+    """The files that are not there of sets such as ``train-00000-of-00003.parquet``.
+
+    >>> missing_shards(["train-00001-of-00003.jsonl", "test.jsonl"])
+    ['train-00000-of-00003.jsonl', 'train-00002-of-00003.jsonl']
+    """
+    sets: dict[tuple[str, str, str], dict[int, int]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(.*)", name, re.DOTALL):
+            before, number, total, after = match.groups()
+            sets.setdefault((before, total, after), {})[int(number)] = len(number)
+    missing = []
+    for (before, total, after), widths in sets.items():
+        first = int(int(total) in widths and 0 not in widths)  # some count from 1
+        width = max(widths.values())
+        expected = range(first, min(int(total), 100_000) + first)
+        missing += [f"{before}{number:0{width}}-of-{total}{after}" for number in expected if number not in widths]
+    return missing
+
+
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or their folders, ``train/0.jsonl``.
 
     Where several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name: they are
-    not to be mixed by accident. Files that no split is named by are left out where others are.
+    not to be mixed by accident. Files that no split is named by are read with the training files.
     """
     named: dict[str, dict[str, list[Path]]] = {}
+    others = []
     for file in files:
         name = re.sub(r"([-_.]?\d+)+(-of-\d+)?$", "", file.name.split(".")[0])
         parents = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
@@ -220,11 +293,17 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
             if words:
                 named.setdefault(_SPLIT_WORDS[words[0]], {}).setdefault(part, []).append(file)
                 break
-    if not named:
-        return {"train": files}
+        else:
+            others.append(file)
     splits: dict[str, list[Path]] = {}
     for split, groups in named.items():
         splits |= {split: next(iter(groups.values()))} if len(groups) == 1 else groups
+    if others and ("train" in splits or "train" not in named):
+        splits = {"train": sorted([*splits.get("train", []), *others])} | {
+            name: part for name, part in splits.items() if name != "train"
+        }
+    elif others:
+        splits[_OTHERS] = others
     return splits
 
 

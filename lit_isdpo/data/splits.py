@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_isdpo.data.accounts import SourceCounts, Split, check_dropped
 from lit_isdpo.data.formats import read_prompt
 from lit_isdpo.data.readers import Reason
+from lit_isdpo.data.records import Records
 from lit_isdpo.data.rows import Rows, RowType, TokenizedSource, hold_out
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
 from lit_isdpo.types import InputError, Prompt
@@ -58,7 +59,7 @@ class Splits:
         self.counts: dict[Split, list[SourceCounts]] = {}
         self.max_dropped_fraction, self.duplicates = max_dropped_fraction, duplicates
         self._read = read
-        self._raw: dict[Split, list[Any]] = {}
+        self._raw: dict[Split, list[Records]] = {}
         self._opened: dict[Split, list[OpenSource]] = {}
         self._repeated: dict[Split, Tensor] = {}  # row ids
 
@@ -133,7 +134,7 @@ class Splits:
         else:
             kept = source.kept
             dropped, changed = source.dropped, source.changes(kept) | counted
-        return SourceCounts(path, source.format, len(source.rows), len(kept), 0, dropped, changed)
+        return SourceCounts(path, source.format, len(source.rows), len(kept), 0, dropped, changed, source.example)
 
     def _hold_out(self) -> None:
         """Moves a part of the training rows to the validation rows."""
@@ -161,7 +162,8 @@ class Splits:
         table, repeated = self.rows[split].table, set(self._repeated[read_as].tolist())
         columns = [table.data.column(name).to_pylist() for name in ("row", "dropped", "changes")]
         for line, (row, dropped, changes) in enumerate(zip(*columns, strict=True)):
-            because = [dropped] if dropped else [*changes, *([Reason.DUPLICATE.value] if line in repeated else [])]
+            notes = [dropped] if dropped else [*changes, *([Reason.DUPLICATE.value] if line in repeated else [])]
+            because = [": ".join(note.split("\n")) for note in notes]
             if because:
                 source, _, raw = self._find(split, line)
                 yield {
@@ -194,7 +196,7 @@ class Splits:
         """The split that its rows were read with, which is that of training where they were held out."""
         return split if split in self._raw else "train"
 
-    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, Any]:
+    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, Records]:
         """The source of a row, the row's place in it, and the source's rows."""
         read_as = self._read_as(split)
         ends = list(accumulate(source.lines for source in self.counts[read_as]))
@@ -205,6 +207,8 @@ class Splits:
         """The local folders and files that a split is read from; a hub data set has none."""
         folders = []
         for source, name in self.parts(split) or self.parts("train"):
+            if source.tables:
+                continue
             path = Path(source.source.path).expanduser()
             found = [path] if path.exists() else [file.parent for file in source.files.get(name, [])]
             folders += [folder for folder in dict.fromkeys(found) if folder not in folders]

@@ -10,17 +10,32 @@ A prompt that is too long loses its first messages, else its beginning (or its e
 is too long loses its end, EOS included, so that the model does not learn to stop where the data was merely cut.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_isdpo.data.encoding import encode_chat, encode_inside, encode_prompt, render_chat, with_eos
+from lit_isdpo.data.encoding import (
+    PROMPT_REWRITTEN,
+    SPECIAL_IN_PROMPT,
+    SPECIAL_IN_RESPONSE,
+    Encoded,
+    encode_chat,
+    encode_inside,
+    encode_prompt,
+    render_chat,
+    special_in,
+    split_prefix,
+    turn_end,
+    with_eos,
+)
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.truncation import Change, Fitted, TruncationMode, fit_length
 from lit_isdpo.types import (
     NEEDS_CODE,
+    Answer,
+    Conversation,
     InputError,
     Message,
     PreferenceExample,
@@ -32,6 +47,7 @@ from lit_isdpo.types import (
 
 ChatTemplate = Literal["auto", "always", "never"]
 _OPENING = "\n\nAssistant:"  # of a plain transcript's answer
+_CUTS = {Change.FIRST_MESSAGES_CUT, Change.PROMPT_CUT, Change.RESPONSE_CUT}
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -66,38 +82,133 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response: EOS, and what the chat template ends an assistant turn with, where it differs."""
     eos = int(tokenizer.eos_token_id)
-    if not tokenizer.chat_template:
-        return [eos]
-    try:
-        _, (ids,) = encode_chat([Message(role="user", content="a")], ["b"], tokenizer)
-    except RowError:
-        return [eos]
-    return list(dict.fromkeys([eos, ids[-1]]))
+    end = turn_end(tokenizer) if tokenizer.chat_template else None
+    return [eos] if end is None else list(dict.fromkeys([eos, end]))
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Writes prompts and responses as a model reads them.
+
+    Args:
+        tokenizer: with an EOS token.
+        chat_template: ``auto`` uses the tokenizer's template for message lists, ``always`` for strings too (as one user
+            turn), ``never`` writes conversations as a plain transcript.
+        template_options: further variables of the chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: ChatTemplate = "auto"
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self, prompt: Prompt) -> str:
+        """The text of a prompt up to where the response begins; BOS is not in it, but for templates.
+
+        Raises:
+            RowError: the chat template refuses the conversation.
+        """
+        messages = self._templated(prompt)
+        if messages is not None:
+            before, prefix = split_prefix(messages)
+            return self._rendered(before, add_generation_prompt=True) + prefix
+        return prompt if isinstance(prompt, str) else transcript(prompt)
+
+    def encode(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
+        """Encodes a prompt, and each response up to the token that ends it.
+
+        Raises:
+            RowError: the prompt has no tokens, or the chat template refuses the conversation.
+            InputError: the template does not render a prompt as the beginning of prompt and response.
+        """
+        messages = self._templated(prompt)
+        if messages is not None:
+            encoded = encode_chat(messages, responses, self.tokenizer, self.template_options)
+        else:
+            encoded = self._encode_plain(prompt, responses)
+        if not encoded.prompt_ids:
+            raise RowError(Reason.EMPTY_PROMPT)
+        return encoded
+
+    def header(self, prompt: Prompt) -> list[int]:
+        """The ids at a prompt's end that open the assistant's turn; a plain text has none."""
+        messages = self._templated(prompt)
+        if messages is None:
+            if isinstance(prompt, str):
+                return []
+            prefix = split_prefix(prompt)[1]
+            return encode_inside(_OPENING + (f" {prefix}" if prefix else ""), self.tokenizer)
+        turns, prefix = split_prefix(messages)
+        opened = self._rendered(turns, add_generation_prompt=True)
+        before = self._rendered(turns, add_generation_prompt=False)
+        text = (opened[len(before) :] if opened.startswith(before) else "") + prefix
+        return encode_inside(text, self.tokenizer) if text else []
+
+    def uses_template(self, prompt: Prompt) -> bool:
+        """Whether a prompt is rendered with the chat template."""
+        return self._templated(prompt) is not None
+
+    def has_special(self, prompt: Prompt) -> bool:
+        """Whether a prompt's text holds a special token, other than BOS at the beginning of a plain one."""
+        bos = str(self.tokenizer.bos_token or "")
+        texts = [prompt.removeprefix(bos)] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+        return any(special_in(text, self.tokenizer) for text in texts)
+
+    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> str:
+        return render_chat(turns, self.tokenizer, self.template_options, add_generation_prompt=add_generation_prompt)
+
+    def _encode_plain(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
+        """A plain text or transcript, which has a place for text alone: not for thoughts, calls and tools."""
+        tokenizer, rewritten, changes = self.tokenizer, None, []
+        # A transcript's turns begin with a space; a string's own spaces are the user's.
+        space = "" if isinstance(prompt, str) or split_prefix(prompt)[1] else " "
+        texts = [response if isinstance(response, str) else response["content"] for response in responses]
+        if not all(isinstance(response, str) for response in responses):
+            rewritten = RowError(Reason.REWRITTEN, "a plain transcript has no place for thoughts and tool calls")
+        if not isinstance(prompt, str) and (
+            any(turn.keys() - {"role", "content", "name", "tool_call_id", "prefix"} for turn in prompt)
+            or (isinstance(prompt, Conversation) and prompt.tools)
+        ):
+            changes.append(PROMPT_REWRITTEN)
+        return Encoded(
+            encode_prompt(prompt if isinstance(prompt, str) else transcript(prompt), tokenizer),
+            [with_eos(encode_inside(space + text, tokenizer), tokenizer) for text in texts],
+            tuple(changes),
+            rewritten,
+        )
+
+    def _templated(self, prompt: Prompt) -> list[Message] | None:
+        """The messages to render with the chat template, or ``None`` where it is not to be used."""
+        if self.chat_template == "always" and not self.tokenizer.chat_template:
+            raise InputError(
+                f"data.chat_template is 'always', but the tokenizer of {self.tokenizer.name_or_path!r} has no chat "
+                "template"
+            )
+        if isinstance(prompt, str):
+            return [Message(role="user", content=prompt)] if self.chat_template == "always" else None
+        return None if self.chat_template == "never" or not self.tokenizer.chat_template else prompt
 
 
 def tokenize_pair(
     example: PreferenceExample,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
     max_length: int,
     max_prompt_length: int,
     truncation_mode: TruncationMode = "keep_end",
-    chat_template: ChatTemplate = "auto",
 ) -> TokenizedPair:
     """Encodes a pair. Both responses follow the same prompt ids.
 
     Args:
         example: the pair as text.
-        tokenizer: with an EOS token.
+        encoder: writes it.
         max_length: of the prompt and a response together, in tokens.
         max_prompt_length: in tokens, at least 1 and less than ``max_length``.
         truncation_mode: which end of a prompt that is too long is kept, or ``drop``.
-        chat_template: ``auto`` uses the tokenizer's template for message lists, ``always`` for strings too (as one user
-            turn), ``never`` writes conversations as a plain transcript.
 
     Raises:
-        RowError: the prompt has no tokens or may not be cut, a response is empty, the responses are the same, or they
-            were cut although they have behavior log-probs, which are those of the whole response.
+        RowError: the prompt has no tokens or may not be cut, a response is empty or not what the chat template writes,
+            the responses are the same, or they were cut although they have behavior log-probs, which are those of the
+            whole response.
         InputError: the template does not render a prompt as the beginning of prompt and response.
     """
     if example.chosen == example.rejected:
@@ -105,15 +216,14 @@ def tokenize_pair(
     prompt_ids, (chosen_ids, rejected_ids), changes = _tokenize(
         example.prompt,
         [example.chosen, example.rejected],
-        tokenizer,
+        encoder,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         truncation_mode=truncation_mode,
-        chat_template=chat_template,
     )
     if chosen_ids == rejected_ids:
         raise RowError(Reason.IDENTICAL_TOKENS)
-    if example.chosen_behavior_logps is not None and not {Change.INNER_TERMINATOR}.issuperset(changes):
+    if example.chosen_behavior_logps is not None and _CUTS.intersection(changes):
         raise RowError(Reason.CUT_BEHAVIOR)
     return TokenizedPair(
         prompt_ids,
@@ -123,65 +233,63 @@ def tokenize_pair(
         example.rejected_behavior_logps,
         example.weight,
         example.margin,
-        changes,
+        [*changes, *example.changes],
     )
 
 
 def tokenize_example(
     example: SFTExample,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
     max_length: int,
     max_prompt_length: int,
     truncation_mode: TruncationMode = "keep_end",
-    chat_template: ChatTemplate = "auto",
 ) -> TokenizedExample:
     """Encodes a demonstration; arguments and errors as in :func:`tokenize_pair`."""
     prompt_ids, (completion_ids,), changes = _tokenize(
         example.prompt,
         [example.completion],
-        tokenizer,
+        encoder,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         truncation_mode=truncation_mode,
-        chat_template=chat_template,
     )
-    return TokenizedExample(prompt_ids, completion_ids, changes)
+    return TokenizedExample(prompt_ids, completion_ids, [*changes, *example.changes])
 
 
 def tokenize_response(
     prompt: Prompt,
     response: str,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
     finished: bool,
     max_length: int,
     max_prompt_length: int,
     truncation_mode: TruncationMode = "keep_end",
-    chat_template: ChatTemplate = "auto",
 ) -> TokenizedExample:
-    """Encodes a response that was sampled, as :func:`tokenize_example` would; it may also be empty.
+    """Encodes a response that was sampled, as :func:`tokenize_example` would.
+
+    It may be empty, and a chat template may leave some of it out, such as a thought.
 
     Args:
         prompt: as the data has it.
         response: text, special tokens left out.
-        tokenizer: with an EOS token.
+        encoder: writes it.
         finished: false where the token limit cut the response, which then gets no EOS.
-        max_length: as in :func:`tokenize_pair`, like all that follow.
-        max_prompt_length: likewise.
-        truncation_mode: likewise.
-        chat_template: likewise.
+        max_length: as in :func:`tokenize_pair`.
+        max_prompt_length: as in :func:`tokenize_pair`.
+        truncation_mode: as in :func:`tokenize_pair`.
 
     Raises:
         RowError: the prompt has no tokens or may not be cut, or the chat template refuses it.
         InputError: as in :func:`tokenize_pair`.
     """
-    if not isinstance(prompt, str) and _templated(prompt, tokenizer, chat_template) is None:
+    if not isinstance(prompt, str) and not encoder.uses_template(prompt):
         response = response.removeprefix(" ")  # a policy writes the transcript's space itself
 
-    def encode(prompt: Prompt) -> tuple[list[int], list[list[int]]]:
-        prompt_ids, (ids,) = _encode_parts(prompt, [response], tokenizer, chat_template)
-        return prompt_ids, [ids if finished else ids[:-1]]
+    def encode(prompt: Prompt) -> Encoded:
+        encoded = encoder.encode(prompt, [response])
+        return encoded if finished else encoded._replace(completions=[ids[:-1] for ids in encoded.completions])
 
     prompt_ids, (ids,), changes = fit_length(
         prompt,
@@ -189,22 +297,10 @@ def tokenize_response(
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         truncation_mode=truncation_mode,
-        bos_token_id=tokenizer.bos_token_id,
-        header=partial(_header, prompt, tokenizer, chat_template),
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        header=lambda: encoder.header(prompt),
     )
     return TokenizedExample(prompt_ids, ids, changes)
-
-
-def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = "auto") -> str:
-    """The text of a prompt as the model gets it, up to where the response begins; BOS is not in it, but for templates.
-
-    Raises:
-        RowError: the chat template refuses the conversation.
-    """
-    messages = _templated(prompt, tokenizer, chat_template)
-    if messages is not None:
-        return render_chat(messages, tokenizer, add_generation_prompt=True)
-    return prompt if isinstance(prompt, str) else transcript(prompt)
 
 
 def transcript(messages: Sequence[Message]) -> str:
@@ -213,75 +309,51 @@ def transcript(messages: Sequence[Message]) -> str:
     >>> transcript([{"role": "user", "content": "2 + 2?"}])
     '\n\nHuman: 2 + 2?\n\nAssistant:'
     """
-    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: "}
+    names = {
+        "user": "\n\nHuman: ",
+        "assistant": "\n\nAssistant: ",
+        "tool": "\n\nTool: ",
+        "function": "\n\nTool: ",
+    }
     text = "".join(names.get(turn["role"], "\n\n" if i else "") + turn["content"] for i, turn in enumerate(messages))
-    return text + _OPENING
+    return text if messages[-1].get("prefix") else text + _OPENING
 
 
 def _tokenize(
     prompt: Prompt,
-    responses: list[str],
-    tokenizer: PreTrainedTokenizerBase,
+    responses: list[Answer],
+    encoder: TextEncoder,
     *,
     max_length: int,
     max_prompt_length: int,
     truncation_mode: TruncationMode,
-    chat_template: ChatTemplate,
 ) -> Fitted:
     """Encodes a prompt with its responses, and makes them fit."""
-    if not all(response.strip() for response in responses):
+    texts = [response if isinstance(response, str) else response["content"] for response in responses]
+    if not all(text.strip() or text is not response for text, response in zip(texts, responses, strict=True)):
         raise RowError(Reason.EMPTY_RESPONSE)
 
-    def encode(prompt: Prompt) -> tuple[list[int], list[list[int]]]:
-        prompt_ids, completions = _encode_parts(prompt, responses, tokenizer, chat_template)
-        if any(len(ids) == 1 for ids in completions):  # the terminator alone
+    def encode(prompt: Prompt) -> Encoded:
+        encoded = encoder.encode(prompt, responses)
+        if encoded.rewritten is not None:
+            raise encoded.rewritten
+        if any(len(ids) == 1 for ids in encoded.completions):  # only the terminator
             raise RowError(Reason.EMPTY_RESPONSE)
-        return prompt_ids, completions
+        return encoded
 
-    return fit_length(
+    fitted = fit_length(
         prompt,
         encode,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         truncation_mode=truncation_mode,
-        bos_token_id=tokenizer.bos_token_id,
-        header=partial(_header, prompt, tokenizer, chat_template),
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        header=lambda: encoder.header(prompt),
     )
-
-
-def _encode_parts(
-    prompt: Prompt, responses: list[str], tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate
-) -> tuple[list[int], list[list[int]]]:
-    """Encodes a prompt, and each response up to the token that ends it."""
-    messages = _templated(prompt, tokenizer, chat_template)
-    if messages is not None:
-        prompt_ids, completions = encode_chat(messages, responses, tokenizer)
-    else:
-        # A transcript's turns begin with a space; a string's own spaces are the user's.
-        space = "" if isinstance(prompt, str) else " "
-        prompt_ids = encode_prompt(render_prompt(prompt, tokenizer, "never"), tokenizer)
-        completions = [with_eos(encode_inside(space + response, tokenizer), tokenizer) for response in responses]
-    if not prompt_ids:
-        raise RowError(Reason.EMPTY_PROMPT)
-    return prompt_ids, completions
-
-
-def _header(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate) -> list[int]:
-    """The ids with which a prompt opens the assistant's turn; a plain text has none."""
-    messages = _templated(prompt, tokenizer, chat_template)
-    if messages is None:
-        return [] if isinstance(prompt, str) else encode_inside(_OPENING, tokenizer)
-    opened = render_chat(messages, tokenizer, add_generation_prompt=True)
-    before = render_chat(messages, tokenizer, add_generation_prompt=False)
-    return encode_inside(opened[len(before) :], tokenizer) if opened.startswith(before) else []
-
-
-def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, mode: ChatTemplate) -> list[Message] | None:
-    """The messages to render with the chat template, or ``None`` where it is not to be used."""
-    if mode == "always" and not tokenizer.chat_template:
-        raise InputError(
-            f"data.chat_template is 'always', but the tokenizer of {tokenizer.name_or_path!r} has no chat template"
-        )
-    if isinstance(prompt, str):
-        return [Message(role="user", content=prompt)] if mode == "always" else None
-    return None if mode == "never" or not tokenizer.chat_template else prompt
+    if encoder.has_special(prompt):
+        fitted.changes.append(SPECIAL_IN_PROMPT)
+    if Change.INNER_TERMINATOR not in fitted.changes and any(
+        special_in(text.rstrip()[:-1], encoder.tokenizer) for text in texts
+    ):
+        fitted.changes.append(SPECIAL_IN_RESPONSE)
+    return fitted

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+from lit_isdpo.data.encoding import Encoded
 from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.types import Message, Prompt
+from lit_isdpo.types import Conversation, Message, Prompt
 
 TruncationMode = Literal["keep_end", "keep_start", "drop"]
-Encode = Callable[[Prompt], tuple[list[int], list[list[int]]]]
+Encode = Callable[[Prompt], Encoded]
 
 
 class Change(StrEnum):
-    """What was done to a row that is kept, or is odd about it; the summary counts those of each kind."""
+    """What was done to a row to make it fit, or is odd about it; the summary counts those of each kind."""
 
     FIRST_MESSAGES_CUT = "first messages left out"
     PROMPT_CUT = "prompt cut"
@@ -51,7 +52,7 @@ def fit_length(
 
     Args:
         prompt: a text, or the messages of a conversation.
-        encode: gives the ids of a prompt, and of the responses to it with their terminators.
+        encode: gives the ids of a prompt, and of the responses to it with their terminators, and what it notes.
         max_length: of the prompt and a response together, in tokens; a response that is longer loses its end.
         max_prompt_length: in tokens, at least 1 and less than ``max_length``.
         truncation_mode: which end of a prompt that is too long is kept; ``drop`` keeps none.
@@ -61,18 +62,18 @@ def fit_length(
     Raises:
         RowError: a prompt is too long and may not be cut, or there is no room for more than the header.
 
-    >>> fit_length("abcd", lambda text: ([*map(ord, text)], [[101, 0]]), max_length=3, max_prompt_length=2)
+    >>> fit_length("abcd", lambda text: Encoded([*map(ord, text)], [[101, 0]]), max_length=3, max_prompt_length=2)
     Fitted(prompt_ids=[99, 100], completions=[[101]], changes=['prompt cut', 'response cut'])
     """
     assert 1 <= max_prompt_length < max_length
-    prompt_ids, completions = encode(prompt)
+    prompt_ids, completions, noted, _ = encode(prompt)
     changes = []
     if len(prompt_ids) > max_prompt_length:
         if truncation_mode == "drop":
             raise RowError(Reason.LONG_PROMPT)
         shorter = _last_messages(prompt, encode, max_prompt_length) if truncation_mode == "keep_end" else None
         if shorter is not None:
-            prompt_ids, completions = shorter
+            prompt_ids, completions, noted, _ = shorter
             changes.append(Change.FIRST_MESSAGES_CUT.value)
         else:
             prompt_ids = _cut(prompt_ids, header(), max_prompt_length, truncation_mode, bos_token_id)
@@ -82,19 +83,19 @@ def fit_length(
     room = max_length - len(prompt_ids)
     if any(len(ids) > room for ids in completions):
         changes.append(Change.RESPONSE_CUT.value)
-    return Fitted(prompt_ids, [ids[:room] for ids in completions], changes)
+    return Fitted(prompt_ids, [ids[:room] for ids in completions], [*changes, *noted])
 
 
-def _last_messages(prompt: Prompt, encode: Encode, max_length: int) -> tuple[list[int], list[list[int]]] | None:
+def _last_messages(prompt: Prompt, encode: Encode, max_length: int) -> Encoded | None:
     """The longest end of a conversation that fits, from a user's turn on; the system's words go last."""
     if isinstance(prompt, str):
         return None
     for messages in _ends(prompt):
         try:
-            encoded = encode(messages)
+            encoded = encode(Conversation.like(prompt, messages))
         except RowError:  # a template may refuse a conversation that it accepts as a whole
             continue
-        if len(encoded[0]) <= max_length:
+        if len(encoded.prompt_ids) <= max_length:
             return encoded
     return None
 

@@ -14,20 +14,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.pairing import Pairing, choose_pairs
 from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import ChatTemplate, tokenize_example
+from lit_isdpo.data.tokenization import TextEncoder, tokenize_example
 from lit_isdpo.evaluation.kl import LOGITS_BUDGET
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Message, Prompt, Response, SFTExample
+from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response, SFTExample
 
 _WHOLE = 2**31  # tokens: nothing is cut
 
@@ -78,6 +77,7 @@ class LabelledPair(TypedDict):
     rejected_behavior_logps: float
     chosen_score: float
     rejected_score: float
+    tools: NotRequired[list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +86,20 @@ class Labeller:
 
     Attributes:
         reward: scores each response that can be used, once.
-        tokenizer: the policy's.
+        encoder: writes text as training does, with the policy's tokenizer.
         pairing: which responses to a prompt become pairs, see :func:`~lit_isdpo.data.pairing.choose_pairs`.
         noise_temperature: labels follow Bradley-Terry: the response with the higher score is chosen with probability
             ``sigmoid(difference of the scores / noise_temperature)``; 0 chooses it always.
         seed: of the labels' noise, which is a function of it, the row's id and the scores.
         max_length: of a prompt with its response, in tokens, beyond which training cuts.
-        chat_template: how training renders prompts.
     """
 
     reward: Reward
-    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
     pairing: Pairing
     noise_temperature: float
     seed: int
     max_length: int
-    chat_template: ChatTemplate
 
     def __call__(self, rows: Sequence[SampledRow]) -> tuple[list[Preference], Counter[str]]:
         """Labels the responses to some prompts.
@@ -148,16 +146,15 @@ class Labeller:
         """
         if not response.finished:
             raise UnusableError("responses unfinished")
-        decoded = str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        decoded = str(self.encoder.tokenizer.decode(response.token_ids, skip_special_tokens=True))
         # Conversations without a chat template, and some templates, put a blank before the response by themselves.
         for text in dict.fromkeys((decoded, decoded.removeprefix(" "))):
             try:
                 example = tokenize_example(
                     SFTExample(row.prompt, text),
-                    self.tokenizer,
+                    self.encoder,
                     max_length=_WHOLE,
                     max_prompt_length=_WHOLE - 1,
-                    chat_template=self.chat_template,
                 )
             except RowError as error:
                 raise UnusableError(f"responses left out as {error.reason.value}") from error
@@ -202,20 +199,21 @@ def to_rows(preferences: Sequence[Preference], logps: Sequence[float]) -> list[L
         return text if isinstance(row.prompt, str) else [Message(role="assistant", content=text)]
 
     chosen_logps, rejected_logps = logps[: len(preferences)], logps[len(preferences) :]
-    return [
-        LabelledPair(
+    rows = []
+    for (row, chosen, rejected), *pair_logps in zip(preferences, chosen_logps, rejected_logps, strict=True):
+        pair = LabelledPair(
             prompt=row.prompt,
             chosen=shown(row, chosen.text),
             rejected=shown(row, rejected.text),
-            chosen_behavior_logps=chosen_logp,
-            rejected_behavior_logps=rejected_logp,
+            chosen_behavior_logps=pair_logps[0],
+            rejected_behavior_logps=pair_logps[1],
             chosen_score=chosen.score,
             rejected_score=rejected.score,
         )
-        for (row, chosen, rejected), chosen_logp, rejected_logp in zip(
-            preferences, chosen_logps, rejected_logps, strict=True
-        )
-    ]
+        if isinstance(row.prompt, Conversation) and row.prompt.tools:
+            pair["tools"] = row.prompt.tools
+        rows.append(pair)
+    return rows
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import ChatTemplate, load_tokenizer, terminator_ids, tokenize_response
+from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, terminator_ids, tokenize_response
 from lit_isdpo.data.truncation import TruncationMode
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.adapters import fingerprint
@@ -225,12 +225,11 @@ class RewardModel(Reward):
             return tokenize_response(
                 prompt,
                 response,
-                self.tokenizer,
+                TextEncoder(self.tokenizer, self.chat_template),
                 finished=finished,
                 max_length=self.max_length,
                 max_prompt_length=self.max_prompt_length,
                 truncation_mode=self.truncation_mode,
-                chat_template=self.chat_template,
             )
         except RowError as error:
             raise InputError(f"reward.path: {self.path!r} cannot score a response: {error.reason.value}.") from error

@@ -82,12 +82,11 @@ class PreferenceLabels(Callback):
         self._pairs, self._counts = [], Counter()
         self._labeller = Labeller(
             reward=self.reward,
-            tokenizer=pl_module.tokenizer,
+            encoder=datamodule.encoder,
             pairing=self.pairing,
             noise_temperature=self.noise_temperature,
             seed=self.seed,
             max_length=datamodule.max_length,
-            chat_template=datamodule.chat_template,
         )
 
     def on_predict_batch_end(

@@ -1,0 +1,159 @@
+"""The rows of a source as they were given, one by one: what was written as text is parsed when its row is asked for.
+
+Nothing guesses the type of a column. ``datasets`` would, of JSON and CSV files: a response that is a date would come
+out as a time, and one in quotation marks without them, if another row's value were a number. Rows of these files are
+kept as lines of JSON. Parquet and Arrow files and tables of ``datasets`` state the types of their columns.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NoReturn
+
+from lit_isdpo.data.readers import Row
+from lit_isdpo.types import InputError
+
+LINE = "json"  # the only column of a table of lines
+_LOOKED_AT = 1000  # first rows that a format may be recognised by
+_AT_ONCE = 50
+
+
+class BrokenRowError(ValueError):
+    """A row whose text is not JSON, or not that of an object.
+
+    Args:
+        index: the row.
+        problem: what is wrong, as the end of a sentence about it.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)
+        self.index, self.problem = index, problem
+
+
+class Records:
+    """N rows in their order.
+
+    Args:
+        table: a ``datasets.Dataset``, of the one column ``LINE`` or of typed columns.
+        fingerprint: tells the rows from any others.
+        renamed: what the user calls a column -> its name in the data; ``None`` hides a column.
+        where: says in which file and line a row stands, given the row and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        fingerprint: str,
+        *,
+        renamed: Mapping[str, str | None] | None = None,
+        where: Callable[[int, str], str] = lambda row, problem: f"row {row} {problem}",
+    ) -> None:
+        self.table, self.fingerprint, self.where = table, fingerprint, where
+        self.renamed = dict(renamed or {})
+        self.is_text = table.column_names == [LINE]
+        self._column_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Row:
+        """A row.
+
+        Raises:
+            InputError: its text is not that of an object.
+        """
+        try:
+            return self.parser()(self.table[index], index)
+        except BrokenRowError as error:
+            self.refuse(error)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def refuse(self, error: BrokenRowError) -> NoReturn:
+        """Raises an ``InputError`` that says where the row stands."""
+        raise InputError(self.where(error.index, error.problem)) from error
+
+    def parser(self) -> Callable[[Mapping[str, Any], int], Row]:
+        """Makes a row of a line of the table and its index; another process can have it."""
+        return partial(_parse, is_text=self.is_text, renamed=self.renamed)
+
+    def first(self, number: int) -> "Records":
+        """The first rows; all of them if there are no more."""
+        if number >= len(self):
+            return self
+        table = self.table.select(range(number))
+        return Records(table, f"{self.fingerprint} {number}", renamed=self.renamed, where=self.where)
+
+    def column_names(self) -> list[str]:
+        """The columns, by the user's names; rows of text may have others further down."""
+        if self._column_names is None:
+            there = (
+                self.table.column_names if not self.is_text else {name: None for row in self.start() for name in row}
+            )
+            self._column_names = list(there if self.is_text else _rename(dict.fromkeys(there), self.renamed))
+        return self._column_names
+
+    def check_renamed(self, name: str) -> None:
+        """Checks that the columns that are renamed are there.
+
+        Raises:
+            InputError: one is not; ``name`` is what the message calls the source.
+        """
+        if not self.renamed:
+            return
+        there = Records(self.table, self.fingerprint, where=self.where).column_names()
+        for wanted in self.renamed.values():
+            if wanted is not None and wanted not in there:
+                raise InputError(f"{name}: data.columns: no column {wanted!r}; it has {', '.join(there) or '(none)'}")
+
+    def start(self) -> Iterator[Row]:
+        """The first rows, as many as a format may be recognised by."""
+        parse = self.parser()
+        for begin in range(0, min(len(self), _LOOKED_AT), _AT_ONCE):
+            columns = self.table[begin : begin + _AT_ONCE]
+            for place, values in enumerate(zip(*columns.values(), strict=True), begin):
+                try:
+                    yield parse(dict(zip(columns, values, strict=True)), place)
+                except BrokenRowError as error:
+                    self.refuse(error)
+
+    def needed(self, names: set[str]) -> Any:
+        """The table, without columns that no row is asked for: some public data sets hold their tokens, too."""
+        if self.is_text:
+            return self.table
+        wanted = {self.renamed.get(name, name) for name in names}
+        return self.table.select_columns([column for column in self.table.column_names if column in wanted])
+
+
+def _parse(values: Mapping[str, Any], index: int, *, is_text: bool, renamed: Mapping[str, str | None]) -> Row:
+    if not is_text:
+        row = {name: _without_nulls(value) for name, value in values.items()}
+        return _rename(row, renamed)
+    try:
+        row = json.loads(values[LINE], strict=False)
+    except json.JSONDecodeError as error:
+        raise BrokenRowError(index, f"is not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise BrokenRowError(index, "is nested too deeply") from None
+    if not isinstance(row, dict):
+        kinds: dict[type, str] = {str: "a text", list: "a list", bool: "a truth value", type(None): "null"}
+        kind = kinds.get(type(row), "a number")
+        raise BrokenRowError(index, f'is {kind} and no object, such as {{"prompt": ...}}')
+    return _rename(row, renamed)
+
+
+def _rename(row: dict[str, Any], renamed: Mapping[str, str | None]) -> dict[str, Any]:
+    if not renamed:
+        return row
+    moved = {name: row[column] for name, column in renamed.items() if column is not None and column in row}
+    gone = {*renamed, *renamed.values()}
+    return {name: value for name, value in row.items() if name not in gone} | moved
+
+
+def _without_nulls(value: Any) -> Any:
+    """A typed table gives every object the keys of all others, with ``None`` where it has none itself."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -218,16 +218,14 @@ def _json_shape(file: Path) -> Literal["lines", "list", "object"]:
 
 def _json_lines(file: Path) -> Iterator[list[str]]:
     with _opened(file) as content:
-        number = 0  # of lines before the chunk
+        encoding = "utf-8-sig"
         while chunk := content.read(_CHUNK):
-            chunk += content.readline()
             try:
-                text = chunk.decode("utf-8-sig" if number == 0 else "utf-8")
-            except UnicodeDecodeError as error:
-                line = number + chunk[: error.start].count(b"\n") + 1
-                raise ValueError(f"line {line} is not UTF-8: {error.reason}") from None
+                text = (chunk + content.readline()).decode(encoding)
+            except UnicodeDecodeError:
+                raise ValueError(_not_utf8(file)) from None
             yield [line for line in text.split("\n") if line and not line.isspace()]
-            number += chunk.count(b"\n")
+            encoding = "utf-8"
 
 
 def _csv_portions(file: Path) -> Iterator[list[str]]:
@@ -254,8 +252,19 @@ def _csv_portions(file: Path) -> Iterator[list[str]]:
             yield portion
         except csv.Error as error:
             raise ValueError(f"line {rows.line_num} is not CSV: {error}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"it is not UTF-8 behind line {rows.line_num}: {error.reason}") from None
+        except UnicodeDecodeError:
+            raise ValueError(_not_utf8(file)) from None
+
+
+def _not_utf8(file: Path) -> str:
+    """Which line of a text file is not UTF-8, in words."""
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8: {error.reason}"
+    raise AssertionError("all lines are UTF-8")
 
 
 def _where(files: list[Path], reader: Reader, option: str, index: int, problem: str) -> str:

@@ -198,8 +198,8 @@ def detect_format(columns: Sequence[str], rows: Iterable[Row], *, kind: Kind = "
     raise InputError(
         f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known"
         + f", the nearest, {nearest!r}, {hint}" * (missing[nearest] != required[nearest])
-        + f"; if they have other names here, map them with data.columns, as in {{prompt: question}}; known for {kind}: "
-        + formats
+        + f"; known for {kind}: {formats}; if yours have other names, map them with data.columns, as in "
+        + "{prompt: question}"
     )
 
 

@@ -163,7 +163,7 @@ def read_comparison(row: Row, column: str) -> SFTExample:
     info, summaries = _object(row.get("info"), "info"), _list(row.get("summaries"), "summaries")
     if len(summaries) != 2:
         raise _malformed("summaries has another number of items than 2")
-    choice = number(row.get("choice"), "choice")
+    choice = number(int(row["choice"]) if row.get("choice") in (True, False) else row.get("choice"), "choice")
     if choice not in (0, 1):
         raise _malformed("choice is neither 0 nor 1")
     if info.get("article") is not None:
@@ -276,8 +276,9 @@ def number(value: object, column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _malformed(f"{column} {_kind(value)}")
     if not abs(value) <= _LARGEST:
-        is_what = "is NaN" if value != value else "is infinite" if math.isinf(value) else "is beyond float32"
-        raise _malformed(f"{column} {is_what}")
+        infinite = value in (math.inf, -math.inf)
+        problem = "is NaN" if value != value else "is infinite" if infinite else "is more than float32 can hold"
+        raise _malformed(f"{column} {problem}")
     return float(value)
 
 

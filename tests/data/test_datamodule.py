@@ -252,7 +252,11 @@ def test_weights_of_a_csv_file_are_numbers(make, tmp_path):
     file.write_text("prompt,chosen,rejected,w\na,1,2,0.5\nb,3,4,\nc,5,6,heavy\nd,7,8,-1\ne,9,10,2\n")
     data = make(train=str(file), val_size=1, batch_size=1, weight_column="w", max_dropped_fraction=0.6)
     data.setup("fit")
-    assert data.splits.counts["train"][0].dropped == {"malformed row": 3}
+    assert data.splits.counts["train"][0].dropped == {
+        "malformed row: w is empty": 1,
+        "malformed row: w is a text that is no number": 1,
+        "malformed row: w is below 0": 1,
+    }
     assert sorted(data.splits.rows["train"].table["weight"], key=str) == [0.5, 2.0, None, None, None]
 
 

@@ -116,12 +116,12 @@ def test_behavior_logps_are_read_and_checked():
 
 def test_weights_and_margins_are_read_where_they_are_named():
     row = {**STRINGS, "weight": 0.5, "margin": -2, "confidence": 0}
-    assert to_pairs(row, "strings")[0][5:] == (1.0, 0.0)
-    assert to_pairs(row, "strings", weight_column="weight", margin_column="margin")[0][5:] == (0.5, -2.0)
-    assert to_pairs(row, "strings", weight_column="confidence")[0][5:] == (0.0, 0.0)
+    assert to_pairs(row, "strings")[0][5:7] == (1.0, 0.0)
+    assert to_pairs(row, "strings", weight_column="weight", margin_column="margin")[0][5:7] == (0.5, -2.0)
+    assert to_pairs(row, "strings", weight_column="confidence")[0][5:7] == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), [1.0]])
+@pytest.mark.parametrize("value", [None, "", "half", "nan", True, float("nan"), float("inf"), [1.0]])
 def test_a_weight_or_margin_that_is_no_number_makes_a_row_malformed(value):
     for options in ({"weight_column": "w"}, {"margin_column": "w"}):
         with pytest.raises(RowError, match="malformed"):
@@ -141,7 +141,7 @@ def test_ranked_responses_become_pairs_or_the_best_demonstration():
     assert to_pairs(RANKED, "ranked") == [PreferenceExample("2 + 2 =", " 4", " 3")]
     assert to_examples(RANKED, "ranked") == [SFTExample("2 + 2 =", " 4")]
     weighted = to_pairs({**RANKED, "w": 3, "m": 0.5}, "ranked", weight_column="w", margin_column="m", pairing="all")
-    assert {pair[5:] for pair in weighted} == {(3.0, 0.5)}
+    assert {pair[5:7] for pair in weighted} == {(3.0, 0.5)}
     by_rank = {"instruction": "2 + 2?", "responses": ["5", "4"], "ranks": [2, 1]}
     assert to_pairs(by_rank, "ranked") == [PreferenceExample([USER], "4", "5")]
     assert to_pairs({**RANKED, "prompt": [USER]}, "ranked")[0].prompt == [USER]
@@ -189,7 +189,6 @@ OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"
         ({**TRANSCRIPTS, "rejected": "\n\nAssistant: 6"}, "transcripts", Reason.MALFORMED),
         ({**TRANSCRIPTS, "rejected": "Note." + OTHER}, "transcripts", Reason.MALFORMED),
         ({**DIALOGUE, "prompt": "\n\nHuman: 2 + 2?"}, "dialogues", Reason.MALFORMED),
-        ({**DIALOGUE, "prompt": "\n\nHuman: 2 + 2?\n\nAssistant: It"}, "dialogues", Reason.MALFORMED),
         ({**DIALOGUE, "chosen": [FOUR]}, "dialogues", Reason.MALFORMED),
         ({**QUERY, "query": None}, "queries", Reason.MALFORMED),
         ({**RANKED, "scores": [1]}, "ranked", Reason.MALFORMED),

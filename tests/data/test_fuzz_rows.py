@@ -11,7 +11,7 @@ from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.formats import FORMATS, Kind, RankedFormat, read_prompt, to_examples, to_pairs
 from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import tokenize_example, tokenize_pair
+from lit_isdpo.data.tokenization import TextEncoder, tokenize_example, tokenize_pair
 from lit_isdpo.types import Message, PreferenceExample, SFTExample
 from tests.data.conftest import _make_tokenizer
 
@@ -123,10 +123,11 @@ def is_text(value: object) -> bool:
 def is_prompt(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(
-            set(turn) == {"role", "content"}
+            set(turn) - {"prefix"} == {"role", "content"}
             and turn["role"] in get_args(Message.__annotations__["role"])
             and is_text(turn["content"])
-            for turn in value
+            and ("prefix" not in turn or (place == len(value) - 1 and turn["role"] == "assistant"))
+            for place, turn in enumerate(value)
         )
     return is_text(value)
 
@@ -171,15 +172,15 @@ def check_tokens(pair: PreferenceExample, data: st.DataObject) -> None:
     limits = {"max_length": max_length, "max_prompt_length": data.draw(st.integers(1, max_length - 1))}
     options = {
         "truncation_mode": data.draw(st.sampled_from(["keep_end", "keep_start"])),
-        "chat_template": data.draw(st.sampled_from(["auto", "never"] + ["always"] * (name == "chat"))),
     }
+    encoder = TextEncoder(tokenizer, data.draw(st.sampled_from(["auto", "never"] + ["always"] * (name == "chat"))))
     try:
-        cut = tokenize_pair(pair, tokenizer, **limits, **options)
+        cut = tokenize_pair(pair, encoder, **limits, **options)
     except RowError:
         return
     whole = tokenize_pair(
         pair._replace(chosen_behavior_logps=None, rejected_behavior_logps=None),
-        tokenizer,
+        encoder,
         max_length=10**6,
         max_prompt_length=10**5,
         **options,
@@ -213,11 +214,13 @@ def test_a_row_becomes_well_formed_demonstrations_or_is_malformed(format: str, d
         assert isinstance(demonstration, SFTExample)
         assert is_prompt(demonstration.prompt)
         assert is_text(demonstration.completion)
-        item = read(tokenize_example, demonstration, TOKENIZERS["plain"], max_length=40, max_prompt_length=20)
+        item = read(
+            tokenize_example, demonstration, TextEncoder(TOKENIZERS["plain"]), max_length=40, max_prompt_length=20
+        )
         assert not item or len(item.prompt_ids) + len(item.completion_ids) <= 40
 
 
 def test_a_megabyte_is_cut() -> None:
     pair = PreferenceExample("p" * 10**6, "\u05d0" * 10**5, "r" * 10**5)
-    item = tokenize_pair(pair, TOKENIZERS["plain"], max_length=64, max_prompt_length=32)
+    item = tokenize_pair(pair, TextEncoder(TOKENIZERS["plain"]), max_length=64, max_prompt_length=32)
     assert [len(ids) for ids in item[:3]] == [32, 32, 32]

@@ -23,8 +23,10 @@ def opened(path, **options):
 
 
 def read(path, **options):
+    """Column by column."""
     source = opened(path, **options)
-    return source.rows(source.choose("train"))[:]
+    rows = list(source.records(source.choose("train")))
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "[a] b*.jsonl"])
@@ -60,20 +62,23 @@ def test_compressed_text_is_read(tmp_path, write_rows, suffix, compress):
     assert read(tmp_path / f"a.jsonl{suffix}")["prompt"] == ["0", "1", "2", "3"]
 
 
-def test_csv_keeps_text_as_text_and_missing_numbers_as_missing(tmp_path):
+def test_every_cell_of_a_csv_file_is_text(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen_behavior_logps\n1,NA,,-1.5\n2,3,nan,\n")
     assert read(tmp_path / "a.csv") == {
         "prompt": ["1", "2"],
         "chosen": ["NA", "3"],
         "rejected": ["", "nan"],
-        "chosen_behavior_logps": [-1.5, None],
+        "chosen_behavior_logps": ["-1.5", ""],
     }
 
 
 @pytest.mark.parametrize(
     ("names", "splits"),
     [
-        (["train", "val", "test", "marker"], {"train": ["train"], "validation": ["val"], "test": ["test"]}),
+        (["train", "val", "test", "more"], {"train": ["more", "train"], "validation": ["val"], "test": ["test"]}),
+        (["train", "holdout"], {"train": ["train"], "validation": ["holdout"]}),
+        (["pairs", "my-eval", "test"], {"train": ["pairs"], "validation": ["my-eval"], "test": ["test"]}),
+        (["x", "train_sft", "train_prefs"], {"train_sft": 1, "train_prefs": 1, "other files": ["x"]}),
         (["my-train_0", "my-train_1", "dev"], {"train": ["my-train_0", "my-train_1"], "validation": ["dev"]}),
         (["train-00000-of-00002", "train-00001-of-00002"], {"train": ["train-00000-of-00002", "train-00001-of-00002"]}),
         (["train_sft", "train_prefs", "valid"], {"train_sft": 1, "train_prefs": 1, "validation": ["valid"]}),
@@ -231,4 +236,4 @@ def test_sources_are_written_on_the_command_line(tmp_path, monkeypatch, argument
 def test_real_folders_have_their_splits(name, num_rows):
     source = opened(REAL / name)
     assert sorted(source.splits) == ["test", "train"]
-    assert len(source.rows("test")) == num_rows
+    assert len(source.records("test")) == num_rows

@@ -58,7 +58,7 @@ def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys, 
     data = make(train=sources, val=str(folder))
     data.setup("fit")
     second = data.splits.counts["train"][1]
-    assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1}, {})
+    assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1}, {}, "")
     assert data.steps_per_epoch == (22 + 2 * 6) // 4
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
@@ -223,7 +223,7 @@ def test_every_line_has_one_fate_and_the_metrics_say_it(make, tmp_path, write_ro
     data = make(train=write_rows(tmp_path / "a.jsonl", rows), val_size=2, max_length=60, max_prompt_length=30)
     data.setup("fit")
     (counts,) = data.splits.counts["train"]
-    assert counts.dropped == {"identical after truncation": 1, "malformed row": 1}
+    assert counts.dropped == {"identical after truncation": 1, "malformed row: chosen is missing": 1}
     assert counts.changed == {"prompt cut": 1, "response cut": 1, "terminator inside a response": 1}
     assert counts.kept + counts.held_out + counts.num_dropped == counts.lines == counts.read == 25
     values = accounts.metrics(data.splits.counts)
@@ -231,5 +231,6 @@ def test_every_line_has_one_fate_and_the_metrics_say_it(make, tmp_path, write_ro
     assert values["data/train/kept"] + values["data/train/held_out"] == 23
     assert values["data/train/dropped_fraction"] == 2 / 25
     assert values["data/train/dropped/identical_after_truncation"] == 1
+    assert values["data/train/dropped/malformed_row"] == 1
     assert values["data/train/changed/terminator_inside_a_response"] == 1
     assert values["data/val/kept"] == values["data/train/held_out"]

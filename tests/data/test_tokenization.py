@@ -2,9 +2,9 @@ import pytest
 
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.tokenization import (
+    TextEncoder,
     load_tokenizer,
     pad_token_id,
-    render_prompt,
     terminator_ids,
     tokenize_example,
     tokenize_pair,
@@ -41,7 +41,7 @@ def shown(ids, tokenizer):
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True), (False, False), (False, True)])
 def test_strings_get_the_bos_the_tokenizer_wants_and_one_eos(make_tokenizer, bos, eos):
     tokenizer = make_tokenizer(bos=bos, eos=eos)
-    pair = tokenize_pair(PreferenceExample("2 + 2 =", " 4", " 5<eos>"), tokenizer, **LENGTHS)
+    pair = tokenize_pair(PreferenceExample("2 + 2 =", " 4", " 5<eos>"), TextEncoder(tokenizer), **LENGTHS)
     assert shown(pair.prompt_ids, tokenizer) == "<bos>" * bos + "2 + 2 ="
     assert shown(pair.chosen_ids, tokenizer) == " 4<eos>"
     assert shown(pair.rejected_ids, tokenizer) == " 5<eos>"
@@ -49,15 +49,15 @@ def test_strings_get_the_bos_the_tokenizer_wants_and_one_eos(make_tokenizer, bos
 
 def test_a_bos_in_the_text_is_not_doubled(make_tokenizer):
     tokenizer = make_tokenizer()
-    example = tokenize_example(SFTExample("<bos>a", "b"), tokenizer, **LENGTHS)
+    example = tokenize_example(SFTExample("<bos>a", "b"), TextEncoder(tokenizer), **LENGTHS)
     assert shown(example.prompt_ids, tokenizer) == "<bos>a"
 
 
 def test_an_empty_prompt_needs_a_bos(make_tokenizer):
     example = SFTExample("", "b")
-    assert tokenize_example(example, make_tokenizer(eos=True), **LENGTHS).prompt_ids == [1]
+    assert tokenize_example(example, TextEncoder(make_tokenizer(eos=True)), **LENGTHS).prompt_ids == [1]
     with pytest.raises(RowError) as error:
-        tokenize_example(example, make_tokenizer(bos=False), **LENGTHS)
+        tokenize_example(example, TextEncoder(make_tokenizer(bos=False)), **LENGTHS)
     assert error.value.reason is Reason.EMPTY_PROMPT
 
 
@@ -72,15 +72,15 @@ def test_an_empty_prompt_needs_a_bos(make_tokenizer):
 )
 def test_a_chat_template_gives_one_bos_and_one_terminator(make_tokenizer, template, eos_token, prompt, completion):
     tokenizer = make_tokenizer(template=template, eos_token=eos_token)
-    example = tokenize_example(SFTExample(QUESTION, " 4 "), tokenizer, **LENGTHS)
-    assert shown(example.prompt_ids, tokenizer) == prompt == render_prompt(QUESTION, tokenizer)
+    example = tokenize_example(SFTExample(QUESTION, " 4 "), TextEncoder(tokenizer), **LENGTHS)
+    assert shown(example.prompt_ids, tokenizer) == prompt == TextEncoder(tokenizer).render(QUESTION)
     assert shown(example.completion_ids, tokenizer) == completion
     assert example.completion_ids[-1] in terminator_ids(tokenizer)
 
 
 def test_a_terminator_in_the_text_is_not_doubled(make_tokenizer):
     tokenizer = make_tokenizer(template=CHATML)
-    example = tokenize_example(SFTExample(QUESTION, "4<|im_end|>"), tokenizer, **LENGTHS)
+    example = tokenize_example(SFTExample(QUESTION, "4<|im_end|>"), TextEncoder(tokenizer), **LENGTHS)
     assert shown(example.completion_ids, tokenizer) == "4<|im_end|>"
     assert terminator_ids(tokenizer) == [2, 4]
     assert terminator_ids(make_tokenizer()) == [2]
@@ -89,31 +89,31 @@ def test_a_terminator_in_the_text_is_not_doubled(make_tokenizer):
 def test_a_prompt_that_is_no_prefix_is_an_error_that_shows_both(make_tokenizer):
     tokenizer = make_tokenizer(template=THINKING)
     with pytest.raises(InputError, match=r"goes on with '<think>\\n' where both together go on with '4<\|im_end"):
-        tokenize_example(SFTExample(QUESTION, "4"), tokenizer, **LENGTHS)
-    assert tokenize_example(SFTExample(QUESTION, "4"), tokenizer, chat_template="never", **LENGTHS)
+        tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), **LENGTHS)
+    assert tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer, "never"), **LENGTHS)
 
 
 def test_a_row_that_the_template_refuses_is_left_out(make_tokenizer):
     messages = [Message(role="system", content="Be brief."), *QUESTION]
     with pytest.raises(RowError) as error:
-        tokenize_example(SFTExample(messages, "4"), make_tokenizer(template=NO_SYSTEM), **LENGTHS)
+        tokenize_example(SFTExample(messages, "4"), TextEncoder(make_tokenizer(template=NO_SYSTEM)), **LENGTHS)
     assert error.value.reason is Reason.TEMPLATE
 
 
 @pytest.mark.parametrize("prompt", ["2 + 2?", QUESTION])
 def test_chat_template_modes(make_tokenizer, prompt):
     tokenizer = make_tokenizer(template=CHATML)
-    templated, plain = render_prompt(QUESTION, tokenizer), "\n\nHuman: 2 + 2?\n\nAssistant:"
-    assert render_prompt(prompt, tokenizer, "always") == templated
-    assert render_prompt(prompt, tokenizer, "auto") == ("2 + 2?" if prompt == "2 + 2?" else templated)
-    assert render_prompt(prompt, tokenizer, "never") == ("2 + 2?" if prompt == "2 + 2?" else plain)
+    templated, plain = TextEncoder(tokenizer).render(QUESTION), "\n\nHuman: 2 + 2?\n\nAssistant:"
+    assert TextEncoder(tokenizer, "always").render(prompt) == templated
+    assert TextEncoder(tokenizer, "auto").render(prompt) == ("2 + 2?" if prompt == "2 + 2?" else templated)
+    assert TextEncoder(tokenizer, "never").render(prompt) == ("2 + 2?" if prompt == "2 + 2?" else plain)
     with pytest.raises(InputError, match="has no chat template"):
-        render_prompt(prompt, make_tokenizer(), "always")
+        TextEncoder(make_tokenizer(), "always").render(prompt)
 
 
 def test_without_a_template_a_transcript_is_the_text_that_it_was_read_from(make_tokenizer):
     tokenizer = make_tokenizer()
-    example = tokenize_example(SFTExample(QUESTION, "4"), tokenizer, **LENGTHS)
+    example = tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), **LENGTHS)
     assert shown(example.prompt_ids + example.completion_ids, tokenizer) == (
         "<bos>\n\nHuman: 2 + 2?\n\nAssistant: 4<eos>"
     )
@@ -126,33 +126,40 @@ def test_a_long_prompt_keeps_its_bos_and_its_end_or_its_start(make_tokenizer):
     tokenizer = make_tokenizer()
     pair = PreferenceExample("abcdefgh", "xy", "z")
     lengths = {"max_length": 8, "max_prompt_length": 4}
-    assert shown(tokenize_pair(pair, tokenizer, **lengths).prompt_ids, tokenizer) == "<bos>fgh"
-    kept = tokenize_pair(pair, tokenizer, truncation_mode="keep_start", **lengths).prompt_ids
+    assert shown(tokenize_pair(pair, TextEncoder(tokenizer), **lengths).prompt_ids, tokenizer) == "<bos>fgh"
+    kept = tokenize_pair(pair, TextEncoder(tokenizer), truncation_mode="keep_start", **lengths).prompt_ids
     assert shown(kept, tokenizer) == "<bos>abc"
     without = make_tokenizer(bos=False)
-    assert shown(tokenize_pair(pair, without, **lengths).prompt_ids, without) == "efgh"
+    assert shown(tokenize_pair(pair, TextEncoder(without), **lengths).prompt_ids, without) == "efgh"
 
 
 def test_a_cut_response_has_no_eos(make_tokenizer):
     tokenizer = make_tokenizer()
-    pair = tokenize_pair(PreferenceExample("abc", "uvwxyz", "uv"), tokenizer, max_length=8, max_prompt_length=4)
+    pair = tokenize_pair(
+        PreferenceExample("abc", "uvwxyz", "uv"), TextEncoder(tokenizer), max_length=8, max_prompt_length=4
+    )
     assert [shown(ids, tokenizer) for ids in pair[1:3]] == ["uvwx", "uv<eos>"]
 
 
 def test_what_truncation_can_spoil_is_left_out(make_tokenizer):
     tokenizer, lengths = make_tokenizer(), {"max_length": 6, "max_prompt_length": 4}
     with pytest.raises(RowError) as error:
-        tokenize_pair(PreferenceExample("abc", "uvw", "uvx"), tokenizer, **lengths)
+        tokenize_pair(PreferenceExample("abc", "uvw", "uvx"), TextEncoder(tokenizer), **lengths)
     assert error.value.reason is Reason.IDENTICAL_TOKENS
     for pair in (PreferenceExample("abc", "u", "vw", -1.0, -2.0), PreferenceExample("abcd", "u", "v", -1.0, -2.0)):
         with pytest.raises(RowError) as error:
-            tokenize_pair(pair, tokenizer, **lengths)
+            tokenize_pair(pair, TextEncoder(tokenizer), **lengths)
         assert error.value.reason is Reason.CUT_BEHAVIOR
-    assert tokenize_pair(PreferenceExample("abc", "u", "v", -1.0, -2.0), tokenizer, **lengths)[3:5] == (-1.0, -2.0)
+    assert tokenize_pair(PreferenceExample("abc", "u", "v", -1.0, -2.0), TextEncoder(tokenizer), **lengths)[3:5] == (
+        -1.0,
+        -2.0,
+    )
 
 
 def test_a_pairs_numbers_are_handed_on(make_tokenizer):
-    pair = tokenize_pair(PreferenceExample("a", "b", "c", -1.0, -2.0, 0.5, 3.0), make_tokenizer(), **LENGTHS)
+    pair = tokenize_pair(
+        PreferenceExample("a", "b", "c", -1.0, -2.0, 0.5, 3.0), TextEncoder(make_tokenizer()), **LENGTHS
+    )
     assert pair[3:7] == (-1.0, -2.0, 0.5, 3.0)
 
 
@@ -162,13 +169,13 @@ def test_a_pairs_numbers_are_handed_on(make_tokenizer):
 def test_a_response_without_text_is_empty(make_tokenizer, prompt, response):
     for tokenizer in (make_tokenizer(), make_tokenizer(template=CHATML)):
         with pytest.raises(RowError) as error:
-            tokenize_pair(PreferenceExample(prompt, "b", response), tokenizer, **LENGTHS)
+            tokenize_pair(PreferenceExample(prompt, "b", response), TextEncoder(tokenizer), **LENGTHS)
         assert error.value.reason is Reason.EMPTY_RESPONSE
 
 
 def test_a_pair_needs_two_responses(make_tokenizer):
     with pytest.raises(RowError) as error:
-        tokenize_pair(PreferenceExample("a", "b", "b"), make_tokenizer(), **LENGTHS)
+        tokenize_pair(PreferenceExample("a", "b", "b"), TextEncoder(make_tokenizer()), **LENGTHS)
     assert error.value.reason is Reason.IDENTICAL
 
 

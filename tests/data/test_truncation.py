@@ -2,6 +2,7 @@
 
 import pytest
 
+from lit_isdpo.data.encoding import Encoded
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.truncation import fit_length
 from lit_isdpo.types import Message
@@ -17,7 +18,7 @@ DIALOGUE = [
 
 def encode(prompt):
     text = "".join("x" + turn["content"] for turn in prompt) + "A"
-    return [*map(ord, text)], [[ord("r"), 0], [ord("q"), ord("q"), 0]]
+    return Encoded([*map(ord, text)], [[ord("r"), 0], [ord("q"), ord("q"), 0]])
 
 
 def fit(prompt, length, mode="keep_end", room=10, encode=encode):

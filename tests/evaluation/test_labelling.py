@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lit_isdpo.data.formats import detect_format, to_pairs
-from lit_isdpo.data.tokenization import tokenize_pair
+from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
 from lit_isdpo.evaluation.labelling import Labeller, SampledRow, nucleus_logps, sampled_logps, to_rows
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import InputError, Message, Prompt, Response
@@ -38,12 +38,11 @@ class Length:
 def labeller(tokenizer: PreTrainedTokenizerBase, **options: object) -> Labeller:
     defaults: dict[str, object] = {
         "reward": Length(),
-        "tokenizer": tokenizer,
+        "encoder": TextEncoder(tokenizer),
         "pairing": "best_worst",
         "noise_temperature": 0.0,
         "seed": 0,
         "max_length": 100,
-        "chat_template": "auto",
     }
     return Labeller(**(defaults | options))  # type: ignore[arg-type]
 
@@ -127,7 +126,7 @@ def test_conversations_are_written_as_messages_that_read_back_as_the_sampled_tok
     assert written["chosen"] == [{"role": "assistant", "content": "five"}]
     values = dict(written)
     (pair,) = to_pairs(values, detect_format(list(values), [values]))
-    read = tokenize_pair(pair, tokenizer, max_length=100, max_prompt_length=90)
+    read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
     assert read[:7] == (prompt_ids, ids[1], ids[0], -1.0, -2.0, 1.0, 0.0)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.data.tokenization import tokenize_pair
+from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
 from lit_isdpo.lab import designs
 from lit_isdpo.lab.design_data import pair_logps, sample_demonstrations, sample_pairs, shipped_reference
 from lit_isdpo.lab.designs import Design, PairsPart
@@ -153,7 +153,10 @@ def test_pairs_of_uneven_length_are_scored_as_enumerated() -> None:
     texts = [design.render(words) for words in ([1], [3, 0, 2, 2, 1, 0, 3, 3], [2, 2, 2], [0, 1], [3] * 5, [1, 0] * 3)]
     pairs = [
         tokenize_pair(
-            PreferenceExample(design.render(design.prompts[0]), *two), tokenizer, max_length=64, max_prompt_length=32
+            PreferenceExample(design.render(design.prompts[0]), *two),
+            TextEncoder(tokenizer),
+            max_length=64,
+            max_prompt_length=32,
         )
         for two in zip(texts[:3], texts[3:], strict=True)
     ]

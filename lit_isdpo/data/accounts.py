@@ -59,7 +59,7 @@ def check_dropped(counts: SourceCounts, split: Split, limit: float) -> None:
     reasons = list(counts.dropped.items())
     why = ", ".join(f"{number:,} x {reason}" for reason, number in reasons[:MOST_REASONS])
     why += f", and {len(reasons) - MOST_REASONS} more reasons" if len(reasons) > MOST_REASONS else ""
-    why += f"; of the first reason one row shows: {counts.example}" if counts.example else ""
+    why += f"; for example, {counts.example}" if counts.example else ""
     if counts.num_dropped == counts.lines:
         raise InputError(f"data.{split}: {counts.source}: none of the {counts.lines:,} rows can be used: {why}")
     if counts.num_dropped > limit * counts.lines:

@@ -147,7 +147,9 @@ class TextDataModule(LightningDataModule, ABC):
             raise InputError(f"data.duplicates is {duplicates!r}; known: {', '.join(get_args(Duplicates))}")
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
         plain = {split: [source.plain() for source in sources] or None for split, sources in self.sources.items()}
-        self.save_hyperparameters({**arguments, **plain}, logger=False)
+        # Ignored, because Lightning compares all arguments with what it is to save, and a DataFrame is not compared so.
+        self.save_hyperparameters({**arguments, **dict.fromkeys(plain)}, ignore=list(plain), logger=False)
+        self.hparams.update(plain)
         self.splits = Splits(
             self.sources,
             self.row_type,
@@ -466,7 +468,7 @@ class PreferenceDataModule(TextDataModule):
         if self.format != "auto":
             check_pairing(pairing, self.format)
         self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}
-        self.save_hyperparameters(self.read_options, logger=False)
+        self.hparams.update(self.read_options)
 
     def check_behavior_logps(self, split: Split) -> None:
         """Checks that every pair of a split that was set up has behavior log-probs.

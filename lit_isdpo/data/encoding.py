@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_isdpo.data.readers import THOUGHTS, Reason, RowError, noted
 from lit_isdpo.types import Answer, Conversation, InputError, Message
 
-PROMPT_REWRITTEN = "prompt text left out or changed by the chat template"  # changes
+PROMPT_REWRITTEN = "prompt not rendered as given"  # changes
 RESPONSE_EXTENDED = "text added to a response by the chat template"
 SPECIAL_IN_PROMPT = "special token inside a prompt"
 SPECIAL_IN_RESPONSE = "special token inside a response"
@@ -113,7 +113,7 @@ def encode_chat(
     """
     before, prefix = split_prefix(messages)
     prompt = opened = render_chat(before, tokenizer, template_options, add_generation_prompt=True)
-    changes, rewritten, completions = [], None, []
+    added, rewritten, completions = [], None, []
     for response in responses:
         turn = Message(role="assistant", content=response) if isinstance(response, str) else response
         whole = cast(Message, {**turn, "content": prefix + turn["content"]})
@@ -135,10 +135,11 @@ def encode_chat(
                 raise RowError(Reason.REWRITTEN, "the beginning of an answer in the prompt", _beside(prefix, full))
             prompt, completion = opened + begun, completion[len(begun) :]
         try:
-            changes += _added(turn, completion, tokenizer)
+            added += _added(turn, completion, tokenizer)
         except RowError as error:
             rewritten = rewritten or error
         completions.append(_encode_turn(completion, turn["content"], tokenizer))
+    changes = added[:1]  # it is the row that is counted
     if lost := _left_out(before, prompt):
         changes.append(noted(PROMPT_REWRITTEN, lost))
     # The template writes BOS itself, where it wants one.

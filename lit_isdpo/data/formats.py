@@ -193,7 +193,10 @@ def detect_format(columns: Sequence[str], rows: Iterable[Row], *, kind: Kind = "
                 return key
     # Reversed, as of two formats with the same columns the plainer one comes later.
     nearest = min(reversed(FORMATS), key=lambda key: (len(missing[key]) - len(required[key]), len(missing[key])))
-    hint = f"lacks {', '.join(missing[nearest])}" if missing[nearest] else f"has {FORMATS[nearest].looks} in them"
+    if missing[nearest]:
+        hint = f"lacks {', '.join(missing[nearest])}"
+    else:
+        hint = f"has {FORMATS[nearest].looks} in them, and no row at the beginning has"
     formats = "; ".join(f"{key} ({known.columns(kind)})" for key, known in FORMATS.items())
     raise InputError(
         f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known"

@@ -36,7 +36,7 @@ class Reason(StrEnum):
     IDENTICAL_TOKENS = "identical after truncation"
     CUT_BEHAVIOR = "truncated, so that its behavior log-probs do not hold"
     TEMPLATE = "refused by the chat template"
-    REWRITTEN = "response changed by the chat template"
+    REWRITTEN = "response not rendered as given"
     DUPLICATE = "duplicated row"
 
 

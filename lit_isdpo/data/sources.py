@@ -118,7 +118,7 @@ def _as_source(item: Any) -> DataSource:
         return item
     if isinstance(item, str | Path):
         return DataSource(str(item))
-    if isinstance(item, Mapping):
+    if isinstance(item, Mapping) and not isinstance(item, datasets.DatasetDict):
         path = item.get("path")
         if path is None or isinstance(path, str | Path):
             return DataSource(**{**item, **({} if path is None else {"path": str(path)})})

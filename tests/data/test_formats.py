@@ -57,8 +57,14 @@ def test_demonstrations_are_recognised_and_read(row, expected, example):
         ),
         ({"a": "b"}, "a is not known; known for pairs: transcripts .chosen, rejected.; dialogues"),
         ({"prompt": "a", "chosen": "b"}, "the nearest, 'strings', lacks rejected; known"),
-        ({"prompt": "a", "chosen": 1, "rejected": 2}, "the nearest, 'strings', has strings in them; known"),
-        ({"prompt": "a", "answers": []}, "the nearest, 'nectar', has lists of {answer, rank} in them; known"),
+        (
+            {"prompt": "a", "chosen": 1, "rejected": 2},
+            "the nearest, 'strings', has strings in them, and no row at",
+        ),
+        (
+            {"prompt": "a", "answers": []},
+            "the nearest, 'nectar', has lists of {answer, rank} in them, and",
+        ),
     ],
 )
 def test_unknown_columns_are_named_with_what_is_missing(row, message):

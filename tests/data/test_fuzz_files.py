@@ -181,9 +181,7 @@ def test_a_csv_cell_keeps_its_nul_and_a_short_row_is_dropped(tokenizer_path: str
     ],
     ids=["no object", "no list", "no UTF-8"],
 )
-def test_the_broken_one_of_several_files_is_named(
-    tokenizer_path: str, tmp_path: Path, other: str, message: str
-) -> None:
+def test_the_broken_file_is_named(tokenizer_path: str, tmp_path: Path, other: str, message: str) -> None:
     for number, text in enumerate((LINES[0].replace(', "weight": 0.0', ""), other)):
         (tmp_path / f"train-{number}.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     assert message in rows_of(tokenizer_path, tmp_path)

@@ -318,13 +318,13 @@ def read_prompt(row: Row, format: str, kind: Kind) -> Prompt:
 
 
 def _in_context(prompt: Prompt, row: Row) -> Prompt:
-    """A prompt with what the columns ``system`` and ``tools`` say; a text becomes a user's turn, if they say anything.
+    """A prompt with what the columns ``system`` and ``tools`` say; a text is a user's turn in data that has them.
 
     Raises:
         RowError: the conversation begins with other words of the system.
     """
     system, tools = read_system(row), read_tools(row)
-    if not system.strip() and tools is None:
+    if not {"system", "tools"} & row.keys():
         return prompt
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     if system.strip():

@@ -16,6 +16,7 @@ from lit_isdpo.types import InputError
 LINE = "json"  # the only column of a table of lines
 _LOOKED_AT = 1000  # first rows that a format may be recognised by
 _AT_ONCE = 50
+_ALL_OR_NONE = ("system", "tools")  # in data with such a column every prompt is a conversation's
 
 
 class BrokenRowError(ValueError):
@@ -77,7 +78,8 @@ class Records:
 
     def parser(self) -> Callable[[Mapping[str, Any], int], Row]:
         """Makes a row of a line of the table and its index; another process can have it."""
-        return partial(_parse, is_text=self.is_text, renamed=self.renamed)
+        missing = tuple(name for name in _ALL_OR_NONE if self.is_text and name in self.column_names())
+        return partial(_parse, is_text=self.is_text, renamed=self.renamed, missing=missing)
 
     def first(self, number: int) -> "Records":
         """The first rows; all of them if there are no more."""
@@ -110,7 +112,7 @@ class Records:
 
     def start(self) -> Iterator[Row]:
         """The first rows, as many as a format may be recognised by."""
-        parse = self.parser()
+        parse = partial(_parse, is_text=self.is_text, renamed=self.renamed)
         for begin in range(0, min(len(self), _LOOKED_AT), _AT_ONCE):
             columns = self.table[begin : begin + _AT_ONCE]
             for place, values in enumerate(zip(*columns.values(), strict=True), begin):
@@ -127,7 +129,14 @@ class Records:
         return self.table.select_columns([column for column in self.table.column_names if column in wanted])
 
 
-def _parse(values: Mapping[str, Any], index: int, *, is_text: bool, renamed: Mapping[str, str | None]) -> Row:
+def _parse(
+    values: Mapping[str, Any],
+    index: int,
+    *,
+    is_text: bool,
+    renamed: Mapping[str, str | None],
+    missing: tuple[str, ...] = (),
+) -> Row:
     if not is_text:
         row = {name: _without_nulls(value) for name, value in values.items()}
         return _rename(row, renamed)
@@ -141,7 +150,7 @@ def _parse(values: Mapping[str, Any], index: int, *, is_text: bool, renamed: Map
         kinds: dict[type, str] = {str: "a text", list: "a list", bool: "a truth value", type(None): "null"}
         kind = kinds.get(type(row), "a number")
         raise BrokenRowError(index, f'is {kind} and no object, such as {{"prompt": ...}}')
-    return _rename(row, renamed)
+    return dict.fromkeys(missing) | _rename(row, renamed)
 
 
 def _rename(row: dict[str, Any], renamed: Mapping[str, str | None]) -> dict[str, Any]:

@@ -299,13 +299,14 @@ def test_responses_that_repeat_their_prompt(
 
 def test_a_system_column_is_the_first_turn(read: Read, tmp_path: Path) -> None:
     row = {"system": "Be brief.", "prompt": "Say 0.", "chosen": "0", "rejected": "no"}
-    file = write(tmp_path / "a.jsonl", [row, row | {"system": None}, row | {"system": 3}])
+    without = {key: value for key, value in row.items() if key != "system"}
+    file = write(tmp_path / "a.jsonl", [row, row | {"system": ""}, without, row | {"system": 3}])
     texts, splits = read(file, CHATML)
     assert texts[0] == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay 0.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert splits.prompt("val", 0) == [turn("system", "Be brief."), turn("user", "Say 0.")]
-    assert splits.prompt("val", 1) == "Say 0."
+    assert splits.prompt("val", 1) == splits.prompt("val", 2) == [turn("user", "Say 0.")], "all are read alike"
     assert splits.counts["val"][0].dropped == {"malformed row: system is a number": 1}
     assert read(file)[0] == ["<bos>Be brief.\n\nHuman: Say 0.\n\nAssistant:", " 0<eos>", " no<eos>"]
     said = pair([turn("system", "Be brief."), turn("user", "u")], system="Be brief.")

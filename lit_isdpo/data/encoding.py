@@ -17,6 +17,7 @@ from lit_isdpo.data.readers import THOUGHTS, Reason, RowError, noted
 from lit_isdpo.types import Answer, Conversation, InputError, Message
 
 PROMPT_REWRITTEN = "prompt not rendered as given"  # changes
+RESPONSE_BLANKS = "blanks inside a response changed by the chat template"
 RESPONSE_EXTENDED = "text added to a response by the chat template"
 SPECIAL_IN_PROMPT = "special token inside a prompt"
 SPECIAL_IN_RESPONSE = "special token inside a response"
@@ -195,6 +196,8 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
     """
     content, others = turn["content"].strip(), list(_other_texts(turn))
     missing = [text for text in [content, *others] if _find(text, completion) is None]
+    if missing == [content] and _without_blanks(content) in _without_blanks(completion):
+        return [noted(RESPONSE_BLANKS, _beside(content, completion))]
     if missing:
         raise RowError(Reason.REWRITTEN, shown=_beside(missing[0], completion))
     if others:  # how a thought or a call is written is the template's business
@@ -253,6 +256,10 @@ def _find(text: str, rendered: str, start: int = 0) -> int | None:
         if (at := rendered.find(form, start)) >= 0:
             return at + len(form)
     return None
+
+
+def _without_blanks(text: str) -> str:
+    return re.sub(r"\s+", "", text)
 
 
 def _beside(text: str, rendered: str) -> str:

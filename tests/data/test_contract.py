@@ -243,6 +243,14 @@ def test_text_that_a_template_adds_to_a_response_is_counted(read: Read, tmp_path
     assert read(file, CHATML)[1].counts["val"][0].changed == {}
 
 
+def test_blanks_that_a_template_changes_in_a_response_are_counted(read: Read, tmp_path: Path) -> None:
+    """Templates that know thoughts put line breaks around them."""
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'].replace('</think>', '\n</think>\n\n') }}")
+    texts, splits = read(write(tmp_path / "a.jsonl", [pair([turn("user", "u")], "<think>a</think>b")]), template)
+    assert texts[1] == "<think>a\n</think>\n\nb<|im_end|>"
+    assert splits.counts["val"][0].changed == {"blanks inside a response changed by the chat template": 1}
+
+
 def test_variables_of_the_template_are_handed_on(read: Read, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [pair([turn("user", "u")])])
     with pytest.raises(InputError, match=r"needs data\.chat_template_kwargs"):

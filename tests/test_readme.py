@@ -6,9 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from lit_isdpo.data import encoding, formats, readers
+from lit_isdpo.data.readers import Reason
+from lit_isdpo.data.truncation import Change
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from tests.processes import start
 
@@ -16,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 OURS = [command for command in COMMANDS if command.startswith("python -m lit_isdpo")]
+DATA_PAGE = (ROOT / "configs" / "data" / "DATA.md").read_text()
 QUICKSTART = COMMANDS[0].split(" && ")[1]
 SHORTER = {  # a few steps, batches or prompts
     "fit": " --trainer.max_steps STEPS --trainer.limit_val_batches 1 --probe.num_prompts 8",
@@ -36,6 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = {"prompt": "Name a fruit.", "chosen": " An apple.", "rejected": " A chair."}
     rows = [{**row, "prompt": f"Name fruit {number}."} for number in range(100)]
     (folder / "my_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in rows]
+    (folder / "my_answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    Dataset.from_list(rows).to_parquet(folder / "my_pairs.parquet")
     return folder
 
 
@@ -93,3 +102,26 @@ def test_the_commands_in_their_order(folder: Path) -> None:
     assert (folder / "my_policy" / "model.safetensors").exists()
     assert (folder / "my_reward_model" / "model.safetensors").exists()
     assert (folder / "runs" / "study_quick" / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_data_page(folder: Path) -> None:
+    commands = re.findall(r"^python -m lit_isdpo .*", DATA_PAGE, flags=re.M)
+    assert [("kept" in run(command, folder)) for command in commands] == [True, True]
+
+
+def test_the_python_of_the_data_page(folder: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DATA_PAGE, flags=re.S)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code.replace('"Qwen/Qwen2.5-0.5B"', repr(model_dir)), names)
+    names["data"].setup("validate")
+
+
+def test_the_data_page_names_all_reasons_and_changes() -> None:
+    notes = [reason.value for reason in Reason] + [change.value for change in Change]
+    notes += [formats.PROMPT_REMOVED, formats.PROMPT_REPEATED, readers.OTHER_PROMPT]
+    notes += [value for name, value in vars(encoding).items() if name.startswith(("PROMPT_", "RESPONSE_", "SPECIAL_"))]
+    missing = [note for note in notes if f"`{note}" not in DATA_PAGE]
+    assert missing == []
+    assert [name for name in formats.FORMATS if f"`{name}`" not in DATA_PAGE] == []

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lit_isdpo.data import files
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_isdpo.data.formats import to_examples, to_pairs
 from lit_isdpo.data.readers import RowError
@@ -115,14 +116,17 @@ def test_nested_text_stays_the_text_that_it_is(read: Read, tmp_path: Path) -> No
     assert splits.counts["val"][0].dropped == {"malformed row: info.post is a number": 1}
 
 
-def test_a_column_may_come_late_and_rows_may_differ(read: Read, tmp_path: Path) -> None:
+def test_a_column_may_come_late_and_rows_may_differ(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_CHUNK", 1000)  # bytes that are read at once: many portions
     first = [{"prompt": None, "chosen": None, "rejected": None}] * 20
-    rows = [{"prompt": f"p{i}", "chosen": "a" * 9000, "rejected": "b"} for i in range(2000)]
+    rows = [{"prompt": f"p{i}", "chosen": "a" * 90, "rejected": "b"} for i in range(200)]
     late = [{"prompt": "p", "chosen": "c", "rejected": "d", "note": {"a": [1]}}, pair([turn("user", "u")])]
     texts, splits = read(write(tmp_path / "a.jsonl", first + rows + late))
     assert texts[0] == "<bos>p0"
     (counts,) = splits.counts["val"]
-    assert (counts.format, counts.read, counts.kept) == ("strings", 2022, 2001)
+    assert (counts.format, counts.read, counts.kept) == ("strings", 222, 201)
     assert counts.dropped == {"malformed row: prompt is missing": 20, "malformed row: chosen is a list": 1}
 
 

@@ -84,7 +84,7 @@ def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
     while left:
         argument = left.pop(0)
         if not argument.startswith("-"):
-            before = before and argument != verb
+            before = False  # it is the verb
             continue
         flag, equals, value = argument.partition("=")
         if flag.startswith("-c"):  # -cFILE and -c=FILE are spellings of --config FILE

@@ -395,6 +395,13 @@ def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
     assert weighting == {"class_path": "lit_isdpo.objective.weights.ImportanceWeighting", "init_args": {"epsilon": 1.0}}
 
 
+SHUFFLED = "--model.weighting=ShuffledImportanceWeighting"
+PRODUCT = (
+    "--model.weighting={class_path: ProductWeighting, init_args: {factors: "
+    "[{class_path: WPOWeighting}, {class_path: BatchMeanImportanceWeighting}]}}"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -408,7 +415,10 @@ def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
         (["--model.loss.beta=0"], r"loss\.beta must be a finite number above 0"),
         (["--model.weighting.epsilon=.nan"], r"model\.weighting\.epsilon is nan"),
         (["--model.loss=lit_isdpo.objective.losses.IPOLoss"], r"logratio"),
-        (["--model.weighting=ShuffledImportanceWeighting", "--data.micro_batch_size=1"], r"at least 2"),
+        ([SHUFFLED, "--data.micro_batch_size=1"], r"micro_batch_size must be at least 2, not 1"),
+        ([SHUFFLED, "--data.eval_batch_size=1"], r"eval_batch_size must be at least 2, not 1"),
+        ([SHUFFLED, "--data.length_window=2"], r"length_window is 2, but model\.weighting mixes the pairs"),
+        ([PRODUCT, "--data.length_window=2"], r"length_window is 2, but model\.weighting mixes the pairs"),
         (["--trainer.precision=16-mixed"], r"precision '16-mixed' is not supported"),
         (["--trainer.precision=bf16-true"], r"compute_dtype bfloat16"),
         (["--trainer.gradient_clip_algorithm=value"], r"clipped by norm"),
@@ -443,6 +453,14 @@ def test_bad_input_gets_one_sentence(
     assert "Traceback" not in errors
     line = next(line for line in errors.splitlines() if line.startswith("error: "))
     assert re.search(message, errors), line
+
+
+def test_weights_of_single_pairs_cannot_be_evaluated_shuffled(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["validate", *tiny, SHUFFLED, "--data.micro_batch_size=1", f"--trainer.default_root_dir={tmp_path}"])
+    assert "data.eval_batch_size must be at least 2, not 1" in capsys.readouterr().err
 
 
 def test_a_model_that_is_no_causal_language_model(

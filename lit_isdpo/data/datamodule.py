@@ -27,7 +27,14 @@ from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.formats import FORMATS, check_pairing
 from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, TokenizedSource, tokenize_rows
-from lit_isdpo.data.sampling import EvaluationOrder, TrainingLoader, TrainingOrder, split_batch
+from lit_isdpo.data.sampling import (
+    EvaluationOrder,
+    TrainingLoader,
+    TrainingOrder,
+    check_random_order,
+    rows_read,
+    split_batch,
+)
 from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
 from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, pad_token_id
@@ -219,6 +226,8 @@ class TextDataModule(LightningDataModule, ABC):
         """Reads and tokenizes what the stage needs, and settles how optimizer steps are put together."""
         self._load(stage)
         if stage == "fit" and self._order is None:
+            if self._mixes_pairs:
+                check_random_order(self.length_window)
             self._order = TrainingOrder(
                 [counts.kept for counts in self.splits.counts["train"]],
                 weights=[source.weight for source in self.sources["train"]],
@@ -228,7 +237,7 @@ class TextDataModule(LightningDataModule, ABC):
                 rank=self._rank,
                 seed=self.seed,
                 optimizer_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
-                lengths=self.splits.rows["train"].lengths() if self.length_window else None,
+                lengths=self.splits.rows["train"].lengths() if self.length_window and not self._mixes_pairs else None,
                 length_window=max(1, self.length_window),
                 balanced=self.packing_length is not None,
             )
@@ -352,17 +361,25 @@ class TextDataModule(LightningDataModule, ABC):
         return self._evaluation_loader(self.split_to_predict, "plain")
 
     def _evaluation_loader(self, split: Split, layout: Layout, limit: str | None = None) -> DataLoader[Any]:
-        """In the rows' own order; where all are read, by length."""
+        """In the rows' own order; where all are read, by length; where the weights mix pairs, in random order."""
         rows = self.splits.rows[split]
-        by_length = limit is not None and self.length_window > 0 and getattr(self.trainer, limit, 1.0) == 1.0
+        batch_size = self.eval_batch_size or self.rows_per_forward
+        by_length, mixed = False, 0
+        if limit is not None:
+            most = getattr(self.trainer, limit, 1.0)
+            reads_all = isinstance(most, float) and most == 1.0  # the integer 1 is one batch
+            by_length = reads_all and self.length_window > 0 and not self._mixes_pairs
+            # Permuted are those that are read, which are the same as those of other weightings.
+            mixed = rows_read(most, len(rows), batch_size, self._world_size) if self._mixes_pairs else 0
         return DataLoader(
             rows,
-            batch_size=self.eval_batch_size or self.rows_per_forward,
+            batch_size=batch_size,
             sampler=EvaluationOrder(
                 len(rows),
                 world_size=self._world_size,
                 rank=self._rank,
                 lengths=rows.lengths() if by_length else None,
+                mixed=mixed,
             ),
             **self._loader_options(),
             collate_fn=self.collate(layout),
@@ -382,6 +399,12 @@ class TextDataModule(LightningDataModule, ABC):
         """How the model that is trained or tested wants its rows."""
         module = None if self.trainer is None else self.trainer.lightning_module
         return "shared" if getattr(module, "shares_prompts", False) else "plain"
+
+    @property
+    def _mixes_pairs(self) -> bool:
+        """Whether a pair's weight depends on the others of its micro-batch, which must then be random."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "mixes_pairs", False)
 
     def collate(self, layout: Layout) -> Any:
         """What makes a batch of ``(row id, item)``."""

@@ -11,7 +11,9 @@ The rows of an optimizer step are one slice of the epoch's permutation; ranks an
 Training goes on at the step that the trainer is at, so that a run that was resumed reads what it would have read.
 
 Where the rows' lengths are known, those of a step are dealt out to its micro-batches by length, so that little of them
-is padding. That changes no gradient but by rounding: the rows of the step are the same.
+is padding. That changes no gradient but by rounding: the rows of the step are the same. It would where a pair's weight
+depends on the others of its micro-batch. The training rows of such a run stay where the permutation has them, and an
+evaluation of it reads a permutation too.
 """
 
 import hashlib
@@ -152,6 +154,39 @@ def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) 
     return rows, batch_size // (rows * world_size)
 
 
+def check_random_order(length_window: int) -> None:
+    """Raises where steps are to be grouped by length, and the weights mix the pairs of a micro-batch.
+
+    Args:
+        length_window: optimizer steps whose rows are grouped by length; up to 1 the steps are random.
+
+    Raises:
+        InputError: it is more than 1.
+    """
+    if length_window > 1:
+        raise InputError(
+            f"data.length_window is {length_window}, but model.weighting mixes the pairs of a micro-batch, which must "
+            "not be chosen by their length; leave the option out."
+        )
+
+
+def rows_read(limit: int | float, num_rows: int, batch_size: int, world_size: int) -> int:
+    """Rows, over all ranks, that an evaluation reads under one of Lightning's limits.
+
+    Args:
+        limit: an integer is a number of batches, a float is a share of them.
+        num_rows: rows that there are.
+        batch_size: rows of a forward on one rank.
+        world_size: number of ranks.
+
+    >>> rows_read(1, 100, 4, 2), rows_read(1.0, 100, 4, 2), rows_read(0.5, 100, 4, 2)
+    (8, 100, 48)
+    """
+    batches = -(-num_rows // (batch_size * world_size))
+    taken = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    return min(num_rows, taken * batch_size * world_size)
+
+
 class EvaluationOrder(DistributedSampler[int]):
     """Every row once over the ranks; -1 fills up, so that no rank waits for another's last batch.
 
@@ -161,16 +196,23 @@ class EvaluationOrder(DistributedSampler[int]):
         rank: this rank.
         lengths: ``(num_rows,)`` positions of each row, where the longest are to come first; by default rows come in
             their own order.
+        mixed: how many of the first rows are permuted instead, the same way in every evaluation. Rows of a file may be
+            sorted by length or by prompt, so their own order would not be random.
 
     >>> [list(EvaluationOrder(5, world_size=2, rank=rank)) for rank in range(2)]
     [[0, 2, 4], [1, 3, -1]]
     """
 
-    def __init__(self, num_rows: int, *, world_size: int = 1, rank: int = 0, lengths: Tensor | None = None) -> None:
+    def __init__(
+        self, num_rows: int, *, world_size: int = 1, rank: int = 0, lengths: Tensor | None = None, mixed: int = 0
+    ) -> None:
         rows: Any = range(num_rows)
         super().__init__(rows, num_replicas=world_size, rank=rank, shuffle=False)
         self.num_rows = num_rows
-        self.order = rows if lengths is None else lengths.argsort(descending=True, stable=True).tolist()
+        if lengths is not None:
+            self.order = lengths.argsort(descending=True, stable=True).tolist()
+        else:
+            self.order = [*permutation(mixed, "evaluation").tolist(), *range(mixed, num_rows)]
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.num_replicas)

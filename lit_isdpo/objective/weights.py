@@ -44,11 +44,14 @@ class PairWeighting(ABC):
 
     Attributes:
         min_pairs: smallest micro-batch on which the weighting means something.
+        mixes_pairs: whether a pair's weight depends on the others of its micro-batch. Such a micro-batch must be a
+            random one, so its pairs are not chosen by their length.
         needs_mu: whether it looks at the behavior policy.
         needs_alignment: whether it looks at the responses' alignment, which the model then computes.
     """
 
     min_pairs: int = 1
+    mixes_pairs: bool = False
     needs_mu: bool = False
     needs_alignment: bool = False
 
@@ -119,10 +122,11 @@ class ShuffledImportanceWeighting(ImportanceWeighting):
     """Control: the weights of ``ImportanceWeighting``, each given to the next pair of the micro-batch.
 
     Keeps the weights' distribution and breaks their tie to the pairs. A cyclic shift does it without random state,
-    because the order of the pairs is random already, and no pair keeps its own weight.
+    because ``mixes_pairs`` has the data keep the pairs in random order, and no pair keeps its own weight.
     """
 
     min_pairs = 2
+    mixes_pairs = True
 
     def weigh(self, pairs: PairLogps) -> PairWeights:
         """Shifts the weights by one pair."""
@@ -134,6 +138,7 @@ class BatchMeanImportanceWeighting(ImportanceWeighting):
     """Control: every pair gets the micro-batch's mean weight: what is left of the method is an implicit early stop."""
 
     min_pairs = 2
+    mixes_pairs = True
 
     def weigh(self, pairs: PairLogps) -> PairWeights:
         """Averages in log space, so that weights that underflow still have a finite mean."""
@@ -173,6 +178,7 @@ class ProductWeighting(PairWeighting):
         products = [factor.factors if isinstance(factor, ProductWeighting) else [factor] for factor in factors]
         self.factors: list[PairWeighting] = [factor for product in products for factor in product]
         self.min_pairs = max(factor.min_pairs for factor in factors)
+        self.mixes_pairs = any(factor.mixes_pairs for factor in factors)
         self.needs_mu = any(factor.needs_mu for factor in factors)
         self.needs_alignment = any(factor.needs_alignment for factor in factors)
 

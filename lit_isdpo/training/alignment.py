@@ -97,6 +97,11 @@ class AlignmentModule(PolicyModule):
         """The frozen model that the policy is measured against."""
         return self._reference[0] if self._reference else None
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether a pair's weight depends on the others of its micro-batch; the data then keeps these random."""
+        return self.weighting.mixes_pairs
+
     def configure_model(self) -> None:
         """Loads both models; to sample, the policy alone."""
         is_new = not hasattr(self, "policy")

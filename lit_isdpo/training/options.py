@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from jsonargparse import Namespace
 
-from lit_isdpo.data.sampling import split_batch
+from lit_isdpo.data.sampling import check_random_order, split_batch
 from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.reward import RewardModule
@@ -67,6 +67,8 @@ def check(verb: str, config: Namespace) -> None:
             raise InputError(f"trainer.{limit} is 0: nothing would be trained. To look at the model, use validate.")
     if verb in ("fit", "precompute"):
         _check_ranks(config)
+    if verb in ("fit", "inspect", "plan") and _mixes_pairs(config.model.init_args.get("weighting")):
+        check_random_order(config.data.init_args.get("length_window", 1))
     single = config.model.init_args.get("sampling.num_responses", 1) < 2
     if verb == "predict" and config.labels.reward is not None and single:
         raise InputError("labels.reward: a pair needs two responses; set model.sampling.num_responses to 2 or more.")
@@ -151,6 +153,14 @@ def _numbers(config: Any, option: str) -> Iterator[tuple[str, float]]:
         for key, value in vars(config).items() if isinstance(config, Namespace) else config.items():
             name = option if key == "init_args" else f"{option}.{key}".lstrip(".")
             yield from _numbers(value, name)
+
+
+def _mixes_pairs(weighting: Any) -> bool:
+    """Whether a weighting, or a factor of it, makes a pair's weight depend on the others of its micro-batch."""
+    if not isinstance(weighting, Namespace):
+        return False
+    factors = weighting.get("init_args.factors") or []
+    return cast(Any, locate(weighting.class_path)).mixes_pairs or any(map(_mixes_pairs, factors))
 
 
 def strategy_name(config: Namespace) -> str:

@@ -116,11 +116,16 @@ class PreferenceModule(AlignmentModule):
         """Checks what only the trainer and the data together can tell."""
         super().setup(stage)
         datamodule = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and datamodule is not None and datamodule.rows_per_forward < self.weighting.min_pairs:
-            raise InputError(
-                f"{described(self.weighting)[0]} works within a micro-batch, so data.micro_batch_size must be at "
-                f"least {self.weighting.min_pairs}, not {datamodule.rows_per_forward}."
-            )
+        if datamodule is not None and stage in ("fit", "validate", "test"):
+            sizes = {"eval_batch_size": datamodule.eval_batch_size or datamodule.rows_per_forward}
+            if stage == "fit":
+                sizes = {"micro_batch_size": datamodule.rows_per_forward} | sizes
+            for option, size in sizes.items():
+                if size < self.weighting.min_pairs:
+                    raise InputError(
+                        f"{described(self.weighting)[0]} works within a micro-batch, so data.{option} must be at least "
+                        f"{self.weighting.min_pairs}, not {size}."
+                    )
         is_packed = datamodule is not None and datamodule.packing_length is not None
         if stage == "fit" and is_packed and self.on_policy_kl is not None:
             raise InputError(

@@ -9,6 +9,7 @@ import torch
 from lit_isdpo.objective.losses import DPOLoss
 from lit_isdpo.objective.metrics import effective_sample_size
 from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.remedies import TemperedImportanceWeighting
 from lit_isdpo.objective.weights import (
     BatchMeanImportanceWeighting,
     ImportanceWeighting,
@@ -23,6 +24,14 @@ from tests.conftest import pair_logps
 
 CHOSEN = torch.tensor([0.5, 1.5, -3.0, 3.0])
 REJECTED = torch.tensor([1.0, 2.0, -1.0, -2.0])
+WEIGHTINGS = [
+    UniformWeighting(),
+    ImportanceWeighting(),
+    ShuffledImportanceWeighting(),
+    BatchMeanImportanceWeighting(),
+    WPOWeighting(),
+    TemperedImportanceWeighting(),
+]
 PAIRS = pair_logps(CHOSEN, REJECTED)  # log-probs of mu are 0, so these are the log-ratios
 
 
@@ -202,6 +211,10 @@ def test_what_weightings_ask_for() -> None:
         return weighting.min_pairs, weighting.needs_mu, weighting.needs_alignment
 
     importance, wpo, shuffled = ImportanceWeighting(), WPOWeighting(), ShuffledImportanceWeighting()
+    assert shuffled.mixes_pairs
+    assert BatchMeanImportanceWeighting().mixes_pairs
+    assert ProductWeighting([wpo, ProductWeighting([shuffled, wpo])]).mixes_pairs
+    assert not any(one.mixes_pairs for one in (importance, wpo, ProductWeighting([wpo, importance])))
     assert vars(importance) == {"epsilon": 1.0, "cap": "joint", "floor": 0.0}
     assert asked(UniformWeighting()) == (1, False, False)
     assert asked(importance) == (1, True, False)
@@ -218,3 +231,11 @@ def test_the_floors_bounds_are_allowed_themselves() -> None:
     highest = torch.tensor(1.0).exp().item()
     weights = ImportanceWeighting(0.5, floor=highest)(PAIRS).weights
     torch.testing.assert_close(weights, torch.full((4,), math.e))
+
+
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, ProductWeighting([UniformWeighting(), ImportanceWeighting()])])
+def test_a_weighting_that_says_so_mixes_pairs_and_no_other(weighting: PairWeighting) -> None:
+    """A pair's weight alone is that among others, or the weighting has the data keep micro-batches random."""
+    pairs = pair_logps(CHOSEN, REJECTED, alignment=(-0.5, -0.25))
+    alone = [weighting(PairLogps(*(field[row : row + 1] for field in pairs))).log_weights for row in range(len(CHOSEN))]
+    assert torch.equal(torch.cat(alone), weighting(pairs).log_weights) is not weighting.mixes_pairs

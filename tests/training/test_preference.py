@@ -83,6 +83,26 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     torch.testing.assert_close(log_weights(known), torch.tensor([0.3, -0.2]))
 
 
+def test_weights_that_mix_pairs_are_taken_among_random_ones(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other weightings the rows of a step are sorted by length; both read the same ones."""
+    step = PreferenceModule.training_step
+    seen: dict[str, list[int]] = {}
+
+    def remember(self: PreferenceModule, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        seen.setdefault(type(self.weighting).__name__, []).extend(batch.row_ids.tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", remember)
+    for name in ("ShuffledImportanceWeighting", "BatchMeanImportanceWeighting", "ImportanceWeighting"):
+        options = [f"--model.weighting={name}", "--data.micro_batch_size=4", "--trainer.max_steps=1"]
+        main(["fit", *tiny, *options, f"--trainer.default_root_dir={tmp_path}"])
+    shuffled, mean, by_length = seen.values()
+    assert shuffled == mean != by_length
+    assert sorted(shuffled) == sorted(by_length)
+
+
 def test_mu_of_the_data_is_looked_for_before_anything_runs(
     tiny: list[str], pairs_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,163 @@
+"""Rows for validation and test go with the training rows that they were named with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_isdpo.cli import main
+from lit_isdpo.training.layers import left_out
+from tests.runs import read_metrics
+from tests.test_cli import CONFIGS, ROOT, STUDIES, planned
+
+REWARD = f"--config={CONFIGS / 'reward.yaml'}"
+LAB = "lab:posts"
+CLASS = "lit_isdpo.data.datamodule.PreferenceDataModule"
+
+
+def in_force(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, Any, Any]:
+    """``data.train``, ``val`` and ``test`` as the run would save them."""
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print_config"])
+    printed = capsys.readouterr()
+    assert end.value.code == 0, printed.err
+    data = yaml.safe_load(printed.out)["data"]["init_args"]
+    return data["train"], data["val"], data["test"]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Writes a config file, and gives the flag for it."""
+
+    def write(name: str, content: Any) -> str:
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+        return f"--config={tmp_path / name}"
+
+    return write
+
+
+def section(**options: Any) -> dict[str, Any]:
+    return {"data": {"class_path": CLASS, "init_args": options}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data.train=mine.jsonl"],
+        ["--data.train", "mine.jsonl"],
+        ["--data.init_args.train=mine.jsonl"],
+        ["--data.init_args", "{train: mine.jsonl}"],
+        ["--data={train: mine.jsonl}"],
+        ["--data", f"{{class_path: {CLASS}, init_args: {{train: mine.jsonl}}}}"],
+        ["--data=PreferenceDataModule", "--data.train=mine.jsonl"],
+        ["--config={data: {train: mine.jsonl}}"],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_for_the_training_rows_leaves_out_the_files_other_rows(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_force(["fit", REWARD, *arguments], capsys) == ("mine.jsonl", None, None)
+    assert in_force(["fit", f"-c{CONFIGS / 'reward.yaml'}", *arguments], capsys) == ("mine.jsonl", None, None)
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "precompute", "inspect", "plan"])
+def test_every_verb_does_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_force([verb, REWARD, "--data.train=mine.jsonl"], capsys) == ("mine.jsonl", None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([REWARD], (LAB, LAB)),
+        ([REWARD, "--data.val=v", "--data.train=mine.jsonl"], ("v", None)),
+        ([REWARD, "--data.train=mine.jsonl", "--data.val=v", "--data.init_args.test", "t"], ("v", "t")),
+        ([REWARD, "--data.train=mine.jsonl", "--data={val: v}"], ("v", None)),
+        ([REWARD, "--data={test: t}", "--data.train=mine.jsonl"], (None, "t")),
+        ([REWARD, "--data.val.path=v", "--data.train=mine.jsonl"], ("v", None)),
+        (["--data.train=mine.jsonl", REWARD], (LAB, LAB)),
+        ([REWARD, "--data.train+=mine.jsonl"], (LAB, LAB)),
+        ([REWARD, "--data.train.split=train"], (LAB, LAB)),
+        ([REWARD, "--data.train=null"], (LAB, LAB)),
+        ([REWARD, "--data.batch_size=32"], (LAB, LAB)),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_what_a_user_names_stays_and_what_belongs_together_too(
+    arguments: list[str], expected: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    val, test = in_force(["fit", *arguments], capsys)[1:]
+    assert tuple(part["path"] if isinstance(part, dict) else part for part in (val, test)) == expected
+
+
+def test_a_later_file_counts_as_a_flag_does(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    own, both = write("own.yaml", section(train="mine")), write("both.yaml", section(train="mine", val="v"))
+    flat, val = write("flat.yaml", {"data": {"train": "mine"}}), write("val.yaml", {"data": {"val": "v"}})
+    for files, expected in (
+        ([REWARD, own], (None, None)),
+        ([REWARD, flat], (None, None)),
+        ([REWARD, both], ("v", None)),
+        ([both, REWARD], (LAB, LAB)),
+        ([REWARD, val, own], (None, None)),
+        ([REWARD, own, val], ("v", None)),
+        ([REWARD, f"--config={CONFIGS / 'data' / 'nectar.yaml'}"], (None, None)),
+    ):
+        assert in_force(["fit", *files], capsys)[1:] == expected, files
+    tldr = in_force(["fit", REWARD, f"--config={CONFIGS / 'data' / 'tldr.yaml'}"], capsys)
+    assert tldr[1]["split"] == "validation"
+    assert tldr[2] is None
+
+
+def test_a_section_in_a_file_of_its_own(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``data`` may name one, from the command line or from a config file beside it."""
+    own = write("section.yaml", section(train="mine", val="v")["data"]).removeprefix("--config=")
+    outer = write("outer.yaml", {"data": "section.yaml"})
+    for arguments in ([REWARD, f"--data={own}"], [REWARD, outer]):
+        assert in_force(["fit", *arguments], capsys) == ("mine", "v", None)
+        assert in_force(["fit", *arguments, "--data.train=other"], capsys) == ("other", None, None)
+    assert [one.file for one in left_out(["fit", outer, "--data.train=x"], "fit")] == [str(tmp_path / "outer.yaml")]
+
+
+def test_a_file_of_all_verbs(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    common = write("all.yaml", {"fit": section(train="a", val="v"), "test": section(train="b", test="t")})
+    assert in_force([common, "fit", "--data.batch_size=2"], capsys) == ("a", "v", None)
+    assert in_force([common, "fit", "--data.train=mine"], capsys) == ("mine", None, None)
+    assert [one.option for one in left_out([common, "test", "--data.train=mine"], "test")] == ["data.test"]
+
+
+def test_what_cannot_be_read_is_left_to_the_parser(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("data: [")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "list.yaml").write_text("- data")
+    (tmp_path / "odd.yaml").write_text("init_args: {val: v}\n1: 2\ndata: null\n")
+    for name in ("broken.yaml", "bytes.yaml", "list.yaml", "odd.yaml", "nowhere.yaml", "", "x" * 5000):
+        assert left_out(["fit", f"--config={tmp_path / name}", "--data.train=mine"], "fit") == []
+    assert left_out(["fit", "--config"], "fit") == left_out(["fit", "--config", "-"], "fit") == []
+
+
+def test_a_run_says_so_and_saves_what_was_in_force(
+    tiny: list[str], pairs_file: str, tmp_path: Path, write: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write("lab.yaml", section(train=LAB, val="nowhere.jsonl", test=LAB))
+    root = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", file, *tiny, "--trainer.max_steps=1", root])
+    said = [line for line in caplog.messages if line.startswith("data.")]
+    assert [line.split()[0] for line in said] == ["data.val", "data.test"]
+    assert all(str(tmp_path / "lab.yaml") in line for line in said)
+    assert "--data.val names" in said[0]
+    assert read_metrics(tmp_path / "version_0")["data/val/kept"] == {0: 8}, "held out of the file of pairs"
+    saved = tmp_path / "version_0" / "config.yaml"
+    data = yaml.safe_load(saved.read_text())["data"]["init_args"]
+    assert (data["train"], data["val"], data["test"]) == (pairs_file, None, None)
+    caplog.clear()
+    last = f"--ckpt_path={tmp_path / 'version_0' / 'checkpoints' / 'last.ckpt'}"
+    main(["fit", f"--config={saved}", last, "--trainer.max_steps=2", root])
+    assert not [line for line in caplog.messages if line.startswith("data.")]
+    assert not [line for line in caplog.messages if "data.val" in line]
+
+
+def test_no_study_loses_rows_that_its_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = [run for config in STUDIES for run in planned(config)]
+    assert [run.name for run in runs if left_out(["fit", *run.arguments], "fit")] == []

@@ -73,7 +73,8 @@ class TextDataModule(LightningDataModule, ABC):
         seed: of the order of the training rows. Default: the run's ``seed_everything``, and 0 in Python.
         length_window: optimizer steps whose rows are grouped by length, so that little is padding. 1 deals the rows of
             each step out to its micro-batches by length, which changes gradients by no more than rounding; more makes
-            the steps themselves less random, and quicker; 0 leaves rows in random order.
+            the steps themselves less random, and quicker; 0 leaves rows in random order. Weightings that mix pairs
+            read rows in random order, and refuse more than 1.
         packing_length: positions of a row in which several pairs are packed, for FlexAttention, which skips what no
             token sees. Default: a row a pair.
         num_workers: processes that collate batches in the background.

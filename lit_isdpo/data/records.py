@@ -144,6 +144,8 @@ def _parse(
         row = json.loads(values[LINE], strict=False)
     except json.JSONDecodeError as error:
         raise BrokenRowError(index, f"is not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BrokenRowError(index, f"cannot be read: {error}") from None
     except RecursionError:
         raise BrokenRowError(index, "is nested too deeply") from None
     if not isinstance(row, dict):

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.files import READERS, quiet, read_files, reader_of, rows_in_memory, suffixes
+from lit_isdpo.data.files import READERS, read_files, reader_of, rows_in_memory, suffixes
+from lit_isdpo.data.hub import open_hub
 from lit_isdpo.data.records import Records
 from lit_isdpo.types import InputError
 
@@ -214,7 +213,8 @@ def open_source(source: DataSource, option: str) -> OpenSource:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
     if not files:
-        return OpenSource(source, option, tables=_from_hub(source, option))
+        named, tables = open_hub(source.path, source.name, source.revision, option)
+        return OpenSource(source, option, files=named, tables=tables)
     if source.name or source.revision:
         raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
     for file in files:
@@ -305,28 +305,3 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     elif others:
         splits[_OTHERS] = others
     return splits
-
-
-def _from_hub(source: DataSource, option: str) -> Mapping[str, Any]:
-    """Loads all splits of a hub data set; ``datasets`` prepares them together anyway."""
-    nothing = f"{option}: no such file, folder, glob or hub data set: {source.path!r}"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source.path) or suffixes(Path(source.path))[0] in READERS:
-        raise InputError(nothing)
-    try:
-        HfApi().dataset_info(source.path, revision=source.revision, timeout=20)
-    except OfflineModeIsEnabled:
-        pass  # `datasets` looks into its cache
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(f"{nothing} (or it is not open to you)") from error
-    except Exception as error:  # the kind of a network's failure depends on the HTTP library
-        # Asked here, because `datasets` would try for half a minute to tell a mistyped path from a lost network.
-        raise InputError(
-            f"{nothing} on this machine, and the hub cannot be asked; HF_HUB_OFFLINE=1 uses what it loaded before"
-        ) from error
-    try:
-        with quiet():
-            loaded: Mapping[str, Any] = datasets.load_dataset(source.path, source.name, revision=source.revision)
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{option}: cannot load {source.path!r} from the hub: {reason}") from error
-    return loaded

@@ -207,10 +207,9 @@ class Splits:
         """The local folders and files that a split is read from; a hub data set has none."""
         folders = []
         for source, name in self.parts(split) or self.parts("train"):
-            if source.tables:
-                continue
             path = Path(source.source.path).expanduser()
-            found = [path] if path.exists() else [file.parent for file in source.files.get(name, [])]
+            local = source.source.rows is None and path.exists()
+            found = [path] if local else [file.parent for file in source.files.get(name, [])]
             folders += [folder for folder in dict.fromkeys(found) if folder not in folders]
         return folders
 

@@ -284,7 +284,7 @@ def tokenize_response(
         RowError: the prompt has no tokens or may not be cut, or the chat template refuses it.
         InputError: as in :func:`tokenize_pair`.
     """
-    if not isinstance(prompt, str) and not encoder.uses_template(prompt):
+    if not isinstance(prompt, str) and not encoder.uses_template(prompt) and not split_prefix(prompt)[1]:
         response = response.removeprefix(" ")  # a policy writes the transcript's space itself
 
     def encode(prompt: Prompt) -> Encoded:

@@ -3,6 +3,8 @@ import gzip
 import logging
 import lzma
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import jsonargparse
@@ -10,6 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
+from lit_isdpo.data import hub
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.sources import DataSource, as_sources, open_source
 from lit_isdpo.types import InputError
@@ -187,6 +190,49 @@ def test_a_hub_data_set_is_loaded_by_revision_and_name(monkeypatch):
     assert read("x/y", split="train_prefs", **options)["prompt"] == ["0", "1", "2", "3"]
     with pytest.raises(InputError, match="has no split 'train'; name one of: train_prefs, test_prefs"):
         read("x/y", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_text"),
+    [
+        ("train-00000.jsonl", {"field": None}, True),
+        ("train.csv", {"sep": ",", "delimiter": None, "column_names": None}, True),
+        ("train.csv", {"sep": ";"}, False),
+        ("train.json", {"field": "rows"}, False),
+        ("train.parquet", {}, False),
+    ],
+)
+def test_text_files_of_the_hub_are_read_as_local_ones_are(tmp_path, write_rows, monkeypatch, name, options, is_text):
+    rows = [{"prompt": "p", "chosen": "2024-01-10", "rejected": "null"}] * 2
+    if name.endswith("csv"):
+        datasets.Dataset.from_list(rows).to_csv(tmp_path / name, index=False)
+    else:
+        write_rows(tmp_path / name, rows)
+    asked = []
+
+    def load_dataset_builder(path, name_, revision):
+        asked.append((path, name_, revision))
+        data_files = {datasets.Split.TRAIN: [f"hf://datasets/x/y@abc/data/{name}"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=data_files, **options))
+
+    def hf_hub_download(repo_id, filename, repo_type, revision):
+        assert (repo_id, filename, repo_type, revision) == ("x/y", f"data/{name}", "dataset", "abc")
+        return str(tmp_path / name)
+
+    def load_dataset(path, name, revision):
+        return {"train": datasets.Dataset.from_list(ROWS)}
+
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
+    for is_offline in (False, True):
+        if is_offline:
+            monkeypatch.setattr(HfApi, "dataset_info", Mock(side_effect=OfflineModeIsEnabled))
+        found = read("x/y", name="n", revision="r")
+        assert found["chosen"] == (["2024-01-10"] * 2 if is_text else ["None"] * 4)
+        assert found["rejected"][0] == ("null" if is_text else "5")
+    assert asked == [("x/y", "n", "r")], "without the hub nobody asks it"
 
 
 def test_hub_options_of_a_local_path_are_refused(tmp_path, write_rows):

@@ -157,7 +157,7 @@ class TextEncoder:
         return render_chat(turns, self.tokenizer, self.template_options, add_generation_prompt=add_generation_prompt)
 
     def _encode_plain(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
-        """A plain text or transcript, which has a place for text alone: not for thoughts, calls and tools."""
+        """A plain text or transcript, which has a place for text only, not for thoughts, calls and tools."""
         tokenizer, rewritten, changes = self.tokenizer, None, []
         # A transcript's turns begin with a space; a string's own spaces are the user's.
         space = "" if isinstance(prompt, str) or split_prefix(prompt)[1] else " "
@@ -170,7 +170,7 @@ class TextEncoder:
         ):
             changes.append(PROMPT_REWRITTEN)
         return Encoded(
-            encode_prompt(prompt if isinstance(prompt, str) else transcript(prompt), tokenizer),
+            encode_prompt(self.render(prompt), tokenizer),
             [with_eos(encode_inside(space + text, tokenizer), tokenizer) for text in texts],
             tuple(changes),
             rewritten,

@@ -1,6 +1,7 @@
 """Every word that a row gives is trained on, or the row is counted and its fault named."""
 
 import csv
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -359,9 +360,11 @@ def test_an_answer_that_has_begun_is_continued(read: Read, tmp_path: Path, answe
     ]
     assert splits.counts["val"][0].changed == {}
     assert read(file)[0] == ["<bos>\n\nHuman: u\n\nAssistant: Su", "re<eos>", "no<eos>"]
-    cut = {"max_prompt_length": 30, "max_length": 40}
-    for mode in ("keep_start", "keep_end"):
-        assert read(file, CHATML, truncation_mode=mode, **cut)[0][0].endswith("assistant\nSu")
+    for mode, (template, length) in itertools.product(("keep_start", "keep_end"), ((CHATML, 16), (None, 20))):
+        cut = {"truncation_mode": mode, "max_prompt_length": length, "max_length": 40}
+        (prompt, *_), splits = read(file, template, **cut)
+        assert prompt.endswith("assistant\nSu" if template else "Assistant: Su")
+        assert splits.counts["val"][0].changed == {"prompt cut": 1}
     dialogue = {"prompt": "\n\nHuman: u\n\nAssistant: Su", "chosen": "re", "rejected": "no"}
     assert read(write(tmp_path / "b.jsonl", [dialogue]), CHATML)[0] == texts
 

@@ -365,6 +365,9 @@ def test_an_answer_that_has_begun_is_continued(read: Read, tmp_path: Path, answe
         (prompt, *_), splits = read(file, template, **cut)
         assert prompt.endswith("assistant\nSu" if template else "Assistant: Su")
         assert splits.counts["val"][0].changed == {"prompt cut": 1}
+    begun = [turn("user", "u"), turn("assistant", "Su", prefix=True)]
+    marked = {"chosen": [*begun, turn("assistant", "re")], "rejected": [*begun, turn("assistant", "no")]}
+    assert read(write(tmp_path / "c.jsonl", [marked]), CHATML)[0] == texts
     dialogue = {"prompt": "\n\nHuman: u\n\nAssistant: Su", "chosen": "re", "rejected": "no"}
     assert read(write(tmp_path / "b.jsonl", [dialogue]), CHATML)[0] == texts
 

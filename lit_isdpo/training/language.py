@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import TrainedSource, compile_layers
+from lit_isdpo.policy.loading import TrainedSource, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
@@ -116,7 +116,7 @@ class LanguageModule(LightningModule, ABC):
         self.schedule = schedule
         self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
 
     @property

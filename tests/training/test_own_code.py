@@ -22,6 +22,7 @@ from tests.conftest import write_model
 CLASSES = {
     "AutoConfig": "configuration_own.OwnConfig",
     "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    "AutoModel": "modeling_own_base.OwnModel",
     "AutoModelForSequenceClassification": "modeling_scores.OwnForScores",  # there is no such file
 }
 CODE = {
@@ -39,6 +40,14 @@ from .numbers_own import SCALE
 class OwnForCausalLM(LlamaForCausalLM):
     scale = SCALE
 """,
+    "modeling_own_base.py": """
+from transformers import LlamaModel
+
+from .numbers_own import SCALE
+
+class OwnModel(LlamaModel):
+    scale = SCALE
+""",
     "numbers_own.py": """
 from .more_numbers_own import ONE
 
@@ -54,11 +63,12 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 }
 LOAD = """
 import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 total = sum(p.detach().double().sum().item() for p in model.parameters())
-print(type(model).__name__, model.scale, type(tokenizer).__name__, total)
+print(type(base).__name__, type(model).__name__, model.scale, type(tokenizer).__name__, total)
 """
 
 
@@ -102,6 +112,8 @@ def own(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "architecture":
         with (folder / "modeling_own.py").open("a") as code:
             code.write("\nfrom .configuration_own import OwnConfig\n\nOwnForCausalLM.config_class = OwnConfig\n")
+        with (folder / "modeling_own_base.py").open("a") as code:
+            code.write("\nfrom .configuration_own import OwnConfig\n\nOwnModel.config_class = OwnConfig\n")
     return folder
 
 
@@ -131,8 +143,8 @@ def test_an_exported_model_has_its_code(run: Path, tmp_path: Path) -> None:
         text=True,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "fresh")},
     )
-    model, scale, tokenizer, total = loaded.stdout.split()
-    assert (model, scale, tokenizer) == ("OwnForCausalLM", "42", "OwnTokenizer")
+    *names, total = loaded.stdout.split()
+    assert names == ["OwnModel", "OwnForCausalLM", "42", "OwnTokenizer"]
     expected = sum(p.detach().double().sum().item() for p in policy.parameters())
     assert float(total) == pytest.approx(expected, abs=1e-9)
 

@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import lit_isdpo.lab  # noqa: F401 - registers its names
+
 try:
     __version__ = version("lit_isdpo")
 except PackageNotFoundError:  # run from a folder, and not installed

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lit_isdpo"
 FLOORS = [
-    ["types"],
+    ["names", "types"],
     ["objective"],
     ["data", "policy"],
     ["lab"],
@@ -17,7 +17,7 @@ FLOORS = [
     ["training"],
     ["study"],
     ["cli"],
-    ["__main__"],
+    ["__init__", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {

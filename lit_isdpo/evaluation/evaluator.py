@@ -203,6 +203,8 @@ class Evaluator:
         """The model's responses, from their files or drawn now."""
         ids = [prompt.prompt_ids for prompt in prompts]
         known = {key: value for key, value in asdict(settings).items() if key != "engine_options"}
+        if model.num_tokens not in (None, model.vocabulary_size):  # without this padding would be sampled
+            known["num_tokens"] = model.num_tokens
         responses = self._new_set(
             {
                 "weights": name,

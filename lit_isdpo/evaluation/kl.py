@@ -31,7 +31,9 @@ def sampled_kl(
 ) -> Tensor:
     """KL(policy || reference) estimated on each of P responses that the policy sampled, ``(P, 3)``, in nats.
 
-    The columns are those of ``ESTIMATORS``. Of a response that was cut it is the KL of the cut response.
+    The columns are those of ``ESTIMATORS``. Of a response that was cut it is the KL of the cut response. Both
+    distributions are those of the next token given that it is one: entries that only pad a vocabulary, of which one
+    model may have more than the other, are never sampled and left out of both.
     """
     longest = max(len(response.token_ids) for response in responses)
     rows_at_a_time = max(1, LOGITS_BUDGET // (policy.vocabulary_size * longest))
@@ -42,9 +44,11 @@ def sampled_kl(
             prompts[rows], [response.token_ids for response in responses[rows]], pad_token_id=pad_token_id
         )
         tokens = tokens.to(policy.device)
-        logits = policy.completion_logits(tokens)  # (N, V)
+        logits = policy.completion_logits(tokens)[:, : policy.num_tokens]  # (N, V)
         with reference.scoring() as model:
-            ref_logits = model.completion_logits(tokens)  # (N, V)
+            ref_logits = model.completion_logits(tokens)[:, : policy.num_tokens]
+        common = min(logits.shape[1], ref_logits.shape[1])
+        logits, ref_logits = logits[:, :common], ref_logits[:, :common]
         logps, ref_logps = logits.log_softmax(dim=1), ref_logits.log_softmax(dim=1)
         targets = tokens.at_completions(tokens.completion_ids)[:, None]  # (N, 1)
         token_logratios = (logps.gather(1, targets) - ref_logps.gather(1, targets))[:, 0]

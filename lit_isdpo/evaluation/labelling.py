@@ -229,7 +229,9 @@ def sampled_logps(
 ) -> list[float]:
     """Log-probs of S responses under the distribution that they were sampled from: nats, summed, EOS included.
 
-    Computed as training computes them; generation's own arithmetic, with its cache and its padding, differs.
+    Computed as training computes them; generation's own arithmetic, with its cache and its padding, differs. At
+    temperature 1 and top-p 1 they are training's to the bit, so that entries of the vocabulary that are no tokens count
+    as they do there.
 
     Args:
         policy: the model that was sampled.
@@ -253,7 +255,8 @@ def sampled_logps(
             logps += policy(tokens).logps.tolist()
         else:
             targets = tokens.at_completions(tokens.completion_ids)
-            values = nucleus_logps(policy.completion_logits(tokens), targets, temperature=temperature, top_p=top_p)
+            logits = policy.completion_logits(tokens)[:, : policy.num_tokens]
+            values = nucleus_logps(logits, targets, temperature=temperature, top_p=top_p)
             logps += tokens.spread(values).sum(dim=1).tolist()
         start = rows.stop
     return logps

@@ -22,6 +22,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
+from lit_isdpo.policy.vocabulary import check_rows
 from lit_isdpo.types import InputError, Prompt, TokenizedExample
 
 
@@ -109,8 +110,8 @@ class RewardModel(Reward):
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        InputError: no such model, a language model without a head for scores, several labels, no padding id, or an
-            argument out of range.
+        InputError: no such model, a language model without a head for scores, several labels, no padding id, a
+            tokenizer with more tokens than the model has rows, or an argument out of range.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class RewardModel(Reward):
             raise InputError("reward.device: there is no GPU here; use cpu.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+        check_rows(self, config, self.tokenizer, option="reward.path")
         if chat_template == "always" and not self.tokenizer.chat_template:
             raise InputError(f"reward.chat_template is 'always', but the tokenizer of {path!r} has no chat template.")
         if positions is not None and max_length > positions:

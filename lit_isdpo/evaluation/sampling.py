@@ -57,6 +57,7 @@ def sample_many(
             temperature=temperature,
             top_p=top_p,
             seed=seed * 100_003 + number,
+            num_tokens=policy.num_tokens,
             compute_dtype=policy.compute_dtype,
             generate=policy.generate_apart if apart else policy.generate,
         )

@@ -54,6 +54,8 @@ class VLLMSampler:
 
         if self._engine is None:
             self._engine = self._start()
+        size = self._policy.vocabulary_size
+        padding = range(self._policy.num_tokens or size, size)
         parameters = [
             SamplingParams(
                 n=num_responses,
@@ -63,6 +65,7 @@ class VLLMSampler:
                 stop_token_ids=list(eos_token_ids),
                 seed=seed * 100_003 + number,
                 detokenize=False,
+                logit_bias=dict.fromkeys(padding, -100.0) or None,  # vLLM's least
             )
             for number in range(len(prompts))
         ]

@@ -153,7 +153,8 @@ def enumerate_responses(
     attention gets a boolean one silently wrong.
 
     Args:
-        model: with a vocabulary of the tree's words and the end token.
+        model: with a vocabulary of the tree's words and the end token. What pads it behind these is left out, as it is
+            where responses are sampled.
         prompts: token ids of P prompts.
         tree: the responses.
 
@@ -161,7 +162,7 @@ def enumerate_responses(
         The distribution, on the CPU.
     """
     num_words, device = tree.num_words, model.model.device
-    assert model.vocabulary_size == num_words + 1
+    assert model.vocabulary_size >= num_words + 1
     depth = max(d for d in range(1, tree.max_words + 1) if d == 1 or len(ResponseTree(num_words, d)) - 1 <= _CROWN)
     stem_length = tree.max_words - depth
     crown = ResponseTree(num_words, depth)
@@ -185,7 +186,7 @@ def enumerate_responses(
                     position_ids=positions.expand(len(some), -1),
                     use_cache=False,
                 )
-            logits = model.head(output.last_hidden_state[:, len(prompt) - 1 :])
+            logits = model.head(output.last_hidden_state[:, len(prompt) - 1 :])[..., : num_words + 1]
             rows.append(logits.double().log_softmax(dim=2).cpu())
         next_logps.append(_in_order_of_nodes(torch.cat(rows), stem_length, crown))
     return ResponseDistribution(tree, torch.stack(next_logps))

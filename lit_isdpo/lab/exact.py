@@ -86,7 +86,7 @@ class ExactEvaluation:
 
     def applies_to(self, model: LogProbModel, prompts: Sequence[Sequence[int]]) -> bool:
         """Whether the model speaks the design's vocabulary, and is given the design's prompts as they were written."""
-        return model.vocabulary_size == self.design.tree.num_words + 1 and all(
+        return (model.num_tokens or model.vocabulary_size) == self.design.tree.num_words + 1 and all(
             tuple(prompt) in self.design.prompts for prompt in prompts
         )
 

@@ -58,6 +58,7 @@ def sample_responses(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int,
+    num_tokens: int | None = None,
     compute_dtype: torch.dtype = torch.float32,
     generate: Callable[..., Tensor] | None = None,
 ) -> list[Response]:
@@ -72,6 +73,8 @@ def sample_responses(
         temperature: divides the logits; KL estimates need 1.
         top_p: nucleus; KL estimates need 1.
         seed: the responses are a function of it; the global random state is left as it was.
+        num_tokens: how many of the vocabulary's entries may be sampled, the first ones. Default: all. The others' share
+            goes to these in proportion.
         compute_dtype: autocast dtype of the model.
         generate: what is called in place of the model's own ``generate``.
 
@@ -81,11 +84,13 @@ def sample_responses(
     Raises:
         InputError: the model's probabilities are not finite.
     """
+    vocabulary_size = cast(nn.Linear, model.get_output_embeddings()).weight.shape[0]
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
         top_k=0,
+        suppress_tokens=list(range(num_tokens or vocabulary_size, vocabulary_size)) or None,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids),
         pad_token_id=pad_token_id,

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
+from lit_isdpo.names import named_path
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
 from lit_isdpo.types import NEEDS_CODE, InputError
 
@@ -99,6 +100,11 @@ class PolicyConfig:
                 raise InputError("model.policy.peft: an adapter needs a trained model, so init cannot be random.")
 
 
+def model_path(source: ModelSource) -> str:
+    """The folder or hub id that is read: that of a registered name, ``lab:posts`` say, is made where it is missing."""
+    return named_path(source.path, "reference")
+
+
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Sets every dropout rate to 0: with dropout on, policy and reference differ at the first step already."""
     for name, value in vars(config).items():
@@ -113,18 +119,19 @@ def read_config(source: ModelSource, *, option: str) -> PretrainedConfig:
     Raises:
         InputError: no such model, an adapter in its place, or a folder whose weights are said to lie outside of it.
     """
-    if (Path(source.path) / CONFIG_NAME).is_file():
+    path = model_path(source)
+    if (Path(path) / CONFIG_NAME).is_file():
         raise InputError(
             f"{option}: {source.path!r} holds a PEFT adapter and not a whole model; merge it first, by `lit-isdpo "
             "export` without --as_adapter or by PEFT's merge_and_unload, and name the folder of the merged model."
         )
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        for file in _files_of(Path(source.path) / name):
+        for file in _files_of(Path(path) / name):
             if Path(file).name != file:
                 raise InputError(f"{option}: {name} in {source.path!r} names a file outside of that folder: {file!r}.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise InputError(why_not_loaded(source, option, error)) from error
@@ -163,7 +170,7 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                policy.path, config=config, revision=policy.revision, output_loading_info=True, **options
+                model_path(policy), config=config, revision=policy.revision, output_loading_info=True, **options
             )
             model, report = loaded
             if missing := sorted(report["missing_keys"]):
@@ -215,7 +222,7 @@ def eagerly(model: PreTrainedModel) -> AbstractContextManager[Any]:
 
 def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
     """One sentence for what transformers raised."""
-    path = Path(source.path)
+    path = Path(model_path(source))
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if "trust_remote_code" in str(error):
         reason = NEEDS_CODE

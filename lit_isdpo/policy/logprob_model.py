@@ -30,6 +30,11 @@ class LogProbModel(nn.Module):
         chunk_size: completion tokens whose logits exist at a time.
         adapter: the model's adapter, where it has one.
 
+    Attributes:
+        num_tokens: how many of the vocabulary's entries are tokens; the others are padding and never sampled. Log-probs
+            are over all entries, as elsewhere: what a model gives to padding, it takes from the tokens. ``None`` where
+            all are tokens.
+
     Raises:
         InputError: the model changes its logits in a way that this head does not know.
     """
@@ -47,6 +52,7 @@ class LogProbModel(nn.Module):
         self.adapter = adapter
         self.compute_dtype = compute_dtype
         self.chunk_size = chunk_size
+        self.num_tokens: int | None = None
         self.computes_on: torch.device | None = None  # where that is not where the weights are
         text_config = model.config.get_text_config()
         # The three ways in which published families change their logits: Cohere, Granite, Gemma.
@@ -97,7 +103,7 @@ class LogProbModel(nn.Module):
 
     @property
     def vocabulary_size(self) -> int:
-        """Columns of the head, V."""
+        """Columns of the head, V, padding too."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def decode(self, tokens: TokenBatch) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
-from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
+from lit_isdpo.types import PreferenceBatch, SequenceLogps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,16 +234,3 @@ def starts_at_reference(policy: PolicyConfig, reference: ReferenceConfig) -> boo
     """Whether a policy's weights before training are its reference's."""
     loaded = reference_as_policy(policy, reference)
     return policy.init == "pretrained" and (loaded.path, loaded.revision) == (policy.path, policy.revision)
-
-
-def check_vocabulary(policy: LogProbModel, reference: LogProbModel) -> None:
-    """Checks that a token is the same entry to both.
-
-    Raises:
-        InputError: their vocabularies have two sizes.
-    """
-    if policy.vocabulary_size != reference.vocabulary_size:
-        raise InputError(
-            f"model.reference.path: its vocabulary has {reference.vocabulary_size} entries and the policy's "
-            f"{policy.vocabulary_size}; both must be the same."
-        )

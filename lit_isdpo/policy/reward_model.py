@@ -25,6 +25,7 @@ from lit_isdpo.policy.loading import (
     PolicyConfig,
     enable_gradient_checkpointing,
     load_causal_lm,
+    model_path,
     read_config,
     why_not_loaded,
     without_dropout,
@@ -193,7 +194,7 @@ def load_sequence_classifier(
     config = without_dropout(read_score_config(source, option=option))  # some keep the rates that they are built with
     try:
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            source.path,
+            model_path(source),
             config=config,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lit_isdpo.policy.loading import PolicyConfig, decoder_layers
+from lit_isdpo.policy.loading import PolicyConfig, decoder_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
 from lit_isdpo.types import InputError, Ranks
 
@@ -89,8 +89,8 @@ class Sharding:
         model = outline_logprob_model(config, option=option)
         if config.init == "pretrained":
             with suppress(OSError):  # the model has none of its own
-                revision = config.revision or "main"
-                model.model.generation_config = GenerationConfig.from_pretrained(config.path, revision=revision)
+                path, revision = model_path(config), config.revision or "main"
+                model.model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
         if not decoder_layers(model.model):
             raise InputError(
                 f"{option}: {type(model.model).__name__} has no decoder layers that transformers names as such; use "
@@ -224,11 +224,12 @@ def _folder_of_slices(config: PolicyConfig, model: PreTrainedModel) -> Path | No
     """The folder whose safetensors hold every tensor of the model by its name, if there is one."""
     if config.init == "random" or config.peft is not None or getattr(model.config, "quantization_config", None):
         return None
-    folder = Path(config.path)
+    path = model_path(config)
+    folder = Path(path)
     try:
         if not folder.is_dir():
             patterns = ["model*.safetensors*", "*.json"]
-            folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+            folder = Path(snapshot_download(path, revision=config.revision, allow_patterns=patterns))
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         files = {SAFE_WEIGHTS_NAME}
         if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():

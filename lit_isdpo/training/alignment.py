@@ -24,12 +24,12 @@ from lit_isdpo.policy.reference import (
     Reference,
     ReferenceConfig,
     ResidentReference,
-    check_vocabulary,
     load_reference,
     outline_reference,
     reference_as_policy,
     starts_at_reference,
 )
+from lit_isdpo.policy.vocabulary import check_vocabulary
 from lit_isdpo.training.guards import NonFinite
 from lit_isdpo.training.language import Schedule
 from lit_isdpo.training.module import PolicyModule, Sampling
@@ -80,7 +80,10 @@ class AlignmentModule(PolicyModule):
                 raise InputError(
                     "model.reference.path: a policy with random weights (init: random) needs one of its own."
                 )
-            load_config(reference_as_policy(policy, reference), option="model.reference.path")
+            frozen = reference_as_policy(policy, reference)
+            config = load_config(frozen, option="model.reference.path")
+            if (frozen.path, frozen.revision) != (policy.path, policy.revision):
+                check_vocabulary(frozen, config, self.tokenizer, self.architecture)
         self.reference_config = reference
         self.loss = loss
         self.weighting = weighting
@@ -121,7 +124,6 @@ class AlignmentModule(PolicyModule):
         is_policy = config.cache and self.policy.adapter is None and untrained
         reference = LiveReference(self.policy) if is_policy else load()
         with reference.scoring() as model:
-            check_vocabulary(self.policy, model)
             self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy, model)
         if not config.cache:
             return reference

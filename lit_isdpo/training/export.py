@@ -21,7 +21,8 @@ from lit_isdpo import __version__
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.evaluation.files import naming
 from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, check_same_tensors, parse_adapter
-from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, read_config
+from lit_isdpo.policy.code import code_files, copy_code
+from lit_isdpo.policy.loading import LOADING_ERRORS, PolicyConfig, load_causal_lm, read_config, why_not_loaded
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.module import BASE_KEY, WEIGHTS_PREFIX
 from lit_isdpo.training.resumption import saved_config
@@ -128,6 +129,7 @@ def export(
     if not scores and not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
     kind = REWARD_MODEL if scores else ADAPTER if as_adapter else POLICY
+    _check_code(checkpoint, run, trust_remote_code)
     tokenizer = load_tokenizer(str(run / "model"), trust_remote_code=trust_remote_code)
     card = _card(run, output.name, int(checkpoint.extras["global_step"]), kind)
     model = (_adapter if as_adapter else _whole_model)(checkpoint, run, base_model, trust_remote_code)
@@ -141,13 +143,18 @@ def export(
             model.save_pretrained(folder)
             wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
         tokenizer.save_pretrained(folder)
+        if trust_remote_code:
+            copy_code(PolicyConfig(path=str(run / "model")), folder)
         (folder / "README.md").write_text(card)
         folder.replace(output)  # nobody finds half of it
     print(f"Wrote {output_dir} ({wrote}).")
 
 
 def load_policy(
-    ckpt_path: str | Path, run_dir: str | Path | None = None, base_model: str | None = None
+    ckpt_path: str | Path,
+    run_dir: str | Path | None = None,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The policy of a checkpoint, in memory, its adapter merged; arguments and errors as those of ``export``."""
     checkpoint_file = Path(ckpt_path)
@@ -156,7 +163,8 @@ def load_policy(
     checkpoint.check()
     if not checkpoint.holds(WEIGHTS_PREFIX):
         raise InputError(f"ckpt_path: {str(checkpoint_file)!r} holds no policy of this project.")
-    model = _whole_model(checkpoint, run, base_model)
+    _check_code(checkpoint, run, trust_remote_code)
+    model = _whole_model(checkpoint, run, base_model, trust_remote_code)
     model.eval()
     return model
 
@@ -179,8 +187,38 @@ def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:
     return run
 
 
+def _check_code(checkpoint: StoredCheckpoint, run: Path, trust_remote_code: bool) -> None:
+    """Looks for the code that the run's model came with, which is in the run's folder if it ran there.
+
+    Raises:
+        InputError: it is there and may not run, or it may and is not there.
+    """
+    folder = run / "model"
+    there = [name for name in code_files(folder) if (folder / name).is_file()]
+    if there and not trust_remote_code:
+        raise InputError(
+            f"trust_remote_code: the model of the run {str(run)!r} came with Python code that its training ran; read "
+            f"model/{there[0]} and set trust_remote_code to true if you trust it."
+        )
+    kinds = {"AutoTokenizer"}
+    if BASE_KEY not in checkpoint.extras:  # else the model is loaded from where its base is
+        kinds |= {"AutoConfig", _factory(checkpoint).__name__}
+    missing = [name for name in code_files(folder, kinds) if not (folder / name).is_file()]
+    if trust_remote_code and missing:
+        raise InputError(
+            f"run_dir: {str(folder)!r} lacks {missing[0]}, the Python code of its model, which older versions did not "
+            "keep; copy it there, with all that it imports, from the folder of the model that the run began with."
+        )
+
+
+def _factory(checkpoint: StoredCheckpoint) -> Any:
+    """The auto class of what a checkpoint holds."""
+    scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
+    return AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+
+
 def _whole_model(
-    checkpoint: StoredCheckpoint, run: Path, base_model: str | None, trust_remote_code: bool = False
+    checkpoint: StoredCheckpoint, run: Path, base_model: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     folder, path = run / "model", checkpoint.path
     if BASE_KEY in checkpoint.extras:
@@ -228,17 +266,20 @@ def _adapter(checkpoint: StoredCheckpoint, run: Path, base_model: str | None, tr
 
 
 def _trained_model(checkpoint: StoredCheckpoint, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
-    prefix = REWARD_WEIGHTS_PREFIX if scores else WEIGHTS_PREFIX
-    factory: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    prefix = REWARD_WEIGHTS_PREFIX if checkpoint.holds(REWARD_WEIGHTS_PREFIX) else WEIGHTS_PREFIX
     stored = checkpoint.under(prefix)
-    config = read_config(PolicyConfig(path=str(folder), trust_remote_code=trust_remote_code), option="run_dir")
-    with no_init_weights():  # all of them are read
-        model: PreTrainedModel = factory.from_config(
-            config,
-            dtype=next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point()),
-            trust_remote_code=trust_remote_code,
-        )
+    source = PolicyConfig(path=str(folder), trust_remote_code=trust_remote_code)
+    config = read_config(source, option="run_dir")
+    try:
+        with no_init_weights():  # all of them are read
+            model: PreTrainedModel = _factory(checkpoint).from_config(
+                config,
+                dtype=next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point()),
+                trust_remote_code=trust_remote_code,
+            )
+    except LOADING_ERRORS as error:
+        raise InputError(why_not_loaded(source, "run_dir", error)) from error
+    model.tie_weights()  # which is a part of what was left out
     own = model.state_dict()
     try:
         check_same_tensors(own, stored)

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,11 +18,12 @@ from transformers import PretrainedConfig
 
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import TrainedSource, compile_layers
+from lit_isdpo.policy.loading import TrainedSource, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.policy.sharding import all_ranks, whole
+from lit_isdpo.policy.vocabulary import check_rows
 from lit_isdpo.training.guards import NonFinite, StepGuard
 from lit_isdpo.types import InputError, Ranks
 
@@ -95,8 +96,14 @@ class LanguageModule(LightningModule, ABC):
         nonfinite: what becomes of a step whose loss or gradient is NaN.
 
     Raises:
-        InputError: the optimizer refuses its numbers, or one of them is not finite.
+        InputError: the optimizer refuses its numbers, or one of them is not finite; or the tokenizer has tokens that
+            the model has no rows for.
+
+    Attributes:
+        path_option: the option that names the model, for messages.
     """
+
+    path_option: ClassVar[str]
 
     def __init__(
         self,
@@ -116,8 +123,9 @@ class LanguageModule(LightningModule, ABC):
         self.schedule = schedule
         self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        check_rows(source, architecture, self.tokenizer, option=self.path_option)
 
     @property
     @abstractmethod

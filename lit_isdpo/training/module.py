@@ -12,6 +12,7 @@ from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
+from lit_isdpo.policy.vocabulary import num_tokens
 from lit_isdpo.training.guards import NonFinite
 from lit_isdpo.training.language import LanguageModule, Schedule, adamw
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
@@ -82,6 +83,7 @@ class PolicyModule(LanguageModule, ABC):
         nonfinite: what becomes of a step whose loss or gradient is NaN.
     """
 
+    path_option = "model.policy.path"
     policy: LogProbModel
 
     def __init__(
@@ -121,9 +123,8 @@ class PolicyModule(LanguageModule, ABC):
     def load_model(self, config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
         """A model as the trainer's strategy holds it: whole, or this rank's part of it."""
         sharding = getattr(self.trainer.strategy, "sharding", None)
-        if sharding is None:
-            return load_logprob_model(config, option=option)
-        model: LogProbModel = sharding.load(config, option=option)
+        model: LogProbModel = (load_logprob_model if sharding is None else sharding.load)(config, option=option)
+        model.num_tokens = num_tokens(self.tokenizer)
         return model
 
     @property

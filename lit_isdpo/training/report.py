@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from lit_isdpo.data import accounts
 from lit_isdpo.evaluation.files import write_text
+from lit_isdpo.policy.code import copy_code
 from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import Prediction
@@ -181,12 +182,14 @@ class ProgressBar(RichProgressBar):
 
 
 def write_model_folder(module: LanguageModule, folder: Path) -> None:
-    """Saves everything of a Hugging Face folder but the weights."""
+    """Saves everything of a Hugging Face folder but the weights, the model's own code too where it may run."""
     model = module.network.model
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:  # a reward model has none
         model.generation_config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
+    if module.source.trust_remote_code:
+        copy_code(module.source, folder)
     if module.network.adapter is not None:
         module.network.adapter.config.save_pretrained(str(folder))
 

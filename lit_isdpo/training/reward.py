@@ -41,6 +41,7 @@ class RewardModule(LanguageModule):
         nonfinite: what becomes of a step whose loss or gradient is NaN.
     """
 
+    path_option = "model.backbone.path"
     reward_model: ScoreModel
 
     def __init__(
@@ -53,7 +54,7 @@ class RewardModule(LanguageModule):
     ) -> None:
         if not 0 <= centering < float("inf"):
             raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
-        option = "model.backbone.path"
+        option = self.path_option
         config = read_config(backbone, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
@@ -87,7 +88,7 @@ class RewardModule(LanguageModule):
     @property
     def tensors_option(self) -> str:
         """What decides which tensors a checkpoint must have."""
-        return "model.backbone.path"
+        return self.path_option
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:

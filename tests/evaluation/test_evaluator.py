@@ -119,6 +119,23 @@ def test_the_kl_has_samples_of_its_own_at_temperature_1(
         evaluate(tmp_path, models, kl_settings=SETTINGS)
 
 
+def test_padding_that_was_sampled_before_it_was_known_is_not_taken_up(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path
+) -> None:
+    def largest(outcome: Outcome) -> int:
+        texts = [text for owner in ("policy", "reference") for text in pd.read_parquet(outcome.files[owner]).response]
+        return max(int(word) for text in texts for word in text.split())
+
+    before = evaluate(tmp_path, models)
+    assert largest(before) >= 40, "the test would see nothing"
+    for model in (models[0], models[1].model):
+        model.num_tokens = 50
+    assert evaluate(tmp_path, models).files == before.files, "all are tokens"
+    for model in (models[0], models[1].model):
+        model.num_tokens = 40
+    assert largest(evaluate(tmp_path, models)) < 40
+
+
 def test_a_second_evaluation_samples_and_scores_nothing(
     models: tuple[LogProbModel, ResidentReference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,3 +96,11 @@ def test_without_vllm_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'evaluation\.engine: vLLM is not installed; pip install "lit_isdpo\[vllm\]"'):
         check_vllm("evaluation.engine")
+
+
+def test_what_only_pads_the_vocabulary_is_not_sampled(engine: dict[str, Any], tiny_llama: PreTrainedModel) -> None:
+    policy = LogProbModel(tiny_llama)
+    for num_tokens, bias in ((None, None), (50, None), (48, {48: -100.0, 49: -100.0})):
+        policy.num_tokens = num_tokens
+        VLLMSampler(policy, options={})([[1]], num_responses=1, **SETTINGS)
+        assert engine["parameters"][0].logit_bias == bias

@@ -108,3 +108,16 @@ def test_it_applies_to_the_designs_own_prompts_and_vocabulary(toy: Design) -> No
     exact, model = ExactEvaluation(toy, "pairs"), toy_model(toy, seed=0)
     assert exact.applies_to(model, [[2, 2], [0, 1]])
     assert not exact.applies_to(model, [[2, 2], [1]])
+
+
+def test_padding_of_a_vocabulary_is_left_out(toy: Design) -> None:
+    """A model with three more rows, which say much; as it is sampled, so it is summed."""
+    exact, model, padded = ExactEvaluation(toy, "pairs"), toy_model(toy, seed=3), toy_model(toy, seed=3)
+    padded.model.resize_token_embeddings(7)
+    with torch.no_grad():
+        padded.model.get_input_embeddings().weight[4:] = torch.randn(3, 64)
+    assert not exact.applies_to(padded, toy.prompts)
+    padded.num_tokens = 4
+    assert exact.applies_to(padded, toy.prompts)
+    found, expected = exact.enumerate(padded), exact.enumerate(model)
+    torch.testing.assert_close(found.next_logps, expected.next_logps, atol=1e-6, rtol=0)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_isdpo.data.datamodule import SFTDataModule
+from lit_isdpo.lab.folder import environment_of
 from lit_isdpo.names import named_path
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.reference import ReferenceConfig
@@ -42,6 +44,17 @@ def test_modules_load_the_labs_models_by_default(folder: Path) -> None:
         policy=PolicyConfig(path="lab:posts/init", init="random"), reference=ReferenceConfig(path="lab:posts")
     )
     RewardModule()
+
+
+def test_data_and_tokenizers_of_the_lab_are_read(folder: Path) -> None:
+    source = {"path": "lab:posts/sft", "first": 60}
+    data = SFTDataModule(train=source, val=source, tokenizer="lab:posts", batch_size=4)
+    assert not folder.exists()
+    data.setup("fit")
+    assert [(counts.kept, counts.dropped) for counts in data.splits.counts["train"]] == [(60, {})]
+    (made,) = data.source_folders("train")
+    assert environment_of(made) == "posts"
+    assert data.hparams["train"][0]["path"] == "lab:posts/sft"
 
 
 def test_an_unknown_name_is_the_labs_to_refuse(folder: Path) -> None:

@@ -215,7 +215,9 @@ class TextDataModule(LightningDataModule, ABC):
     @property
     def encoder(self) -> TextEncoder:
         """Writes prompts and responses as the model reads them."""
-        return TextEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        limit = getattr(module, "first_without_row", None)
+        return TextEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs, first_without_row=limit)
 
     def prepare_data(self) -> None:
         """Reads and tokenizes on one rank of a node, so that the others find the tokens in ``setup``."""

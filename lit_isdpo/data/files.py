@@ -48,6 +48,7 @@ _OPENERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # suffix -> the fi
     ".zst": (b"\x28\xb5\x2f\xfd", lambda file: importlib.import_module("zstandard").open(file, "rb")),
 }
 _LINES_VERSION = 1  # part of the cache's key: raise it with every change to how files become lines
+_BLANKS = b" \t\r\n\xef\xbb\xbf"  # and the mark that some editors put at the beginning of a file
 _CHUNK = 2**24  # bytes that are read at once
 _SCHEMA = pa.schema([(LINE, pa.large_string())])
 
@@ -208,8 +209,8 @@ def _portions(file: Path, reader: Reader) -> Iterator[list[str]]:
 def _json_shape(file: Path) -> Literal["lines", "list", "object"]:
     """Whether a JSON file has an object a line, or is a list of objects, or one object over many lines."""
     with _opened(file) as lines:
-        first = next((line for line in lines if line.strip(b" \t\r\n\xef\xbb\xbf")), b"")
-    if first.lstrip(b" \t\xef\xbb\xbf").startswith(b"["):
+        first = next((line for line in lines if line.strip(_BLANKS)), b"")
+    if first.lstrip(_BLANKS).startswith(b"["):
         return "list"
     if not first or _is_complete(first) or not _is_complete(_whole(file)):
         return "lines"
@@ -267,13 +268,22 @@ def _not_utf8(file: Path) -> str:
     raise AssertionError("all lines are UTF-8")
 
 
+def is_one_object(file: Path) -> bool:
+    """Whether a JSON file is one object: what says something of the rows beside it, and no rows."""
+    if suffixes(file)[0] != ".json":
+        return False
+    with _opened(file) as lines:
+        first = next((line for line in lines if line.strip(_BLANKS)), b"")
+    return first.lstrip(_BLANKS).startswith(b"{") and _is_complete(_whole(file))
+
+
 def _where(files: list[Path], reader: Reader, option: str, index: int, problem: str) -> str:
     """A sentence about a row of text files: which file, which line of it (from 1) or item (from 0)."""
     for file in files:
         shape = _json_shape(file) if reader == "json" else "lines"
         if shape == "lines":
             with _opened(file) as lines:
-                rows = (f"line {number}" for number, line in enumerate(lines, 1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
+                rows = (f"line {number}" for number, line in enumerate(lines, 1) if line.strip(_BLANKS))
                 names = list(rows)
         else:
             names = [f"item {number}" for number in range(sum(map(len, _portions(file, reader))))]

@@ -34,6 +34,7 @@ class Reason(StrEnum):
     EMPTY_RESPONSE = "empty response"
     IDENTICAL = "identical pair"
     IDENTICAL_TOKENS = "identical after truncation"
+    NO_ROW = "token without a row in the model's embedding"
     CUT_BEHAVIOR = "truncated, so that its behavior log-probs do not hold"
     TEMPLATE = "refused by the chat template"
     REWRITTEN = "response not rendered as given"

@@ -227,7 +227,7 @@ def _map(
     num_proc = num_proc or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     how = [row_type.kind, format, sorted(read_options.items()), sorted(rows.renamed.items())]
     how += [_tokenizer_key(encoder.tokenizer), encoder.chat_template, sorted(encoder.template_options.items())]
-    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, *how, sorted(limits.items())])
+    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, *how, encoder.first_without_row, sorted(limits.items())])
     fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     ids, number, words = (datasets.List(datasets.Value("int32")), datasets.Value("float64"), datasets.Value("string"))
     features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}

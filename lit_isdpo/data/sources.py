@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from lit_isdpo.data.files import READERS, read_files, reader_of, rows_in_memory, suffixes
+from lit_isdpo.data.files import READERS, is_one_object, read_files, reader_of, rows_in_memory, suffixes
 from lit_isdpo.data.hub import open_hub
 from lit_isdpo.data.records import Records
+from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def open_source(source: DataSource, option: str) -> OpenSource:
         tables = source.rows if isinstance(source.rows, datasets.DatasetDict) else {"train": source.rows}
         return OpenSource(source, option, tables=tables)
     try:
-        files, folder = _find(source, option)
+        files, folder = _find(Path(named_path(source.path, "pairs")).expanduser(), source.path, option)
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
@@ -222,9 +223,8 @@ def open_source(source: DataSource, option: str) -> OpenSource:
     return OpenSource(source, option, files=_by_split(files, folder))
 
 
-def _find(source: DataSource, option: str) -> tuple[list[Path], Path]:
-    """The local files of a source, and the folder that they are in."""
-    path = Path(source.path).expanduser()
+def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
+    """The local files of a source, and the folder that they are in; messages call it by its name."""
     if path.is_file():
         return [path], path.parent
     if path.is_dir():
@@ -233,7 +233,7 @@ def _find(source: DataSource, option: str) -> tuple[list[Path], Path]:
             if not file.is_file():
                 raise InputError(f"{option}: {str(file)!r} is no file that can be read, or a link to none")
         if not files:
-            raise InputError(f"{option}: no data files ({', '.join(READERS)}) in the folder {source.path!r}")
+            raise InputError(f"{option}: no data files ({', '.join(READERS)}) in the folder {name!r}")
     else:
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
         # A link to a folder above would give each file many times.
@@ -281,7 +281,8 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or their folders, ``train/0.jsonl``.
 
     Where several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name: they are
-    not to be mixed by accident. Files that no split is named by are read with the training files.
+    not to be mixed by accident. Files that no split is named by are read with the training files, but for a JSON file that
+    is one object.
     """
     named: dict[str, dict[str, list[Path]]] = {}
     others = []
@@ -295,6 +296,8 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
                 break
         else:
             others.append(file)
+    # A folder may hold what says something of its rows; if there is nothing else, it is read.
+    others = [file for file in others if not is_one_object(file)] or ([] if named else others)
     splits: dict[str, list[Path]] = {}
     for split, groups in named.items():
         splits |= {split: next(iter(groups.values()))} if len(groups) == 1 else groups

@@ -20,6 +20,7 @@ from lit_isdpo.data.readers import Reason
 from lit_isdpo.data.records import Records
 from lit_isdpo.data.rows import Rows, RowType, TokenizedSource, hold_out
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
+from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError, Prompt
 
 Duplicates = Literal["keep", "drop"]
@@ -207,7 +208,7 @@ class Splits:
         """The local folders and files that a split is read from; a hub data set has none."""
         folders = []
         for source, name in self.parts(split) or self.parts("train"):
-            path = Path(source.source.path).expanduser()
+            path = Path(named_path(source.source.path, "pairs")).expanduser()
             local = source.source.rows is None and path.exists()
             found = [path] if local else [file.parent for file in source.files.get(name, [])]
             folders += [folder for folder in dict.fromkeys(found) if folder not in folders]

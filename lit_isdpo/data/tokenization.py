@@ -32,6 +32,7 @@ from lit_isdpo.data.encoding import (
 )
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.truncation import Change, Fitted, TruncationMode, fit_length
+from lit_isdpo.names import named_path
 from lit_isdpo.types import (
     NEEDS_CODE,
     Answer,
@@ -62,7 +63,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         InputError: there is none, or it has no EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        local = named_path(path, "reference")
+        tokenizer = AutoTokenizer.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         # The libraries' messages run over many lines; the first one says what went wrong.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -95,11 +97,13 @@ class TextEncoder:
         chat_template: ``auto`` uses the tokenizer's template for message lists, ``always`` for strings too (as one user
             turn), ``never`` writes conversations as a plain transcript.
         template_options: further variables of the chat template.
+        first_without_row: the first id that the model's embedding has no row for; ``None`` where it has all.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: ChatTemplate = "auto"
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    first_without_row: int | None = None
 
     def render(self, prompt: Prompt) -> str:
         """The text of a prompt up to where the response begins; BOS is not in it, but for templates.
@@ -117,7 +121,8 @@ class TextEncoder:
         """Encodes a prompt, and each response up to the token that ends it.
 
         Raises:
-            RowError: the prompt has no tokens, or the chat template refuses the conversation.
+            RowError: the prompt has no tokens, or the model has no row for one, or the chat template refuses the
+                conversation.
             InputError: the template does not render a prompt as the beginning of prompt and response.
         """
         messages = self._templated(prompt)
@@ -127,6 +132,10 @@ class TextEncoder:
             encoded = self._encode_plain(prompt, responses)
         if not encoded.prompt_ids:
             raise RowError(Reason.EMPTY_PROMPT)
+        if self.first_without_row is not None:
+            largest = max(map(max, filter(None, [encoded.prompt_ids, *encoded.completions])))
+            if largest >= self.first_without_row:
+                raise RowError(Reason.NO_ROW, shown=f"{self.tokenizer.convert_ids_to_tokens(largest)} is {largest}")
         return encoded
 
     def header(self, prompt: Prompt) -> list[int]:

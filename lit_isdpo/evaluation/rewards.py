@@ -22,7 +22,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.policy.vocabulary import check_rows
+from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.types import InputError, Prompt, TokenizedExample
 
 
@@ -153,6 +153,9 @@ class RewardModel(Reward):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         check_rows(self, config, self.tokenizer, option="reward.path")
+        self.encoder = TextEncoder(
+            self.tokenizer, chat_template, first_without_row=first_without_row(config, self.tokenizer)
+        )
         if chat_template == "always" and not self.tokenizer.chat_template:
             raise InputError(f"reward.chat_template is 'always', but the tokenizer of {path!r} has no chat template.")
         if positions is not None and max_length > positions:
@@ -227,7 +230,7 @@ class RewardModel(Reward):
             return tokenize_response(
                 prompt,
                 response,
-                TextEncoder(self.tokenizer, self.chat_template),
+                self.encoder,
                 finished=finished,
                 max_length=self.max_length,
                 max_prompt_length=self.max_prompt_length,

@@ -33,16 +33,30 @@ def num_rows(config: PretrainedConfig) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
+def first_without_row(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first id that a model has no row for; ``None`` where it has one for every token."""
+    rows = num_rows(config)
+    return rows if rows is not None and rows < num_tokens(tokenizer) else None
+
+
 def check_rows(
     source: ModelSource, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, option: str
 ) -> None:
     """Checks that a model has a row for every token of a tokenizer; messages name ``option``.
 
+    Special tokens for what the model does not read, such as images in Gemma 3's smallest model, need none.
+
     Raises:
         InputError: tokens were added, and the embedding was not resized.
     """
     rows, tokens = num_rows(config), num_tokens(tokenizer)
-    if rows is not None and rows < tokens:
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    template = str(tokenizer.chat_template)
+    if rows is not None and any(
+        number >= rows and (number not in special or token in template)
+        for token, number in vocabulary_of(tokenizer).items()
+    ):
         raise InputError(
             f"{option}: the tokenizer has ids up to {tokens - 1}, and the embedding of {source.path!r} only {rows} "
             f"rows; resize it with model.resize_token_embeddings({tokens}), save the model, and name that folder."

@@ -23,7 +23,7 @@ from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.policy.sharding import all_ranks, whole
-from lit_isdpo.policy.vocabulary import check_rows
+from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.guards import NonFinite, StepGuard
 from lit_isdpo.types import InputError, Ranks
 
@@ -126,6 +126,7 @@ class LanguageModule(LightningModule, ABC):
             model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
         check_rows(source, architecture, self.tokenizer, option=self.path_option)
+        self.first_without_row = first_without_row(architecture, self.tokenizer)
 
     @property
     @abstractmethod

@@ -157,14 +157,18 @@ def test_calls_and_tools_reach_the_template(
         turn("assistant", content, tool_calls=[{**CALL, "function": function}]),
         turn("tool", "3 left", name="look_up", tool_call_id="c1"),
     ]
-    rows = [pair(prompt, tools=[LOOK_UP]), pair([turn("user", "Why?")])]
+    other = {**CALL, "function": {"name": "wait", "arguments": {"seconds": 3}}}
+    rows = [pair(prompt, tools=[LOOK_UP]), pair([turn("user", "Why?"), turn("assistant", "", tool_calls=[other])])]
+    if arguments == "text":
+        rows = rows[:1]
     file = str(tmp_path / f"a.{kind}")
     if kind == "jsonl":
         write(Path(file), rows)
     else:  # every object of a typed column has the keys of all
-        encoded = [row | {"tools": json.dumps(row.get("tools"))} for row in rows]
+        encoded = [row | {"tools": json.dumps(row["tools"]) if "tools" in row else None} for row in rows]
         datasets.Dataset.from_list(encoded).to_parquet(file)
     texts, splits = read(file, TOOLS)
+    assert splits.counts["val"][0].dropped == {}
     assert texts[0] == (
         f"<|im_start|>system\n{json.dumps(LOOK_UP)}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
         f"<|im_start|>assistant\n<call>{json.dumps(CALL['function'])}</call><|im_end|>\n"
@@ -172,6 +176,15 @@ def test_calls_and_tools_reach_the_template(
     )
     assert splits.counts["val"][0].changed == {}
     assert splits.prompt("val", 0).tools == [LOOK_UP]  # type: ignore[union-attr]
+
+
+def test_tools_and_turns_that_a_template_leaves_out_are_counted(read: Read, tmp_path: Path) -> None:
+    only_first = CHATML.replace("in messages %}", "in messages if m.role != 'user' or m == messages[0] %}")
+    repeated = [turn("user", "say b"), turn("assistant", "x"), turn("user", "b")]
+    for row, template in ((pair([turn("user", "u")], tools=[LOOK_UP]), CHATML), (pair(repeated), only_first)):
+        _, splits = read(write(tmp_path / "a.jsonl", [row]), template)
+        assert splits.counts["val"][0].changed == {"prompt not rendered as given": 1}
+        assert read(write(tmp_path / "a.jsonl", [row]), TOOLS)[1].counts["val"][0].changed == {}
 
 
 def test_a_response_may_think_and_call(read: Read, tmp_path: Path) -> None:

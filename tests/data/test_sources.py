@@ -97,6 +97,16 @@ def test_files_of_a_folder_or_a_glob_are_splits_by_name(tmp_path, write_rows, na
         assert files == {split: [split] if stems == 1 else stems for split, stems in splits.items()}
 
 
+def test_a_json_file_of_one_object_says_something_of_the_rows_beside_it(tmp_path, write_rows):
+    for name, text in (("info.json", '{"a": [\n1]}'), ("card.json", '{"prompt": "p"}')):
+        (tmp_path / name).write_text(text)
+        assert opened(tmp_path).files["train"], "where there is nothing else, it is read"
+    write_rows(tmp_path / "more.json", ROWS)
+    assert opened(tmp_path).files == {"train": [tmp_path / "more.json"]}
+    write_rows(tmp_path / "test.json", ROWS[:1])
+    assert opened(tmp_path).files == {"train": [tmp_path / "more.json"], "test": [tmp_path / "test.json"]}
+
+
 def test_splits_are_chosen_by_name_by_use_or_because_there_is_one(tmp_path, write_rows):
     for name in ("train", "dev"):
         write_rows(tmp_path / f"{name}.jsonl", ROWS)

@@ -179,6 +179,16 @@ def test_a_pair_needs_two_responses(make_tokenizer):
     assert error.value.reason is Reason.IDENTICAL
 
 
+def test_a_token_that_the_model_has_no_row_for_leaves_the_row_out(make_tokenizer):
+    tokenizer = make_tokenizer()
+    encoder = TextEncoder(tokenizer, first_without_row=max(tokenizer("abc")["input_ids"]))
+    assert tokenize_example(SFTExample("a", "b"), encoder, **LENGTHS)
+    for prompt, completion in (("c", "b"), ("a", "c")):
+        with pytest.raises(RowError) as error:
+            tokenize_example(SFTExample(prompt, completion), encoder, **LENGTHS)
+        assert error.value.reason is Reason.NO_ROW
+
+
 def test_loading(make_tokenizer, tokenizer_path, tmp_path):
     assert load_tokenizer(tokenizer_path).eos_token == "<eos>"
     assert pad_token_id(make_tokenizer()) == 0

@@ -26,7 +26,7 @@ from lit_isdpo.policy.generation import sample_responses
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
-from lit_isdpo.policy.vocabulary import check_rows, check_vocabulary, num_tokens
+from lit_isdpo.policy.vocabulary import check_rows, check_vocabulary, first_without_row, num_tokens
 from lit_isdpo.types import InputError, Response
 
 WORDS = ("<s>", "</s>", "alpha", "beta", "gamma")
@@ -116,6 +116,21 @@ def test_every_token_needs_a_row(tokenizer: PreTrainedTokenizerBase) -> None:
             "reward.path: the tokenizer has ids up to 5, and the embedding of 'folder' only 5 rows; resize it with "
             "model.resize_token_embeddings(6), save the model, and name that folder."
         )
+
+
+def test_special_tokens_for_what_a_model_does_not_read_need_no_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gemma 3's smallest model has no row for the token of an image, and its tokenizer has the token."""
+    source, option = PolicyConfig(path="folder"), "model.policy.path"
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    check_rows(source, llama(5), tokenizer, option=option)
+    assert first_without_row(llama(5), tokenizer) == 5
+    assert first_without_row(llama(6), tokenizer) is None
+    tokenizer.chat_template = "<image>{{ messages[0].content }}"
+    with pytest.raises(InputError, match="ids up to 5"):
+        check_rows(source, llama(5), tokenizer, option=option)
+    tokenizer.chat_template, tokenizer.eos_token = None, "<image>"
+    with pytest.raises(InputError, match="ids up to 5"):
+        check_rows(source, llama(5), tokenizer, option=option)
 
 
 def test_the_largest_id_counts_and_not_the_number_of_tokens() -> None:

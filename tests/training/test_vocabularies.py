@@ -44,7 +44,7 @@ def too_small(model_dir: str, tmp_path: Path) -> str:
     """A folder whose tokenizer got a token that its model has no row for."""
     AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path / "small")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(tmp_path / "small")
     return str(tmp_path / "small")
 

@@ -281,8 +281,8 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or their folders, ``train/0.jsonl``.
 
     Where several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name: they are
-    not to be mixed by accident. Files that no split is named by are read with the training files, but for a JSON file that
-    is one object.
+    not to be mixed by accident. Files that no split is named by are read with the training files, but for a JSON file
+    that is one object.
     """
     named: dict[str, dict[str, list[Path]]] = {}
     others = []

@@ -25,7 +25,7 @@ def code_files(folder: Path, kinds: Collection[str] | None = None) -> list[str]:
 
     Args:
         folder: with the configurations of a model and its tokenizer.
-        kinds: of the auto classes, ``AutoConfig`` say, that the files are for. Default: of all.
+        kinds: of the auto classes, such as ``AutoConfig``, that the files are for. Default: of all.
     """
     references: list[Any] = []
     for name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE):

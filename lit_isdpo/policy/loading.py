@@ -101,7 +101,7 @@ class PolicyConfig:
 
 
 def model_path(source: ModelSource) -> str:
-    """The folder or hub id that is read: that of a registered name, ``lab:posts`` say, is made where it is missing."""
+    """The folder or hub id that is read: that of a registered name, such as ``lab:posts``, is made if it is missing."""
     return named_path(source.path, "reference")
 
 

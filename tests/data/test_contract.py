@@ -187,6 +187,14 @@ def test_tools_and_turns_that_a_template_leaves_out_are_counted(read: Read, tmp_
         assert read(write(tmp_path / "a.jsonl", [row]), TOOLS)[1].counts["val"][0].changed == {}
 
 
+def test_tools_stay_where_the_first_messages_are_left_out(read: Read, tmp_path: Path) -> None:
+    prompt = [turn("user", "a" * 99), turn("assistant", "b"), turn("user", "c")]
+    file = write(tmp_path / "a.jsonl", [pair(prompt, tools=[{"name": "look_up"}])])
+    texts, splits = read(file, TOOLS, max_prompt_length=90)
+    assert splits.counts["val"][0].changed == {"first messages left out": 1}
+    assert texts[0].startswith('<|im_start|>system\n{"name": "look_up"}<|im_end|>\n<|im_start|>user\nc<|im_end|>')
+
+
 def test_a_response_may_think_and_call(read: Read, tmp_path: Path) -> None:
     chosen = [turn("assistant", "1", reasoning_content="0 + 1")]
     rejected = [turn("assistant", None, tool_calls=[CALL])]
@@ -275,6 +283,9 @@ def test_variables_of_the_template_are_handed_on(read: Read, tmp_path: Path) -> 
         read(file, SWITCHED)
     texts, _ = read(file, SWITCHED, chat_template_kwargs={"enable_thinking": False})
     assert texts[0].endswith("assistant\n")
+    styled = CHATML.replace("{% for", "{{ style }}{% for", 1)
+    for style in ("a", "b"):  # and not those of the run before
+        assert read(file, styled, chat_template_kwargs={"style": style})[0][0].startswith(f"{style}<|im_start|>")
 
 
 # Prompts
@@ -516,7 +527,7 @@ def test_columns_are_mapped_for_all_sources_or_one(read: Read, tmp_path: Path) -
         assert texts == ["<bos>q0", "a0<eos>", "b<eos>"]
         assert splits.rows["val"][5][1].weight == 6.0
         own = {"path": path, "columns": {"rejected": "prompt"}}
-        assert read(own, columns=COLUMNS)[0][2] == "other<eos>"
+        assert read(own, columns=COLUMNS, weight_column="weight")[0][2] == "other<eos>"
     with pytest.raises(InputError, match=r"a\.jsonl: data\.columns: no column 'nothing'; it has question, good, bad"):
         read(file, columns={"prompt": "nothing"})
     with pytest.raises(InputError, match=r"map them with data\.columns, as in \{prompt: question\}"):

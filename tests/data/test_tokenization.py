@@ -8,6 +8,7 @@ from lit_isdpo.data.tokenization import (
     terminator_ids,
     tokenize_example,
     tokenize_pair,
+    tokenize_response,
     transcript,
 )
 from lit_isdpo.types import InputError, Message, PreferenceExample, SFTExample
@@ -177,6 +178,15 @@ def test_a_pair_needs_two_responses(make_tokenizer):
     with pytest.raises(RowError) as error:
         tokenize_pair(PreferenceExample("a", "b", "b"), TextEncoder(make_tokenizer()), **LENGTHS)
     assert error.value.reason is Reason.IDENTICAL
+
+
+@pytest.mark.parametrize(("begun", "text"), [(False, "b<eos>"), (True, "  b<eos>")])
+def test_a_sampled_response_gets_the_transcripts_blank_once(make_tokenizer, begun, text):
+    """A policy writes it itself, but not where an answer has begun: there a blank is its own."""
+    tokenizer = make_tokenizer()
+    prompt = [*QUESTION, Message(role="assistant", content="a", prefix=True)] if begun else QUESTION
+    example = tokenize_response(prompt, "  b" if begun else " b", TextEncoder(tokenizer), finished=True, **LENGTHS)
+    assert shown(example.completion_ids, tokenizer) == (text if begun else f" {text}")
 
 
 def test_a_token_that_the_model_has_no_row_for_leaves_the_row_out(make_tokenizer):

@@ -1,5 +1,6 @@
 """From sampled responses to pairs: what is left out, who is chosen, and the log-probs of what was really sampled."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from lit_isdpo.data.formats import detect_format, to_pairs
 from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
 from lit_isdpo.evaluation.labelling import Labeller, SampledRow, nucleus_logps, sampled_logps, to_rows
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Message, Prompt, Response
+from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response
 from tests.data.conftest import _make_tokenizer
 
 CHATML = (
@@ -128,6 +129,23 @@ def test_conversations_are_written_as_messages_that_read_back_as_the_sampled_tok
     (pair,) = to_pairs(values, detect_format(list(values), [values]))
     read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
     assert read[:7] == (prompt_ids, ids[1], ids[0], -1.0, -2.0, 1.0, 0.0)
+
+
+def test_tools_and_an_answer_that_has_begun_are_written_and_read_back() -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name }}<|im_end|>{% endfor %}" + CHATML
+    tokenizer = _make_tokenizer(template=template, eos_token="<|im_end|>")
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    prompt = Conversation([*CHAT, Message(role="assistant", content="It is", prefix=True)], tools)
+    prompt_ids = encode(tokenizer, TextEncoder(tokenizer).render(prompt))
+    ids = [[*encode(tokenizer, text), tokenizer.eos_token_id] for text in (" 4", " five")]
+    row = SampledRow(0, prompt, prompt_ids, [Response(token_ids, True) for token_ids in ids])
+    preferences, left_out = labeller(tokenizer)([row])
+    assert not left_out
+    (written,) = json.loads(json.dumps(to_rows(preferences, [-1.0, -2.0])))
+    assert written["tools"] == tools
+    (pair,) = to_pairs(written, detect_format(list(written), [written]))
+    read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
+    assert read[:3] == (prompt_ids, ids[1], ids[0])
 
 
 def test_noise_is_bradley_terry(tokenizer: PreTrainedTokenizerBase) -> None:

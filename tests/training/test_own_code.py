@@ -81,7 +81,8 @@ def forget_modules() -> None:
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What transformers copies of the code, and Python knows of it, is of one test."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    others = [place for place in sys.path if not (Path(place) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", others)  # another test's copies would be found first
     forget_modules()
     yield
     forget_modules()

@@ -120,7 +120,7 @@ def rows_in_memory(rows: Any, option: str) -> Records:
             raise InputError(f"{option}: row {place} in memory cannot be read: {error}") from error
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
     table, fingerprint = write_lines([lines], digest)
-    return Records(table, fingerprint)
+    return Records(table, fingerprint, is_text=True)
 
 
 def _cell(value: Any) -> Any:
@@ -177,7 +177,7 @@ def _read_lines(files: list[Path], reader: Reader, option: str) -> Records:
 
     key = [(str(file.absolute()), *state) for file, state in zip(files, states, strict=True)]
     table, fingerprint = write_lines(checked(), key)
-    return Records(table, fingerprint, where=partial(_where, files, reader, option))
+    return Records(table, fingerprint, is_text=True, where=partial(_where, files, reader, option))
 
 
 def _state(file: Path) -> tuple[int, int]:

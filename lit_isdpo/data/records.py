@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from lit_isdpo.data.readers import Row
 from lit_isdpo.types import InputError
 
-LINE = "json"  # the only column of a table of lines
+LINE = "line"  # the only column of a table of lines
 _LOOKED_AT = 1000  # first rows that a format may be recognised by
 _AT_ONCE = 50
 _ALL_OR_NONE = ("system", "tools")  # in data with such a column every prompt is a conversation's
@@ -36,8 +36,9 @@ class Records:
     """N rows in their order.
 
     Args:
-        table: a ``datasets.Dataset``, of the one column ``LINE`` or of typed columns.
+        table: a ``datasets.Dataset`` with typed columns, or with the one column ``LINE``.
         fingerprint: tells the rows from any others.
+        is_text: whether it has that one column.
         renamed: what the user calls a column -> its name in the data; ``None`` hides a column.
         where: says in which file and line a row stands, given the row and what is wrong with it.
     """
@@ -47,12 +48,12 @@ class Records:
         table: Any,
         fingerprint: str,
         *,
+        is_text: bool = False,
         renamed: Mapping[str, str | None] | None = None,
         where: Callable[[int, str], str] = lambda row, problem: f"row {row} {problem}",
     ) -> None:
-        self.table, self.fingerprint, self.where = table, fingerprint, where
+        self.table, self.fingerprint, self.is_text, self.where = table, fingerprint, is_text, where
         self.renamed = dict(renamed or {})
-        self.is_text = table.column_names == [LINE]
         self._column_names: list[str] | None = None
 
     def __len__(self) -> int:
@@ -85,16 +86,14 @@ class Records:
         """The first rows; all of them if there are no more."""
         if number >= len(self):
             return self
-        table = self.table.select(range(number))
-        return Records(table, f"{self.fingerprint} {number}", renamed=self.renamed, where=self.where)
+        table, fingerprint = self.table.select(range(number)), f"{self.fingerprint} {number}"
+        return Records(table, fingerprint, is_text=self.is_text, renamed=self.renamed, where=self.where)
 
     def column_names(self) -> list[str]:
         """The columns, by the user's names; rows of text may have others further down."""
         if self._column_names is None:
-            there = (
-                self.table.column_names if not self.is_text else {name: None for row in self.start() for name in row}
-            )
-            self._column_names = list(there if self.is_text else _rename(dict.fromkeys(there), self.renamed))
+            names = _rename(dict.fromkeys(self.table.column_names), self.renamed)
+            self._column_names = list({name: None for row in self.start() for name in row} if self.is_text else names)
         return self._column_names
 
     def check_renamed(self, name: str) -> None:
@@ -105,7 +104,7 @@ class Records:
         """
         if not self.renamed:
             return
-        there = Records(self.table, self.fingerprint, where=self.where).column_names()
+        there = Records(self.table, self.fingerprint, is_text=self.is_text, where=self.where).column_names()
         for wanted in self.renamed.values():
             if wanted is not None and wanted not in there:
                 raise InputError(f"{name}: data.columns: no column {wanted!r}; it has {', '.join(there) or '(none)'}")

@@ -213,6 +213,12 @@ def test_the_same_answer_after_two_thoughts_is_a_pair(read: Read, tmp_path: Path
     assert texts[1:] == ["<think>good</think>1<|im_end|>", "<think>bad</think>1<|im_end|>"]
 
 
+def test_a_typed_table_may_have_any_column(read: Read) -> None:
+    rows = datasets.Dataset.from_list([{"line": "p"}])
+    with pytest.raises(InputError, match="the format of its columns line is not known"):
+        read(rows)
+
+
 def test_other_roles_are_the_templates_business(read: Read, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [pair([turn("developer", "Be kind."), turn("user", "Hi")])])
     assert read(file, CHATML)[0][0].startswith("<|im_start|>developer\nBe kind.<|im_end|>\n")

@@ -6,6 +6,7 @@ rows are parsed later, where they are tokenized. Parquet and Arrow files are rea
 
 import bz2
 import csv
+import errno
 import glob
 import gzip
 import hashlib
@@ -90,6 +91,8 @@ def read_files(files: list[Path], option: str) -> Records:
     except InputError:
         raise
     except Exception as error:  # the readers raise whatever their libraries do
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the cache is what cannot be written
         for file in files if len(files) > 1 else ():  # one is at fault, or they do not go together
             read_files([file], option)
         together = f" to {files[-1].name!r} together" if len(files) > 1 else ""

@@ -1,7 +1,7 @@
 """Token ids: which of them a model has rows for, and whether two models mean the same by them.
 
-Models are often given more rows than their tokenizer has tokens, for example up to a multiple of 64. Such padding is no token:
-it is never sampled, and it may differ between two models that are compared.
+Models are often given more rows than their tokenizer has tokens, for example up to a multiple of 64. Such padding is no
+token: it is never sampled, and it may differ between two models that are compared.
 """
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase

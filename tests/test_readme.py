@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, folder: Path) -> str:
     """What a command printed, which ended well."""
-    _, _, module, *arguments = command.split()
+    _, _, module, *arguments = shlex.split(command)
     output, environment = folder / "output.txt", {"OMP_NUM_THREADS": "1"}
     if command == QUICKSTART or "--trainer.devices" in command:  # the former as users run it; the others start ranks
         own = [sys.executable, "-m", module, *arguments]

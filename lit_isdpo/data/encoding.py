@@ -166,7 +166,9 @@ def render_chat(
     Raises:
         RowError: the template refuses it.
     """
-    conversation: Any = [{key: value for key, value in turn.items() if key != "prefix"} for turn in messages]
+    conversation: Any = messages
+    if any("prefix" in turn for turn in messages):
+        conversation = [{key: value for key, value in turn.items() if key != "prefix"} for turn in messages]
     tools: Any = messages.tools if isinstance(messages, Conversation) else None
     try:
         text = tokenizer.apply_chat_template(
@@ -194,7 +196,8 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         RowError: some of the text is not there, or stands in markup that it has itself.
     """
-    content, others = turn["content"].strip(), list(_other_texts(turn))
+    content = turn["content"].strip()
+    others = list(_other_texts(turn)) if len(turn) > 2 else []  # role and content are in every turn
     missing = [text for text in [content, *others] if _find(text, completion) is None]
     if missing == [content] and _without_blanks(content) in _without_blanks(completion):
         return [noted(RESPONSE_BLANKS, _beside(content, completion))]
@@ -216,7 +219,8 @@ def _left_out(messages: Conversation, rendered: str) -> str:
         moves = turn["role"] in _ANYWHERE
         end = _find(turn["content"].strip(), rendered, 0 if moves else at)
         missing = [turn["content"]] if end is None else []
-        missing += [text for text in _other_texts(turn) if _find(text, rendered) is None]
+        if len(turn) > 2:
+            missing += [text for text in _other_texts(turn) if _find(text, rendered) is None]
         if missing:
             return f"prompt[{place}]: {_beside(missing[0], rendered)}"
         at = at if moves or end is None else end

@@ -386,6 +386,15 @@ def _turn(turn: object, where: str) -> Message:
     role = turn.get("role")
     if role not in ROLES:
         raise _malformed(f"{where}.role {_kind(role)}" + " that is no role" * isinstance(role, str), role)
+    fields = {} if turn.keys() == {"role", "content"} else _fields(turn, where)
+    content = turn.get("content")
+    if content is None and role == "assistant" and len(fields) > ("name" in fields):
+        content = ""  # the usual form of a turn that calls a tool
+    return cast(Message, {"role": role, "content": _content(content, f"{where}.content"), **fields})
+
+
+def _fields(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a turn holds besides its role and content, and a chat template may read."""
     fields: dict[str, Any] = {}
     for name in ("name", "tool_call_id", *THOUGHTS):
         if turn.get(name) not in (None, ""):
@@ -395,10 +404,7 @@ def _turn(turn: object, where: str) -> Message:
         fields["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     if turn.get("prefix") is True:
         fields["prefix"] = True
-    content = turn.get("content")
-    if content is None and role == "assistant" and len(fields) > ("name" in fields):
-        content = ""  # the usual form of a turn that calls a tool
-    return cast(Message, {"role": role, "content": _content(content, f"{where}.content"), **fields})
+    return fields
 
 
 def _content(value: object, where: str) -> str:

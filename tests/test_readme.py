@@ -30,8 +30,8 @@ SHORTER = {  # a few steps, batches or prompts
     "test": " --trainer.limit_test_batches 1 --evaluation.num_prompts 16 --evaluation.kl_prompts 16",
     "predict": " --trainer.limit_predict_batches 4",
     # one run of two steps instead of 24 whole ones
-    "study": ' --seeds=[0] --grid=null --methods={"DPO":"configs/model/dpo.yaml"}'
-    ' --options={"trainer.max_steps":2,"trainer.limit_val_batches":1}',
+    "study": """ --seeds=[0] --grid=null --methods='{"DPO":"configs/model/dpo.yaml"}' """
+    """--options='{"trainer.max_steps":2,"trainer.limit_val_batches":1}' """,
 }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.readers import THOUGHTS, Reason, RowError, noted
@@ -174,14 +173,14 @@ def render_chat(
         text = tokenizer.apply_chat_template(
             conversation, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **template_options
         )
-    except (TemplateError, TypeError) as error:  # TypeError: the template adds text to what is none
+    except Exception as error:  # a template is a program: it may divide by zero, or add text to what is none
         raise RowError(Reason.TEMPLATE, shown=str(error)) from error
     return str(text)
 
 
 def special_in(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text holds what the tokenizer reads as a special token: a control token and no text to the model."""
-    return _special_pattern(tokenizer).search(text) is not None
+    return not tokenizer.split_special_tokens and _special_pattern(tokenizer).search(text) is not None
 
 
 @lru_cache(maxsize=8)
@@ -203,9 +202,13 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
         return [noted(RESPONSE_BLANKS, _beside(content, completion))]
     if missing:
         raise RowError(Reason.REWRITTEN, shown=_beside(missing[0], completion))
+    blanks = turn["content"][: -len(turn["content"].lstrip())]
+    if blanks and turn["content"].rstrip() not in completion:  # an indentation may be what a line means
+        return [noted(RESPONSE_BLANKS, _beside(turn["content"], completion))]
     if others:  # how a thought or a call is written is the template's business
         return []
-    before, _, after = completion.partition(content)
+    at = completion.find(content)
+    before, after = completion[:at], completion[at + len(content) :]
     added = _special_pattern(tokenizer).sub("", before + after).strip()
     if any(tag in content for tag in re.findall(r"</?\w+>", added)):
         raise RowError(Reason.REWRITTEN, "it stands in markup that it has itself", _beside(content, completion))

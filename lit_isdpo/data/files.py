@@ -50,6 +50,7 @@ _OPENERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # suffix -> the fi
 }
 _LINES_VERSION = 1  # part of the cache's key: raise it with every change to how files become lines
 _BLANKS = b" \t\r\n\xef\xbb\xbf"  # and the mark that some editors put at the beginning of a file
+_BLANK_TEXT = _BLANKS.decode("utf-8")
 _CHUNK = 2**24  # bytes that are read at once
 _SCHEMA = pa.schema([(LINE, pa.large_string())])
 
@@ -228,7 +229,7 @@ def _json_lines(file: Path) -> Iterator[list[str]]:
                 text = (chunk + content.readline()).decode(encoding)
             except UnicodeDecodeError:
                 raise ValueError(_not_utf8(file)) from None
-            yield [line for line in text.split("\n") if line and not line.isspace()]
+            yield [line for line in text.split("\n") if line.strip(_BLANK_TEXT)]
             encoding = "utf-8"
 
 
@@ -275,9 +276,12 @@ def is_one_object(file: Path) -> bool:
     """Whether a JSON file is one object: what says something of the rows beside it, and no rows."""
     if suffixes(file)[0] != ".json":
         return False
-    with _opened(file) as lines:
-        first = next((line for line in lines if line.strip(_BLANKS)), b"")
-    return first.lstrip(_BLANKS).startswith(b"{") and _is_complete(_whole(file))
+    try:
+        with _opened(file) as lines:
+            first = next((line for line in lines if line.strip(_BLANKS)), b"")
+        return first.lstrip(_BLANKS).startswith(b"{") and _is_complete(_whole(file))
+    except (OSError, EOFError, lzma.LZMAError):
+        return False  # it is damaged, which its reader says
 
 
 def _where(files: list[Path], reader: Reader, option: str, index: int, problem: str) -> str:

@@ -57,7 +57,8 @@ class RowError(ValueError):
 
 def noted(words: str, shown: str = "") -> str:
     """What is noted of a row: words that rows are counted by, and behind a line break what one row shows."""
-    return f"{words}\n{' '.join(shown.split())}" if shown else words
+    shown = " ".join(shown.split()).encode(errors="backslashreplace").decode()  # half a surrogate is no text
+    return f"{words}\n{shown}" if shown else words
 
 
 def counted(note: str) -> str:
@@ -292,11 +293,11 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     value = row.get("tools")
     if value in (None, "", []):
         return None
-    tools = [decoded(tool) for tool in _list(value, "tools")]
+    tools = [_object(tool, f"tools[{i}]") for i, tool in enumerate(_list(value, "tools"))]
     for i, tool in enumerate(tools):
-        if not isinstance(tool, dict):
-            raise _malformed(f"tools[{i}] {_kind(tool)} and no object")
-    return cast(list[dict[str, Any]], tools)
+        if "function" in tool:
+            _object(tool["function"], f"tools[{i}].function")
+    return tools
 
 
 def read_system(row: Row) -> str:
@@ -402,6 +403,8 @@ def _fields(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     if turn.get("tool_calls") not in (None, "", []):
         calls = _list(turn["tool_calls"], f"{where}.tool_calls")
         fields["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    if turn.get("function_call") is not None:
+        raise _malformed(f"{where}.function_call is the older form of tool_calls")
     if turn.get("prefix") is True:
         fields["prefix"] = True
     return fields
@@ -423,7 +426,10 @@ def _content(value: object, where: str) -> str:
 def _tool_call(call: object, where: str) -> dict[str, Any]:
     """A tool call with its arguments as an object, which templates expect; OpenAI's are JSON text."""
     call = dict(_object(call, where))
-    function = call.get("function")
+    function = _object(call["function"], f"{where}.function") if "function" in call else None
+    _text((function or call).get("name"), f"{where}.name" if function is None else f"{where}.function.name")
+    if function is not None:
+        call["function"] = function
     for place in (call, function):
         if isinstance(place, dict) and "arguments" in place:
             place = {**place, "arguments": decoded(place["arguments"])}

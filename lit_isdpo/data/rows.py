@@ -342,4 +342,5 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that decides which ids a text gets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return [type(tokenizer).__name__, model, str(tokenizer.special_tokens_map), tokenizer.chat_template]
+    special = [str(tokenizer.special_tokens_map), tokenizer.split_special_tokens]
+    return [type(tokenizer).__name__, model, *special, tokenizer.chat_template]

@@ -253,7 +253,8 @@ def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    named_so = not hidden and file.name not in _NOT_DATA and suffixes(file)[0] in READERS
+    left_behind = file.name.startswith(("cache-", "tmp")) and file.suffix == ".arrow"  # by `datasets`, of what it made
+    named_so = not hidden and not left_behind and file.name not in _NOT_DATA and suffixes(file)[0] in READERS
     return named_so and not file.is_dir()
 
 
@@ -287,7 +288,8 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     named: dict[str, dict[str, list[Path]]] = {}
     others = []
     for file in files:
-        name = re.sub(r"([-_.]?\d+)+(-of-\d+)?$", "", file.name.split(".")[0])
+        stem = file.name[: -len("".join(suffixes(file)))]  # it may have more dots: v1.0-test.jsonl, pairs.test.jsonl
+        name = re.sub(r"([-_.]?\d+)+(-of-\d+)?$", "", stem)
         parents = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
         for part in (name, *parents):
             words = [word for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLIT_WORDS]

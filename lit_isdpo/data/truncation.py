@@ -101,7 +101,7 @@ def _last_messages(prompt: Prompt, encode: Encode, max_length: int) -> Encoded |
 
 
 def _ends(messages: list[Message]) -> Iterator[list[Message]]:
-    first = next((at for at, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
+    first = next((at for at, turn in enumerate(messages) if turn["role"] not in ("system", "developer")), len(messages))
     users = [at for at in range(first + 1, len(messages)) if messages[at]["role"] == "user"]
     for at in users:
         yield messages[:first] + messages[at:]

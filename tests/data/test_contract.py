@@ -510,6 +510,68 @@ def test_parts_that_are_all_text_are_joined() -> None:
     assert (found.prompt, found.chosen) == ([turn("user", "What is 0?")], "What is 0?")
 
 
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ({"function": "look_up"}, "function is a text and no object"),
+        ({"function": None}, "function is missing and no object"),
+        ({}, "name is missing"),
+        ("x", " is a text and no object"),
+        (5, " is a number and no object"),
+    ],
+)
+def test_a_call_of_a_tool_that_says_no_name_is_malformed(call: Any, problem: str) -> None:
+    with pytest.raises(RowError) as error:
+        to_pairs(pair([turn("user", "u")], [turn("assistant", None, tool_calls=[call])]), "messages")
+    assert str(error.value).startswith("malformed row: chosen[0].tool_calls[0]")
+    assert str(error.value).endswith(problem)
+    with pytest.raises(RowError, match=r"chosen\[0\]\.function_call is the older form of tool_calls"):
+        to_pairs(pair([turn("user", "u")], [turn("assistant", "a", function_call={"name": "f"})]), "messages")
+
+
+@pytest.mark.parametrize("tools", [[{"function": "f"}], [{"function": None}], ["x"], [5]])
+def test_tools_that_are_no_objects_are_malformed(tools: Any) -> None:
+    with pytest.raises(RowError, match=r"malformed row: tools\[0\]"):
+        to_pairs(pair([turn("user", "u")], tools=tools), "messages")
+
+
+def test_half_a_surrogate_in_what_is_shown_is_written_out(read: Read, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [pair([turn("\ud83d", "u")]), pair([turn("user", "u")])])
+    _, splits = read(file)
+    assert splits.counts["val"][0].example == r"\ud83d"
+
+
+@pytest.mark.parametrize("body", ["{{ 1 // 0 }}", "{{ m.content.index('?') }}", "{{ 10.0 ** 400 }}"])
+def test_whatever_a_template_raises_is_a_refusal(read: Read, tmp_path: Path, body: str) -> None:
+    file = write(tmp_path / "a.jsonl", [pair([turn("user", "u")])])
+    with pytest.raises(InputError, match="1 x refused by the chat template"):
+        read(file, CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}" + body))
+
+
+def test_an_indentation_that_a_template_takes_off_is_counted(read: Read, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [pair([turn("user", "u")], "    return x\n")])
+    texts, splits = read(file, CHATML.replace("m['content']", "m['content'] | trim"))
+    assert texts[1] == "return x<|im_end|>"
+    assert splits.counts["val"][0].changed == {"blanks inside a response changed by the chat template": 1}
+
+
+def test_special_tokens_that_are_read_as_text_are_text(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    """Two tokenizers that differ in nothing else have rows of their own."""
+    file = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "a<eos>b", "rejected": "c"}] * 2)
+    lengths = []
+    for split in (False, True):
+        data = PreferenceDataModule(val=file)
+        data._tokenizer = make_tokenizer()
+        data._tokenizer.split_special_tokens = split
+        data.setup("validate")
+        lengths.append(len(data.splits.rows["val"][0][1].chosen_ids))
+        assert ("terminator inside a response" in data.splits.counts["val"][0].changed) == (not split)
+        assert "special token inside a response" not in data.splits.counts["val"][0].changed
+    assert lengths == [4, 8]
+
+
 def test_problems_are_counted_without_their_places_and_listed_with_them(read: Read, tmp_path: Path) -> None:
     bad = [pair([turn("user", "a")] * i + [turn("user", i)]) for i in range(20)]
     file = write(tmp_path / "a.jsonl", [*bad, pair([turn("user", "a")])])

@@ -85,6 +85,7 @@ CASES: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b"null\n" + GOOD, "line 1 is null and no object"),  # ends the process in pyarrow
     ("a.json", b"null", "line 1 is null and no object"),
     ("a.json", json.dumps([*ROWS, None]).encode(), "item 6 is null and no object"),
+    ("a.jsonl", b"\xef\xbb\xbf\n \n" + LINES[0].encode() + b"\xef\xbb\xbf\n1\n", "line 5 is a number"),
     ("a.jsonl", b"1\n2\n", "line 1 is a number and no object"),
     ("a.jsonl", b"[1]\n[2]\n", "the file is not JSON"),
     ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1 is not "),

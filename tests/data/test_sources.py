@@ -54,6 +54,10 @@ def test_the_first_rows_alone(tmp_path, write_rows, first, prompts):
 def test_arrow_folders_are_read(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved")["prompt"] == ["0", "1", "2", "3"]
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.map(lambda row: {"chosen": "other"}).filter(lambda row: row["prompt"] == "0")  # leave files in the folder
+    assert len([*(tmp_path / "saved").glob("*.arrow")]) > 1
+    assert read(tmp_path / "saved")["chosen"] == ["None"] * 4
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,8 @@ def test_every_cell_of_a_csv_file_is_text(tmp_path):
     ("names", "splits"),
     [
         (["train", "val", "test", "more"], {"train": ["more", "train"], "validation": ["val"], "test": ["test"]}),
+        (["pairs.train", "pairs.test"], {"train": ["pairs.train"], "test": ["pairs.test"]}),
+        (["v1.0-train", "v1.0-dev"], {"train": ["v1.0-train"], "validation": ["v1.0-dev"]}),
         (["train", "holdout"], {"train": ["train"], "validation": ["holdout"]}),
         (["pairs", "my-eval", "test"], {"train": ["pairs"], "validation": ["my-eval"], "test": ["test"]}),
         (["x", "train_sft", "train_prefs"], {"train_sft": 1, "train_prefs": 1, "other files": ["x"]}),
@@ -123,6 +129,7 @@ def test_splits_are_chosen_by_name_by_use_or_because_there_is_one(tmp_path, writ
     ("name", "content", "message"),
     [
         ("bad.jsonl", b'{"a": 1}\n{"a": \n', r"cannot read .*bad\.jsonl as json: line 2 is not JSON: .* at char"),
+        ("bad.json.gz", b"nonsense", r"cannot read .*bad\.json\.gz as json: Not a gzipped file"),
         ("bad.json", b"[1, 2", r"cannot read .*bad\.json as json"),
         ("bad.parquet", b"nonsense", r"cannot read .*bad\.parquet as parquet: Parquet magic bytes"),
         ("bad.jsonl.gz", b"nonsense", r"cannot read .*bad\.jsonl\.gz as json: Not a gzipped file"),

@@ -43,6 +43,10 @@ def test_messages_go_before_tokens_do_and_the_header_stays(length, mode, text, c
     assert fit(DIALOGUE, length, mode) == (text, changes)
 
 
+def test_a_developers_words_stay_as_the_systems_do():
+    assert fit([{**DIALOGUE[0], "role": "developer"}, *DIALOGUE[1:]], 7) == ("xsxwxyA", ["first messages left out"])
+
+
 def test_a_dialogue_loses_no_more_messages_than_it_must():
     longer = [*DIALOGUE, Message(role="assistant", content="b"), Message(role="user", content="z")]
     assert fit(longer, 12) == ("xsxwxyxbxzA", ["first messages left out"])

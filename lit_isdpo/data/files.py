@@ -29,7 +29,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 
-from lit_isdpo.data.records import LINE, Records
+from lit_isdpo.data.records import ALL_OR_NONE, LINE, Records, any_line_with
 from lit_isdpo.types import InputError
 
 Reader = Literal["json", "csv", "parquet", "arrow"]
@@ -48,7 +48,7 @@ _OPENERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # suffix -> the fi
     ".xz": (b"\xfd7zXZ\x00", lzma.open),
     ".zst": (b"\x28\xb5\x2f\xfd", lambda file: importlib.import_module("zstandard").open(file, "rb")),
 }
-_LINES_VERSION = 1  # part of the cache's key: raise it with every change to how files become lines
+_LINES_VERSION = 2  # part of the cache's key: raise it with every change to how files become lines
 _BLANKS = b" \t\r\n\xef\xbb\xbf"  # and the mark that some editors put at the beginning of a file
 _BLANK_TEXT = _BLANKS.decode("utf-8")
 _CHUNK = 2**24  # bytes that are read at once
@@ -123,8 +123,7 @@ def rows_in_memory(rows: Any, option: str) -> Records:
         except (TypeError, ValueError) as error:
             raise InputError(f"{option}: row {place} in memory cannot be read: {error}") from error
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-    table, fingerprint = write_lines([lines], digest)
-    return Records(table, fingerprint, is_text=True)
+    return write_lines([lines], digest)
 
 
 def _cell(value: Any) -> Any:
@@ -139,15 +138,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"it holds a {type(value).__name__}; make text or a number of it")
 
 
-def write_lines(rows: Iterable[Iterable[str]], key: object) -> Any:
-    """A table of lines in the cache, which is written only if no earlier run has done so.
+def write_lines(rows: Iterable[Iterable[str]], key: object) -> Records:
+    """Lines in a memory-mapped file of the cache, which is written only if no earlier run has done so.
 
     Args:
         rows: lines in portions, each the JSON of an object.
         key: tells these lines from any others.
-
-    Returns:
-        A memory-mapped ``datasets.Dataset``, and its fingerprint.
     """
     fingerprint = hashlib.blake2b(json.dumps([_LINES_VERSION, key]).encode(), digest_size=16).hexdigest()
     file = cache_file(f"lines-{fingerprint}")
@@ -157,8 +153,13 @@ def write_lines(rows: Iterable[Iterable[str]], key: object) -> Any:
             with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
                 for portion in rows:
                     writer.write_batch(pa.record_batch([pa.array(portion, pa.large_string())], schema=_SCHEMA))
+            table = datasets.Dataset.from_file(str(written))
+            note = {name: any_line_with(table, name) for name in ALL_OR_NONE}
+            (Path(temporary) / "note").write_text(json.dumps(note))
+            (Path(temporary) / "note").replace(file.with_suffix(".json"))
             written.replace(file)  # nobody finds half of it
-    return datasets.Dataset.from_file(str(file)), fingerprint
+    table = datasets.Dataset.from_file(str(file))
+    return Records(table, fingerprint, is_text=True, late=json.loads(file.with_suffix(".json").read_text()))
 
 
 def cache_file(name: str) -> Path:
@@ -180,8 +181,9 @@ def _read_lines(files: list[Path], reader: Reader, option: str) -> Records:
                 raise ValueError(f"{file.name!r} was changed while it was read; begin again when it is complete")
 
     key = [(str(file.absolute()), *state) for file, state in zip(files, states, strict=True)]
-    table, fingerprint = write_lines(checked(), key)
-    return Records(table, fingerprint, is_text=True, where=partial(_where, files, reader, option))
+    records = write_lines(checked(), key)
+    records.where = partial(_where, files, reader, option)
+    return records
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -7,8 +7,11 @@ kept as lines of JSON. Parquet and Arrow files and tables of ``datasets`` state 
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
+
+import pyarrow.compute as pc
 
 from lit_isdpo.data.readers import Row
 from lit_isdpo.types import InputError
@@ -16,7 +19,7 @@ from lit_isdpo.types import InputError
 LINE = "line"  # the only column of a table of lines
 _LOOKED_AT = 1000  # first rows that a format may be recognised by
 _AT_ONCE = 50
-_ALL_OR_NONE = ("system", "tools")  # in data with such a column every prompt is a conversation's
+ALL_OR_NONE = ("system", "tools")  # in data with such a column every prompt is a conversation's
 
 
 class BrokenRowError(ValueError):
@@ -39,6 +42,7 @@ class Records:
         table: a ``datasets.Dataset`` with typed columns, or with the one column ``LINE``.
         fingerprint: tells the rows from any others.
         is_text: whether it has that one column.
+        late: of some names in the data, whether any line has them.
         renamed: what the user calls a column -> its name in the data; ``None`` hides a column.
         where: says in which file and line a row stands, given the row and what is wrong with it.
     """
@@ -49,12 +53,14 @@ class Records:
         fingerprint: str,
         *,
         is_text: bool = False,
+        late: Mapping[str, bool] | None = None,
         renamed: Mapping[str, str | None] | None = None,
         where: Callable[[int, str], str] = lambda row, problem: f"row {row} {problem}",
     ) -> None:
         self.table, self.fingerprint, self.is_text, self.where = table, fingerprint, is_text, where
-        self.renamed = dict(renamed or {})
+        self.renamed, self.late = dict(renamed or {}), dict(late or {})
         self._column_names: list[str] | None = None
+        self._missing: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -79,22 +85,33 @@ class Records:
 
     def parser(self) -> Callable[[Mapping[str, Any], int], Row]:
         """Makes a row of a line of the table and its index; another process can have it."""
-        missing = tuple(name for name in _ALL_OR_NONE if self.is_text and name in self.column_names())
-        return partial(_parse, is_text=self.is_text, renamed=self.renamed, missing=missing)
+        if self._missing is None:
+            self._missing = tuple(name for name in ALL_OR_NONE if self.is_text and self.has(name))
+        return partial(_parse, is_text=self.is_text, renamed=self.renamed, missing=self._missing)
 
     def first(self, number: int) -> "Records":
         """The first rows; all of them if there are no more."""
         if number >= len(self):
             return self
         table, fingerprint = self.table.select(range(number)), f"{self.fingerprint} {number}"
-        return Records(table, fingerprint, is_text=self.is_text, renamed=self.renamed, where=self.where)
+        return Records(table, fingerprint, is_text=self.is_text, late=self.late, renamed=self.renamed, where=self.where)
 
     def column_names(self) -> list[str]:
-        """The columns, by the user's names; rows of text may have others further down."""
+        """The columns, by the user's names; of rows of text those of the first ones, and what stands further down.
+
+        Lines are searched for a name that is asked for only where no row at the beginning has it, see ``has``.
+        """
         if self._column_names is None:
             names = _rename(dict.fromkeys(self.table.column_names), self.renamed)
             self._column_names = list({name: None for row in self.start() for name in row} if self.is_text else names)
         return self._column_names
+
+    def has(self, name: str) -> bool:
+        """Whether any row has a column, by the user's name."""
+        column = self.renamed.get(name, name)
+        if name in self.column_names() or not self.is_text or column is None:
+            return name in self.column_names()
+        return self.late[column] if column in self.late else any_line_with(self.table, column)
 
     def check_renamed(self, name: str) -> None:
         """Checks that the columns that are renamed are there.
@@ -104,9 +121,10 @@ class Records:
         """
         if not self.renamed:
             return
-        there = Records(self.table, self.fingerprint, is_text=self.is_text, where=self.where).column_names()
+        plain = Records(self.table, self.fingerprint, is_text=self.is_text, late=self.late, where=self.where)
+        there = plain.column_names()
         for wanted in self.renamed.values():
-            if wanted is not None and wanted not in there:
+            if wanted is not None and not plain.has(wanted):
                 raise InputError(f"{name}: data.columns: no column {wanted!r}; it has {', '.join(there) or '(none)'}")
 
     def start(self) -> Iterator[Row]:
@@ -126,6 +144,18 @@ class Records:
             return self.table
         wanted = {self.renamed.get(name, name) for name in names}
         return self.table.select_columns([column for column in self.table.column_names if column in wanted])
+
+
+def any_line_with(table: Any, name: str) -> bool:
+    """Whether a line has a key: those are parsed that hold its name in quotation marks."""
+    quoted = json.dumps(name, ensure_ascii=False)
+    lines = table.data.column(LINE)
+    for line in lines.filter(pc.match_substring(lines, quoted)).to_pylist():
+        with suppress(ValueError, RecursionError):  # a broken line is found where it is read
+            row = json.loads(line, strict=False)
+            if isinstance(row, dict) and name in row:
+                return True
+    return False
 
 
 def _parse(

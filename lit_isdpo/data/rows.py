@@ -196,7 +196,7 @@ def tokenize_rows(
     check_pairing(read_options.get("pairing", "best_worst"), format, name=name)
     for option in ("weight_column", "margin_column"):
         column = read_options.get(option)
-        if column is not None and column not in columns:
+        if column is not None and not rows.has(column):
             raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(columns)}")
     try:
         table = _map(rows, row_type, format, encoder, num_proc, read_options, limits)

@@ -360,6 +360,19 @@ def test_a_system_column_is_the_first_turn(read: Read, tmp_path: Path) -> None:
     assert to_pairs(question, "ranked")[0].prompt == [turn("system", "Be brief."), turn("user", "q")]
 
 
+def test_a_column_that_comes_late_counts_for_all_rows(read: Read, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "good": "a", "rejected": 'say "w"'} for i in range(1001)]
+    late = {"prompt": "q", "good": "a", "rejected": "b", "system": "S", "w": 2, "chosen": "c"}
+    file = write(tmp_path / "a.jsonl", [*rows, late])
+    texts, splits = read(file, CHATML, columns={"chosen": "good"}, weight_column="w")
+    assert splits.counts["val"][0].dropped == {"malformed row: w is missing": 1001}
+    assert texts[0].startswith("<|im_start|>system\nS")
+    texts, _ = read(file, CHATML, columns={"chosen": "good"})
+    assert texts[0] == "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(InputError, match="no column 'v'"):
+        read(file, columns={"chosen": "good"}, weight_column="v")
+
+
 @pytest.mark.parametrize("cls", [PreferenceDataModule, SFTDataModule])
 def test_lists_that_are_written_as_json_text_are_lists(read: Read, tmp_path: Path, cls: type) -> None:
     row = pair([turn("user", "u")], tools=[LOOK_UP])

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.readers import THOUGHTS, Reason, RowError, noted
-from lit_isdpo.types import Answer, Conversation, InputError, Message
+from lit_isdpo.types import Answer, Conversation, Message
 
 PROMPT_REWRITTEN = "prompt not rendered as given"  # changes
 RESPONSE_BLANKS = "blanks inside a response changed by the chat template"
 RESPONSE_EXTENDED = "text added to a response by the chat template"
 SPECIAL_IN_PROMPT = "special token inside a prompt"
 SPECIAL_IN_RESPONSE = "special token inside a response"
+THINKS = "a template that thinks may need data.chat_template_kwargs, as in {enable_thinking: false} or true"
 _ANCHOR = "\n"
 _SHOWN = 80  # characters of a text in a message
 _ANYWHERE = ("system", "developer")  # some templates move their turns, into the last user turn for one
@@ -108,8 +109,8 @@ def encode_chat(
     """Renders a conversation with and without its last turn; what the turn adds is the completion.
 
     Raises:
-        RowError: the template refuses the conversation, or writes the beginning of an answer in other words.
-        InputError: the template does not render a prompt as the beginning of prompt and response.
+        RowError: the template refuses the conversation, does not render a prompt as the beginning of prompt and
+            response, or writes the beginning of an answer in other words.
     """
     before, prefix = split_prefix(messages)
     prompt = opened = render_chat(before, tokenizer, template_options, add_generation_prompt=True)
@@ -122,12 +123,8 @@ def encode_chat(
         )
         if not full.startswith(opened):
             at = next((i for i, (a, b) in enumerate(zip(opened, full, strict=False)) if a != b), len(full))
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} does not begin prompt and response as it renders the "
-                f"prompt alone, which goes on with {opened[at:][:60]!r} where both together go on with "
-                f"{full[at:][:60]!r}; a template that thinks needs data.chat_template_kwargs (as in "
-                "{enable_thinking: false}), data.chat_template: never, or another template"
-            )
+            shown = f"goes on with {opened[at:][:60]!r}, and both together with {full[at:][:60]!r}"
+            raise RowError(Reason.NO_BEGINNING, shown=f"the prompt {shown}; {THINKS}")
         completion = full[len(opened) :]
         if prefix:
             begun = next((text for text in (prefix, prefix.lstrip()) if completion.startswith(text)), None)

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     NO_ROW = "token without a row in the model's embedding"
     CUT_BEHAVIOR = "truncated, so that its behavior log-probs do not hold"
     TEMPLATE = "refused by the chat template"
+    NO_BEGINNING = "prompt not rendered as the beginning of prompt and response"
     REWRITTEN = "response not rendered as given"
     DUPLICATE = "duplicated row"
 

@@ -122,8 +122,8 @@ class TextEncoder:
 
         Raises:
             RowError: the prompt has no tokens, or the model has no row for one, or the chat template refuses the
-                conversation.
-            InputError: the template does not render a prompt as the beginning of prompt and response.
+                conversation or does not render the prompt as the beginning of prompt and response.
+            InputError: there is no template, and ``always`` asks for one.
         """
         messages = self._templated(prompt)
         if messages is not None:
@@ -218,7 +218,7 @@ def tokenize_pair(
         RowError: the prompt has no tokens or may not be cut, a response is empty or not what the chat template writes,
             the responses are the same, or they were cut although they have behavior log-probs, which are those of the
             whole response.
-        InputError: the template does not render a prompt as the beginning of prompt and response.
+        InputError: as :meth:`TextEncoder.encode`.
     """
     if example.chosen == example.rejected:
         raise RowError(Reason.IDENTICAL)

@@ -254,6 +254,22 @@ def test_a_response_that_is_rendered_otherwise_is_left_out(
     assert f"for example, {shown}, more than" in str(error.value).replace(")", "")
 
 
+def test_one_row_that_does_not_begin_as_its_prompt_is_left_out(read: Read, tmp_path: Path) -> None:
+    """Here the words of the system move into the last turn, as in a template of Mistral's."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}[{{ m.role }}]"
+        "{{ messages[0].content if loop.last and messages[0].role == 'system' }}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    rows = [pair([turn("user", "u")])] * 3 + [pair([turn("system", "s"), turn("user", "u")])]
+    _, splits = read(write(tmp_path / "a.jsonl", rows), template)
+    (counts,) = splits.counts["val"]
+    assert (counts.kept, list(counts.dropped)) == (3, ["prompt not rendered as the beginning of prompt and response"])
+    assert counts.example.startswith(
+        "the prompt goes on with 'su<|im_end|>[assistant]', and both together with 'u<|im_"
+    )
+
+
 def test_thoughts_that_a_template_takes_off_earlier_turns_are_counted(read: Read, tmp_path: Path) -> None:
     prompt = [turn("user", "u"), turn("assistant", "<think>a</think>b"), turn("user", "v")]
     texts, splits = read(write(tmp_path / "a.jsonl", [pair(prompt)]), STRIPPING)
@@ -285,7 +301,7 @@ def test_blanks_that_a_template_changes_in_a_response_are_counted(read: Read, tm
 
 def test_variables_of_the_template_are_handed_on(read: Read, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [pair([turn("user", "u")])])
-    with pytest.raises(InputError, match=r"needs data\.chat_template_kwargs"):
+    with pytest.raises(InputError, match=r"none of the 1 rows .* may need data\.chat_template_kwargs"):
         read(file, SWITCHED)
     texts, _ = read(file, SWITCHED, chat_template_kwargs={"enable_thinking": False})
     assert texts[0].endswith("assistant\n")

@@ -89,7 +89,7 @@ def test_a_terminator_in_the_text_is_not_doubled(make_tokenizer):
 
 def test_a_prompt_that_is_no_prefix_is_an_error_that_shows_both(make_tokenizer):
     tokenizer = make_tokenizer(template=THINKING)
-    with pytest.raises(InputError, match=r"goes on with '<think>\\n' where both together go on with '4<\|im_end"):
+    with pytest.raises(RowError, match=r"goes on with '<think>\\n', and both together with '4<\|im_end"):
         tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), **LENGTHS)
     assert tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer, "never"), **LENGTHS)
 

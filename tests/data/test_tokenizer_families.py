@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.tokenization import TextEncoder, pad_token_id, terminator_ids, tokenize_pair
 from lit_isdpo.training.inspection import pieces
-from lit_isdpo.types import InputError, Message, PreferenceExample
+from lit_isdpo.types import Message, PreferenceExample
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
@@ -221,7 +221,7 @@ def test_the_assistants_header_is_never_cut(family, template):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_template_that_opens_a_thought_shows_both_renderings(family):
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    with pytest.raises(InputError, match=r"which goes on with '<think>.*where both together go on with 'the quick"):
+    with pytest.raises(RowError, match=r"prompt goes on with '<think>.*and both together with 'the quick"):
         tokenize_pair(ANSWERS, TextEncoder(make(family, template=thinking)), **LENGTHS)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 Part = Literal["pairs", "reference"]
 NAMES: dict[str, Callable[[str, Part], Path]] = {}
-"""By prefix, what makes a folder of a name: given the whole name, and what it means where it does not say."""
+"""By prefix, what makes a folder of a name: given the whole name, and the part that a name without one means."""
 
 
 def named_path(path: str, part: Part) -> str:

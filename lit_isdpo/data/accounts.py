@@ -10,7 +10,7 @@ from rich.table import Table
 from lit_isdpo.types import InputError
 
 Split = Literal["train", "val", "test"]
-MOST_REASONS = 12  # that are told one by one, the commonest
+MOST_REASONS = 12  # the commonest reasons, which messages and tables list one by one
 SPELLED_ROWS = 32  # that are looked at
 _SPELLED = 1.25  # bytes a token: of its own kind of text a tokenizer makes tokens of three and more
 _LOG_WIDTH = 120  # columns of a table that goes to a file

@@ -37,7 +37,13 @@ from lit_isdpo.data.sampling import (
 )
 from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
-from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, pad_token_id
+from lit_isdpo.data.tokenization import (
+    ChatTemplate,
+    TextEncoder,
+    check_template_options,
+    load_tokenizer,
+    pad_token_id,
+)
 from lit_isdpo.data.truncation import TruncationMode
 from lit_isdpo.types import InputError, ProbePrompt
 
@@ -193,6 +199,7 @@ class TextDataModule(LightningDataModule, ABC):
                 f"data.max_prompt_length is {self.max_prompt_length}; it must be at least 1 and less than "
                 f"data.max_length, which is {self.max_length}"
             )
+        check_template_options(self.chat_template_kwargs)
         if self.predict_split is not None and self.predict_split not in get_args(Split):
             raise InputError(f"data.predict_split is {self.predict_split!r}; known: {', '.join(get_args(Split))}")
         if not (self.val_size >= 1 if isinstance(self.val_size, int) else 0 < self.val_size < 1):

@@ -127,8 +127,9 @@ def encode_chat(
             raise RowError(Reason.NO_BEGINNING, shown=f"the prompt {shown}; {THINKS}")
         completion = full[len(opened) :]
         if prefix:
-            begun = next((text for text in (prefix, prefix.lstrip()) if completion.startswith(text)), None)
-            if begun is None:
+            blanks = completion[: -len(completion.lstrip())]  # the template's, which may also take those of the text
+            begun = prefix if completion.startswith(prefix) else blanks + prefix.lstrip()
+            if not completion.startswith(begun):
                 raise RowError(Reason.REWRITTEN, "the beginning of an answer in the prompt", _beside(prefix, full))
             prompt, completion = opened + begun, completion[len(begun) :]
         try:
@@ -230,12 +231,19 @@ def _left_out(messages: Conversation, rendered: str) -> str:
 
 
 def _other_texts(turn: Message) -> Iterator[str]:
-    """The text of a turn besides its content: thoughts, and the names and arguments of calls."""
+    """The text of a turn besides its content: who speaks, thoughts, and the names and arguments of calls."""
     fields = cast(dict[str, Any], turn)
+    if "name" in fields and turn["role"] not in ("tool", "function"):  # the call says the name of a tool
+        yield fields["name"]
     yield from (fields[name].strip() for name in THOUGHTS if name in fields)
     for call in fields.get("tool_calls", ()):
         function = call.get("function", call)
         yield from _leaves({key: function[key] for key in ("name", "arguments") if key in function})
+
+
+def has_more_than_text(turn: Message) -> bool:
+    """Whether a turn holds what a plain transcript has no place for."""
+    return next(_other_texts(turn), None) is not None
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -1,7 +1,10 @@
-"""Local files as records: which reader a name asks for, what a file may look like, what is said of a failure.
+"""Local files and rows in memory as records.
 
-JSON and CSV files become lines of JSON, a row a line, in a memory-mapped file that the next start finds again. Their
-rows are parsed later, where they are tokenized. Parquet and Arrow files are read by ``datasets``.
+JSON and CSV files become lines of JSON, one per row, in a memory-mapped file that the next start finds again. Their
+rows are parsed later, where they are tokenized. ``datasets`` reads Parquet and Arrow files.
+
+The module is long because it holds all shapes of files in one place: each has few lines, and they share how a file is
+opened, how a failure is put in words and where lines are kept.
 """
 
 import bz2
@@ -96,7 +99,7 @@ def read_files(files: list[Path], option: str) -> Records:
             raise  # the cache is what cannot be written
         for file in files if len(files) > 1 else ():  # one is at fault, or they do not go together
             read_files([file], option)
-        together = f" to {files[-1].name!r} together" if len(files) > 1 else ""
+        together = f" and {len(files) - 1} more files together" if len(files) > 1 else ""
         raise InputError(_cannot_read(files[0], reader, option, _reason(error), together)) from error
 
 
@@ -108,10 +111,14 @@ def rows_in_memory(rows: Any, option: str) -> Records:
         option: for messages.
 
     Raises:
-        InputError: a row is no mapping, or holds what JSON has no word for.
+        InputError: a row is no mapping, or refers to itself.
     """
     if isinstance(rows, datasets.Dataset):
-        return Records(rows, rows._fingerprint)
+        if rows.format["type"] == "custom":
+            raise InputError(
+                f"{option}: the rows in memory have a transform; apply it with `map`, which keeps its result"
+            )
+        return Records(rows.with_format(None), rows._fingerprint)
     if isinstance(rows, pd.DataFrame):
         rows = [{name: _cell(value) for name, value in row.items()} for row in rows.to_dict("records")]
     lines = []
@@ -132,10 +139,8 @@ def _cell(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Scalars and arrays of NumPy in plain types, which JSON can write."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"it holds a {type(value).__name__}; make text or a number of it")
+    """NumPy's values in plain types. Any other value that JSON cannot write becomes an object, which is no text."""
+    return value.tolist() if hasattr(value, "tolist") else {"type": type(value).__name__, "value": str(value)}
 
 
 def write_lines(rows: Iterable[Iterable[str]], key: object) -> Records:
@@ -207,8 +212,13 @@ def _portions(file: Path, reader: Reader) -> Iterator[list[str]]:
         yield from _json_lines(file)
         return
     rows = _parsed(_whole(file))
-    encoded = (json.dumps(row) for row in (rows if shape == "list" else [rows]))
-    while portion := list(itertools.islice(encoded, 1000)):
+    yield from _encoded(rows if shape == "list" else [rows])
+
+
+def _encoded(rows: Iterable[Any]) -> Iterator[list[str]]:
+    """Rows as lines of JSON, in portions."""
+    lines = (json.dumps(row, default=_plain) for row in rows)
+    while portion := list(itertools.islice(lines, 1000)):
         yield portion
 
 
@@ -338,19 +348,17 @@ def _parsed(text: bytes) -> Any:
 
 
 def _read_table(files: list[Path], reader: Reader, option: str) -> Records:
-    """The rows of files with typed columns; one that a file lacks is missing in its rows."""
+    """The rows of files with typed columns; where the files differ in these, the rows become lines."""
     if not files:
         return Records(datasets.Dataset.from_dict({}), "empty")
     try:
         table = _load(files, reader)
-    except Exception as error:
-        tables = [_load([file], reader) for file in files]
-        if len({frozenset(table.column_names) for table in tables}) == 1:
-            raise ValueError(_difference(files, tables) or _reason(error)) from error
-        try:
-            table = datasets.concatenate_datasets(tables)
-        except ValueError as other:
-            raise ValueError(_difference(files, tables) or _reason(other)) from other
+    except Exception:
+        if len(files) == 1:
+            raise
+        parts = [Records(_load([file], reader), "") for file in files]  # or one of them cannot be read
+        rows = (row for part in parts for row in part)
+        return write_lines(_encoded(rows), [part.table._fingerprint for part in parts])
     return Records(table, table._fingerprint)
 
 
@@ -373,17 +381,6 @@ def _load(files: list[Path], reader: Reader) -> Any:
                 shutil.rmtree(folder)
                 raise ValueError(f"{file.name!r} was changed while it was read; begin again when it is complete")
         return rows
-
-
-def _difference(files: list[Path], tables: list[Any]) -> str:
-    """Which column has several types in some files, in words; empty if there is none."""
-    seen: dict[str, tuple[Path, Any]] = {}
-    for file, table in zip(files, tables, strict=True):
-        for column, kind in table.features.items():
-            first, expected = seen.setdefault(column, (file, kind))
-            if kind != expected:
-                return f"the column {column!r} is of another type in {file.name!r} than in {first.name!r}"
-    return ""
 
 
 def _cannot_read(file: Path, reader: Reader, option: str, reason: str, more: str = "") -> str:

@@ -1,5 +1,6 @@
 r"""The formats that rows come in, how they are recognised, and what is made of a row of each.
 
+It is longer than most modules because of the table of formats and of what a row may hold besides its format's columns.
 A new format is one function in ``readers.py`` and one line of ``FORMATS``. Four of them, as pairs:
 
     strings      prompt "2 + 2 =", chosen " 4", rejected " 5"

@@ -19,7 +19,7 @@ from lit_isdpo.data.files import READERS, cache_file, quiet, suffixes
 from lit_isdpo.types import InputError
 
 _FILE = re.compile(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)")
-# What readers of `datasets` are told by a data set's card, and the values with which a file is what its suffix says.
+# Options of the readers of `datasets` in a data set's card, and the values that leave a file what its suffix says.
 _PLAIN = {"sep": (",", None), "delimiter": (",", None), "names": (None,), "column_names": (None,), "field": (None,)}
 
 

@@ -4,7 +4,8 @@ A reader of a response column gives one demonstration, a prompt and the response
 same prompt. A reader of ranked responses gives them all, with their scores. What a reader returns is only well formed:
 whether a response is empty or equals the other one is asked where it is tokenized.
 
-A list or an object may also stand in its column as JSON text, as CSV files have it.
+A list or an object may also stand in its column as JSON text, as CSV files have it. The module is long because it has a
+reader for each schema, and below them the checks that name the field and the fault.
 """
 
 import json
@@ -94,9 +95,9 @@ def read_strings(row: Row, column: str) -> SFTExample:
 def read_messages(row: Row, column: str) -> SFTExample:
     """A conversation that ends in an assistant turn: the last turn is the response, all before it the prompt.
 
-    A ``prompt`` column is used where the conversation does not hold it: as one user turn where it is a string and the
-    conversation is the response alone, before the conversation where it is a list of messages. Turns at the end of the
-    column that the conversation begins with are not repeated; blanks around their text do not matter.
+    A ``prompt`` column is used if the conversation does not hold it. A string becomes a user turn if the conversation
+    is only the response. A list of messages comes before the conversation; turns at its end that the conversation
+    begins with are not repeated, and blanks around their text do not matter.
 
     >>> read_messages({"prompt": "2 + 2?", "chosen": [{"role": "assistant", "content": "4"}]}, "chosen")
     SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4', changes=())
@@ -311,8 +312,8 @@ def read_system(row: Row) -> str:
     return "" if value is None else _text(value, "system")
 
 
-def _malformed(problem: str, shown: object = "") -> RowError:
-    return RowError(Reason.MALFORMED, problem, str(shown)[:80])
+def _malformed(problem: str, shown: object = None) -> RowError:
+    return RowError(Reason.MALFORMED, problem, "" if shown is None else str(shown)[:80])
 
 
 def _kind(value: object) -> str:

@@ -57,6 +57,9 @@ class Records:
         renamed: Mapping[str, str | None] | None = None,
         where: Callable[[int, str], str] = lambda row, problem: f"row {row} {problem}",
     ) -> None:
+        if not is_text:  # pictures and sounds, which would be decoded, are no text
+            media = [name for name, feature in table.features.items() if hasattr(feature, "decode")]
+            table = table.remove_columns(media) if media else table
         self.table, self.fingerprint, self.is_text, self.where = table, fingerprint, is_text, where
         self.renamed, self.late = dict(renamed or {}), dict(late or {})
         self._column_names: list[str] | None = None

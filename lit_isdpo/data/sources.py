@@ -109,8 +109,8 @@ def as_sources(value: Any, option: str) -> list[DataSource]:
 
 
 def _is_row(item: object) -> bool:
-    """Whether it is a row and no source: it has keys that no source has."""
-    return isinstance(item, Mapping) and not set(item) <= {*_OPTIONS, "rows"} and "path" not in item
+    """Whether it is a row and no source: it has keys that no source has, and more than one that may be misspelt."""
+    return isinstance(item, Mapping) and len(set(item) - {*_OPTIONS, "rows"}) > ("path" in item)
 
 
 def _as_source(item: Any) -> DataSource:

@@ -6,10 +6,13 @@ What is encoded, for a conversation with one turn and the response "4":
     a chat template      "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"   "4<|im_end|>"
     without a template   "\n\nHuman: 2 + 2?\n\nAssistant:"  (with BOS)        " 4" + EOS
 
-A prompt that is too long loses its first messages, else its beginning (or its end), see ``truncation``; a response that
+The module is long because pairs, demonstrations and sampled responses are documented here with all their limits. A
+prompt that is too long loses its first messages, else its beginning (or its end), see ``truncation``; a response that
 is too long loses its end, EOS included, so that the model does not learn to stop where the data was merely cut.
 """
 
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +27,7 @@ from lit_isdpo.data.encoding import (
     encode_chat,
     encode_inside,
     encode_prompt,
+    has_more_than_text,
     render_chat,
     special_in,
     split_prefix,
@@ -86,6 +90,24 @@ def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     eos = int(tokenizer.eos_token_id)
     end = turn_end(tokenizer) if tokenizer.chat_template else None
     return [eos] if end is None else list(dict.fromkeys([eos, end]))
+
+
+def check_template_options(options: Mapping[str, Any]) -> None:
+    """Checks the further variables of a chat template.
+
+    Raises:
+        InputError: a name is no text or means something to ``apply_chat_template``, or JSON has no word for a value.
+    """
+    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"} | {"messages"}
+    for name, value in options.items():
+        if not isinstance(name, str) or name in own:
+            raise InputError(
+                f"data.chat_template_kwargs: {name!r} is no name for a variable of the template; rename it"
+            )
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data.chat_template_kwargs: {name} must be a plain value: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -174,8 +196,7 @@ class TextEncoder:
         if not all(isinstance(response, str) for response in responses):
             rewritten = RowError(Reason.REWRITTEN, "a plain transcript has no place for thoughts and tool calls")
         if not isinstance(prompt, str) and (
-            any(turn.keys() - {"role", "content", "name", "tool_call_id", "prefix"} for turn in prompt)
-            or (isinstance(prompt, Conversation) and prompt.tools)
+            any(has_more_than_text(turn) for turn in prompt) or (isinstance(prompt, Conversation) and prompt.tools)
         ):
             changes.append(PROMPT_REWRITTEN)
         return Encoded(

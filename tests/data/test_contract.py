@@ -677,6 +677,65 @@ def test_the_splits_of_a_dictionary_are_found(tokenizer_path: str) -> None:
     assert {name: len(rows) for name, rows in data.splits.rows.items()} == {"train": 6, "val": 3, "test": 2}
 
 
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow"])
+def test_the_format_of_a_dataset_does_not_matter(tokenizer_path: str, kind: str) -> None:
+    rows = datasets.Dataset.from_list(PLAIN).with_format(kind)
+    data = PreferenceDataModule(train=rows, tokenizer=tokenizer_path, batch_size=2, val_size=1)
+    data.setup("fit")
+    assert isinstance(data.splits.rows["train"][0][1].chosen_ids, list)
+
+
+def test_columns_that_nobody_reads_may_hold_anything(read: Read) -> None:
+    rows = [row | {"path": "a", "day": pd.Timestamp(0), "data": b"x", "set": {1}} for row in PLAIN]
+    assert read(rows)[1].counts["val"][0].kept == 6
+    assert read(pd.DataFrame(rows))[1].counts["val"][0].kept == 6
+    features = datasets.Features({name: datasets.Value("string") for name in ("prompt", "chosen", "rejected")})
+    table = {name: [row[name] for row in PLAIN] for name in features} | {"image": [{"bytes": b"x", "path": None}] * 6}
+    features["image"] = datasets.Image()
+    assert read(datasets.Dataset.from_dict(table, features=features))[1].counts["val"][0].kept == 6
+    _, splits = read([*rows, rows[0] | {"chosen": pd.Timestamp(0)}])
+    assert splits.counts["val"][0].dropped == {"malformed row: chosen is an object": 1}
+
+
+@pytest.mark.parametrize("notes", [(None, "x"), (1, "x"), (1, 1.5), ({"a": 1}, {"a": 1, "b": "c"})])
+def test_tables_may_differ_in_the_type_of_a_column(read: Read, tmp_path: Path, notes: tuple[Any, Any]) -> None:
+    for number, note in enumerate(notes):
+        rows = [{"prompt": f"p{number}", "chosen": "null", "rejected": "b", "w": [1, 1.5][number], "note": note}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{number}.parquet")
+    texts, splits = read(str(tmp_path), weight_column="w")
+    assert splits.counts["val"][0].kept == 2
+    assert texts[1] == "null<eos>"
+    assert splits.rows["val"][1][1].weight == 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenize": True}, "'tokenize' is no name for a variable"),
+        ({1: "a", "b": "c"}, "1 is no name for a variable"),
+        ({"day": {1}}, "day must be a plain value"),
+    ],
+)
+def test_variables_that_no_template_can_have_are_refused(options: dict[Any, Any], message: str) -> None:
+    with pytest.raises(InputError, match=rf"^data\.chat_template_kwargs: {message}"):
+        PreferenceDataModule(train="a", chat_template_kwargs=options)
+
+
+def test_a_template_may_put_a_blank_before_an_answer_that_has_begun(read: Read, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else ' ' + m.content }}"
+    row = {"prompt": [turn("user", "u"), turn("assistant", "Su")], "chosen": "re", "rejected": "no"}
+    texts, splits = read(write(tmp_path / "a.jsonl", [row]), template + "{% endfor %}")
+    assert texts == ["[INST]u[/INST] Su", "re<eos>", "no<eos>"]
+    assert splits.counts["val"][0].changed == {}
+
+
+def test_the_name_of_who_speaks_is_text(read: Read, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [pair([turn("user", "u", name="Alice")])])
+    assert "Alice" in read(file, TOOLS)[0][0]
+    for template in (CHATML, None):
+        assert read(file, template)[1].counts["val"][0].changed == {"prompt not rendered as given": 1}
+
+
 def test_other_rows_in_memory_are_other_rows(tokenizer_path: str) -> None:
     for prompt in ("a", "b"):
         rows = [row | {"prompt": f"{prompt}{i}"} for i, row in enumerate(PLAIN)]
@@ -687,7 +746,8 @@ def test_other_rows_in_memory_are_other_rows(tokenizer_path: str) -> None:
 
 def test_rows_in_memory_that_are_none_are_refused(tokenizer_path: str) -> None:
     for rows, message in (
-        ([{"prompt": object()}], "row 0 in memory cannot be read: it holds a object"),
+        (datasets.Dataset.from_list(PLAIN).with_transform(lambda batch: batch), "the rows in memory have a transform"),
+        ([{"path": "a", "wieght": 2}], "is neither a path nor"),
         (3, "3 is neither a path nor"),
     ):
         with pytest.raises(InputError, match=message):

@@ -36,7 +36,7 @@ def long(tmp_path, write_rows) -> tuple[str, Tensor]:
 
 
 def correlation(batches: list[list[int]], sizes: Tensor) -> float:
-    """Of each pair's own weight with the one that it is given, where a weight is a function of the length alone."""
+    """Of each pair's own weight with the one that it is given, if the length decides the weight."""
     own, given = [], []
     for rows in batches:
         pairs = pair_logps(-sizes[rows], torch.zeros(len(rows)))

@@ -235,7 +235,9 @@ def test_the_floors_bounds_are_allowed_themselves() -> None:
 
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, ProductWeighting([UniformWeighting(), ImportanceWeighting()])])
 def test_a_weighting_that_says_so_mixes_pairs_and_no_other(weighting: PairWeighting) -> None:
-    """A pair's weight alone is that among others, or the weighting has the data keep micro-batches random."""
+    """A weight does not depend on the other pairs, or the weighting has the data keep micro-batches random."""
     pairs = pair_logps(CHOSEN, REJECTED, alignment=(-0.5, -0.25))
-    alone = [weighting(PairLogps(*(field[row : row + 1] for field in pairs))).log_weights for row in range(len(CHOSEN))]
-    assert torch.equal(torch.cat(alone), weighting(pairs).log_weights) is not weighting.mixes_pairs
+    one_by_one = [
+        weighting(PairLogps(*(field[row : row + 1] for field in pairs))).log_weights for row in range(len(CHOSEN))
+    ]
+    assert torch.equal(torch.cat(one_by_one), weighting(pairs).log_weights) is not weighting.mixes_pairs

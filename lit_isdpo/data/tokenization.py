@@ -6,9 +6,9 @@ What is encoded, for a conversation with one turn and the response "4":
     a chat template      "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"   "4<|im_end|>"
     without a template   "\n\nHuman: 2 + 2?\n\nAssistant:"  (with BOS)        " 4" + EOS
 
-The module is long because pairs, demonstrations and sampled responses are documented here with all their limits. A
-prompt that is too long loses its first messages, else its beginning (or its end), see ``truncation``; a response that
-is too long loses its end, EOS included, so that the model does not learn to stop where the data was merely cut.
+A prompt that is too long loses its first messages, else its beginning (or its end), see ``truncation``; a response that
+is too long loses its end, EOS included, so that the model does not learn to stop where the data was merely cut. The
+module is long because it documents the limits of pairs, demonstrations and sampled responses.
 """
 
 import inspect

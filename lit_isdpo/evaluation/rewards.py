@@ -136,7 +136,7 @@ class RewardModel(Reward):
         if max_length is None:
             max_length = min(1024, positions or 1024)
         self.batch_size = batch_size
-        self.max_length = max_length
+        self.max_length = self.rope_length = max_length
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template

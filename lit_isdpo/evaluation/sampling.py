@@ -1,11 +1,12 @@
 """Responses to many prompts: batches of like length, whatever order the caller has them in."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from lit_isdpo.data.collation import collate_prompts
 from lit_isdpo.policy.generation import sample_responses
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import PromptBatch, Response
+from lit_isdpo.types import InputError, PromptBatch, Response
 
 
 def sample_many(
@@ -39,14 +40,23 @@ def sample_many(
 
     Returns:
         P lists.
+
+    Raises:
+        InputError: the model cannot be sampled, or not by ranks that share its weights and have prompts of their own.
     """
-    device = policy.device
+    device, way = policy.device, policy.how_to_sample
+    if apart and policy.is_sharded and not way.is_padded:  # ranks would make different numbers of calls
+        raise InputError(
+            f"trainer.strategy: {type(policy.model).__name__} is sampled in batches of equally long prompts, which a "
+            "sharded model cannot do in training; use 'ddp' or one device."
+        )
     responses: list[list[Response]] = [[] for _ in prompts]
     # Prompts of like length share a batch, so that little is padding.
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     order = [row for row in by_length for _ in range(num_responses)]
-    for number, start in enumerate(range(0, len(order), batch_size)):
-        rows = order[start : start + batch_size]
+    groups = [order] if way.is_padded else [list(rows) for _, rows in groupby(order, lambda row: len(prompts[row]))]
+    batches = [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
+    for number, rows in enumerate(batches):
         batch = collate_prompts([prompts[row] for row in rows], pad_token_id=pad_token_id)
         drawn = sample_responses(
             policy.model,
@@ -59,6 +69,7 @@ def sample_many(
             seed=seed * 100_003 + number,
             num_tokens=policy.num_tokens,
             compute_dtype=policy.compute_dtype,
+            use_cache=way.is_cached,
             generate=policy.generate_apart if apart else policy.generate,
         )
         for row, response in zip(rows, drawn, strict=True):

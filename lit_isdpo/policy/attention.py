@@ -20,6 +20,8 @@ KERNELS = ("sdpa", "flex_attention")
 """Attention implementations that take such a mask as it is; an eager one would add a boolean mask to the scores."""
 FLEX_BLOCK = 128  # positions; FlexAttention skips blocks of so many
 SPLIT_FROM = 128  # positions of a prompt; a shorter one is quicker under the mask of its responses
+# In the names of windows that no mask's positions measure: GPT-Neo, Doge, RecurrentGemma, ModernBERT's decoder.
+OTHER_WINDOWS = ("window_size", "window_len", "local_attention")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _PROMPT = "num_prompt_positions"  # attribute of a mask
 
@@ -33,6 +35,8 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     >>> layer_windows(PretrainedConfig(sliding_window=8))
     {'sliding_attention': 8}
     """
+    if others := [name for name in vars(config) if any(word in name for word in OTHER_WINDOWS)]:
+        raise ValueError(f"its layers see no further than {others[0]} says")
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):  # Qwen names a window that it does not use
         window = None

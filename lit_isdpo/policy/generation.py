@@ -60,6 +60,7 @@ def sample_responses(
     seed: int,
     num_tokens: int | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    use_cache: bool = True,
     generate: Callable[..., Tensor] | None = None,
 ) -> list[Response]:
     """Draws one response a prompt.
@@ -76,6 +77,7 @@ def sample_responses(
         num_tokens: how many of the vocabulary's entries may be sampled, the first ones. Default: all. The others' share
             goes to these in proportion.
         compute_dtype: autocast dtype of the model.
+        use_cache: whether keys and values of earlier tokens are kept.
         generate: what is called in place of the model's own ``generate``.
 
     Returns:
@@ -94,7 +96,7 @@ def sample_responses(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos_token_ids),
         pad_token_id=pad_token_id,
-        use_cache=True,
+        use_cache=use_cache,
     )
     device = prompts.input_ids.device
     devices = [device] if device.type == "cuda" else []

@@ -2,14 +2,18 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from shutil import which
 from typing import Any, Literal, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,9 +21,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from lit_isdpo.names import named_path
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
+from lit_isdpo.policy.rope import pin_rope
 from lit_isdpo.types import NEEDS_CODE, InputError
 
-LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)  # of transformers
+BAD_CONFIG = (OSError, ValueError, StrictDataclassError)  # what transformers raises
+LOADING_ERRORS = (*BAD_CONFIG, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")  # in the names of rates
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,13 +53,9 @@ class ModelSource(Protocol):
         """Of the matrix products."""
         ...
 
-
-class TrainedSource(ModelSource, Protocol):
-    """What names a model that is trained."""
-
     @property
-    def compile(self) -> bool:
-        """Whether training compiles the decoder layers."""
+    def rope_length(self) -> int | None:
+        """The input length, in tokens, whose rotary frequencies all inputs get; ``None`` leaves it to the model."""
         ...
 
 
@@ -75,6 +78,8 @@ class PolicyConfig:
             It takes half a minute and a C++ compiler on a CPU.
         chunk_size: completion tokens whose logits exist at a time.
         trust_remote_code: run Python code that comes with the model.
+        rope_length: only of use to models with LongRoPE (Phi-3 and Phi-4), which have rotary frequencies for short
+            inputs and others for long ones. All inputs get those for this many tokens. Default: ``data.max_length``.
         peft: trains an adapter in place of the model's own weights, which may then be bfloat16: the options of PEFT's
             configuration, ``{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: all-linear}`` say.
     """
@@ -89,6 +94,7 @@ class PolicyConfig:
     compile: bool = False
     chunk_size: int = 2048
     trust_remote_code: bool = False
+    rope_length: int | None = None
     peft: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -105,11 +111,19 @@ def model_path(source: ModelSource) -> str:
     return named_path(source.path, "reference")
 
 
-def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Sets every dropout rate to 0: with dropout on, policy and reference differ at the first step already."""
+def as_one_function(config: PretrainedConfig, source: ModelSource) -> PretrainedConfig:
+    """Has a model compute the same from the same tokens, whenever it is asked and whatever the batch, in place.
+
+    With noise, policy and reference would differ at the first step already. So every rate of dropout or noise is set to
+    0, in nested configurations too, and LongRoPE to one set of frequencies.
+    """
     for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "layerdrop"))):
+        if isinstance(value, PretrainedConfig):
+            as_one_function(value, source)
+        elif isinstance(value, float) and any(word in name for word in NOISE):
             setattr(config, name, 0.0)
+    if source.rope_length is not None:
+        pin_rope(config, source.rope_length)
     return config
 
 
@@ -133,13 +147,13 @@ def read_config(source: ModelSource, *, option: str) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except BAD_CONFIG as error:
         raise InputError(why_not_loaded(source, option, error)) from error
     return config
 
 
 def load_config(source: ModelSource, *, option: str = "model.policy.path") -> PretrainedConfig:
-    """Reads the architecture of a causal language model alone, and sets its dropout to 0.
+    """Reads the architecture of a causal language model, and makes it one function.
 
     Raises:
         InputError: no such model, or not a causal language model.
@@ -150,7 +164,7 @@ def load_config(source: ModelSource, *, option: str = "model.policy.path") -> Pr
             f"{option}: {source.path!r} is a {config.model_type!r} model, which is not a causal language "
             "model; name one that AutoModelForCausalLM can load."
         )
-    return without_dropout(config)
+    return as_one_function(config, source)
 
 
 def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -> PreTrainedModel:
@@ -160,19 +174,21 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
         InputError: no such model, weights that do not fit the architecture, or an attention kernel that is not there.
     """
     config = load_config(policy, option=option)
-    options: dict[str, Any] = {
-        "dtype": DTYPES[policy.dtype],
-        "attn_implementation": policy.attn_implementation,
-        "trust_remote_code": policy.trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": DTYPES[policy.dtype], "trust_remote_code": policy.trust_remote_code}
     try:
         if policy.init == "random":
-            model = AutoModelForCausalLM.from_config(config, **options)
+            make: Any = partial(AutoModelForCausalLM.from_config, config, **options)
+            model = with_attention(make, policy.attn_implementation, option)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model_path(policy), config=config, revision=policy.revision, output_loading_info=True, **options
+            load: Any = partial(
+                AutoModelForCausalLM.from_pretrained,
+                model_path(policy),
+                config=config,
+                revision=policy.revision,
+                output_loading_info=True,
+                **options,
             )
-            model, report = loaded
+            model, report = with_attention(load, policy.attn_implementation, option)
             if missing := sorted(report["missing_keys"]):
                 raise InputError(
                     f"{option}: {policy.path!r} has no weights for {missing[0]} "
@@ -185,6 +201,30 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
     if policy.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
+
+
+def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
+    """What ``load`` makes with an attention kernel; models without sdpa get their own attention in its place.
+
+    Args:
+        load: takes transformers' ``attn_implementation``.
+        kernel: its value.
+        option: names the model, for messages.
+
+    Raises:
+        InputError: the model has no such kernel, or it is not installed.
+    """
+    try:
+        return load(attn_implementation=kernel)
+    except (ValueError, ImportError) as error:
+        if "attention" not in str(error).lower():
+            raise
+        if kernel != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            reason = str(error).partition(". ")[0].rstrip(".")
+            raise InputError(f"{option}: attn_implementation {kernel!r}: {reason}.") from error
+        model = str(error).split(maxsplit=1)[0]
+    rank_zero_info(f"{option}: {model} has no sdpa attention, so its attn_implementation is eager.")
+    return load(attn_implementation="eager")
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -223,7 +263,8 @@ def eagerly(model: PreTrainedModel) -> AbstractContextManager[Any]:
 def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
     """One sentence for what transformers raised."""
     path = Path(model_path(source))
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1].strip() if isinstance(error, StrictDataclassError) else lines[0]
     if "trust_remote_code" in str(error):
         reason = NEEDS_CODE
     if isinstance(error, UnpicklingError):

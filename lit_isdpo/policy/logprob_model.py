@@ -1,10 +1,13 @@
 """A causal language model as a function from a batch to log-probs."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
@@ -12,10 +15,13 @@ from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head, completion_hidden_states, sequence_logps
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
-from lit_isdpo.policy.attention import FLEX_BLOCK, KERNELS, attention_masks, layer_windows
+from lit_isdpo.policy.attention import FLEX_BLOCK, attention_masks
 from lit_isdpo.policy.generation import autocast
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
-from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
+from lit_isdpo.policy.trial import HowToSample, check_model, how_to_sample
+from lit_isdpo.types import SequenceLogps, TokenBatch
+
+T = TypeVar("T")
 
 
 class LogProbModel(nn.Module):
@@ -36,7 +42,7 @@ class LogProbModel(nn.Module):
             all are tokens.
 
     Raises:
-        InputError: the model changes its logits in a way that this head does not know.
+        InputError: as :func:`~lit_isdpo.policy.trial.check_model`.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class LogProbModel(nn.Module):
         )
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         if model.device.type != "meta":
-            self.check_head()
+            check_model(self)
 
     def forward(self, tokens: TokenBatch, alignment: bool = False) -> SequenceLogps:
         """Log-probs of each completion given its prompt; with ``alignment``, how likely it is against all others."""
@@ -71,6 +77,10 @@ class LogProbModel(nn.Module):
     def completion_logits(self, tokens: TokenBatch) -> Tensor:
         """Full fp32 logits of the N completion tokens, ``(N, V)``, in the numerics of ``forward``. Mind N * V."""
         return self.head.logits(completion_hidden_states(self.decode(tokens), tokens))
+
+    def tried(self, trial: Callable[[Self], T]) -> T:
+        """The outcome of a trial, in here, so that what wraps this module sees it begin and end."""
+        return trial(self)
 
     def generate(self, **arguments: Any) -> Tensor:
         """As transformers' own, in here, so that what wraps this module sees it begin and end."""
@@ -101,6 +111,21 @@ class LogProbModel(nn.Module):
         """That it computes on."""
         return self.computes_on or self.model.device
 
+    @cached_property
+    def how_to_sample(self) -> HowToSample:
+        """The way to sample that gives the probabilities that are scored, tried when it is first needed.
+
+        Raises:
+            InputError: there is none.
+        """
+        way = self.tried(how_to_sample)
+        if not way.is_padded:
+            rank_zero_info(
+                f"{type(self.model).__name__} is sampled in batches of equally long prompts, as padding changes its "
+                f"probabilities{'' if way.is_cached else ', and without a cache'}."
+            )
+        return way
+
     @property
     def vocabulary_size(self) -> int:
         """Columns of the head, V, padding too."""
@@ -130,87 +155,6 @@ class LogProbModel(nn.Module):
         """From hidden states to logits."""
         embeddings = cast(nn.Linear, self.model.get_output_embeddings())
         return Head(embeddings.weight, embeddings.bias, self.logit_scale, self.softcap, self.compute_dtype)
-
-    @torch.no_grad()
-    def why_not_shared(self) -> str | None:
-        """Why rows cannot hold a prompt with both of its responses, or ``None`` where they can.
-
-        What the configuration does not tell is tried, where there are weights: a few tokens in one row and in two must
-        give the same.
-        """
-        config = self.model.config.get_text_config()
-        kernel = config._attn_implementation
-        if kernel not in KERNELS:
-            return f"attn_implementation {kernel!r} does not take such masks ({' and '.join(KERNELS)} do)"
-        try:
-            layer_windows(config)
-        except ValueError as error:
-            return str(error)
-        if self.model.device.type == "meta":
-            return None
-        device, vocabulary = self.device, self.vocabulary_size
-        prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
-        shared = TokenBatch(
-            input_ids=torch.tensor([[*prompt, *chosen, *rejected]], device=device),
-            attention_mask=torch.ones(1, 8, dtype=torch.bool, device=device),
-            position_ids=torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device),
-            completion_ids=torch.empty(0, device=device),
-            completion_mask=torch.empty(0, device=device),
-            logit_positions=torch.empty(0, device=device),
-            completion_index=torch.empty(0, device=device),
-            segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device),
-        )
-        plain = torch.tensor([[*prompt, *rejected]], device=device)
-        config._attn_implementation = "sdpa"  # the architecture is on trial here; FlexAttention would be compiled first
-        try:
-            together = self.decode(shared)[0, [0, 1, 2, 5, 6, 7]].float()
-        except Exception as error:  # whatever an architecture says to a mask that it does not know
-            return f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
-        else:
-            with autocast(device, self.compute_dtype):
-                apart = self.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0].float()
-        finally:
-            config._attn_implementation = kernel
-        tolerance = 1e-3 if self.model.dtype == self.compute_dtype == torch.float32 else 0.05
-        if not torch.allclose(together, apart, atol=tolerance * float(apart.abs().max()), rtol=0):
-            return "the tokens of a row do not depend on their mask alone"
-        return None
-
-    @torch.no_grad()
-    def check_head(self) -> None:
-        """Compares a few tokens with the model's own logits, so that an unknown family fails here and not silently.
-
-        A change of the last token must not change what comes before it: rows are padded on the right without a mask.
-        """
-        input_ids = torch.arange(4, device=self.device)[None]
-        other_ids = input_ids * (input_ids < 3)
-        numerics = self.compute_dtype if self.is_sharded else self.model.dtype  # of the layers' weights at hand
-        with autocast(self.device, numerics):
-            own = self.model(input_ids=input_ids, use_cache=False).logits.float()
-            decoded, other = (
-                getattr(self.model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-                for ids in (input_ids, other_ids)
-            )
-        if decoded is None:
-            raise InputError(
-                f"model.policy.path: {type(self.model).__name__} has no decoder apart from its head, which is not "
-                "supported."
-            )
-        assert other is not None
-        ours = self.head(decoded)
-        # Half-precision weights round the model's own logits; an unknown scale or cap is off by far more.
-        tolerance = 1e-3 if numerics == torch.float32 else 0.05
-        before, changed = decoded[:, :3].float(), other[:, :3].float()
-        if not torch.allclose(before, changed, atol=tolerance * float(before.abs().max()) + 1e-6, rtol=0):
-            raise InputError(
-                f"model.policy.path: {type(self.model).__name__} is not causal: a token changes what is computed "
-                "before it, so its log-probs are not those of a language model."
-            )
-        if not torch.allclose(own, ours, atol=tolerance * float(own.abs().max()) + 1e-6, rtol=0):
-            raise InputError(
-                f"model.policy.path: {type(self.model).__name__} changes its logits after the head in a way that is "
-                "not supported (known: logit_scale, logits_scaling, final_logit_softcapping)."
-            )
 
 
 def _pad(tokens: TokenBatch, number: int) -> TokenBatch:

@@ -9,6 +9,7 @@ responses makes a poor one: the score is then read before it.
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,12 +24,13 @@ from lit_isdpo.policy.loading import (
     LOADING_ERRORS,
     ModelSource,
     PolicyConfig,
+    as_one_function,
     enable_gradient_checkpointing,
     load_causal_lm,
     model_path,
     read_config,
     why_not_loaded,
-    without_dropout,
+    with_attention,
 )
 from lit_isdpo.types import InputError, TokenBatch
 
@@ -49,6 +51,7 @@ class BackboneConfig:
         gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
         compile: compile the decoder layers at the start of a fit.
         trust_remote_code: run Python code that comes with the model.
+        rope_length: as that of a policy.
     """
 
     path: str = "lab:posts"
@@ -58,6 +61,7 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     trust_remote_code: bool = False
+    rope_length: int | None = None
 
 
 class ScoreModel(nn.Module):
@@ -105,9 +109,6 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
     model: PreTrainedModel
     if is_score_model(read_config(backbone, option=option)):
         model = load_sequence_classifier(backbone, attn_implementation=backbone.attn_implementation, option=option)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # a rate that is no option of the configuration
         if backbone.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
@@ -118,6 +119,7 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
             attn_implementation=backbone.attn_implementation,
             gradient_checkpointing=backbone.gradient_checkpointing,
             trust_remote_code=backbone.trust_remote_code,
+            rope_length=backbone.rope_length,
         ),
         option=option,
     )
@@ -145,12 +147,17 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
 
 def outline_score_model(backbone: BackboneConfig) -> PreTrainedModel:
     """What ``load_score_model`` makes, without its weights: every tensor is on the meta device."""
-    config = without_dropout(read_config(backbone, option="model.backbone.path"))
+    option = "model.backbone.path"
+    config = as_one_function(read_config(backbone, option=option), backbone)
     config.num_labels = 1
+    make: Any = partial(
+        AutoModelForSequenceClassification.from_config,
+        config,
+        dtype=torch.float32,
+        trust_remote_code=backbone.trust_remote_code,
+    )
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=backbone.trust_remote_code
-        )
+        model: PreTrainedModel = with_attention(make, "sdpa", option)
     if backbone.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
@@ -191,20 +198,20 @@ def load_sequence_classifier(
     Raises:
         InputError: as ``read_score_config``, and where weights are missing or do not fit.
     """
-    config = without_dropout(read_score_config(source, option=option))  # some keep the rates that they are built with
+    config = as_one_function(read_score_config(source, option=option), source)
+    load: Any = partial(
+        AutoModelForSequenceClassification.from_pretrained,
+        model_path(source),
+        config=config,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        dtype=DTYPES[dtype],
+        output_loading_info=True,
+    )
     try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            model_path(source),
-            config=config,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            dtype=DTYPES[dtype],
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
+        model, report = with_attention(load, attn_implementation, option)
     except LOADING_ERRORS as error:
         raise InputError(why_not_loaded(source, option, error)) from error
-    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{option}: {source.path!r} has no weights for {missing[0]}: it is not a reward model.")
     assert isinstance(model, PreTrainedModel)

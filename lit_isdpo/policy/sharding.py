@@ -39,6 +39,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lit_isdpo.policy.loading import PolicyConfig, decoder_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
+from lit_isdpo.policy.trial import check_model
 from lit_isdpo.types import InputError, Ranks
 
 
@@ -106,9 +107,9 @@ class Sharding:
         else:
             self._receive(model, config, option)
         model.model.tie_weights()
-        for method in ("completion_logits", "generate", "generate_apart", "why_not_shared", "check_head"):
+        for method in ("completion_logits", "generate", "generate_apart", "tried"):
             register_fsdp_forward_method(model, method)  # each begins with gathered weights, as the forward does
-        model.check_head()
+        model.tried(check_model)
         return model
 
     def shard(self, model: LogProbModel) -> None:

@@ -29,6 +29,7 @@ from lit_isdpo.policy.reference import (
     reference_as_policy,
     starts_at_reference,
 )
+from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.policy.vocabulary import check_vocabulary
 from lit_isdpo.training.guards import NonFinite
 from lit_isdpo.training.language import Schedule
@@ -254,7 +255,7 @@ def _share_prompts(wanted: bool | Literal["auto"], policy: LogProbModel, *others
     """
     if wanted is False:
         return False
-    why_not = next((reason for model in (policy, *others) if (reason := model.why_not_shared()) is not None), None)
+    why_not = next((reason for model in (policy, *others) if (reason := model.tried(why_not_shared)) is not None), None)
     if why_not is None:
         return True
     name = type(policy.model).__name__

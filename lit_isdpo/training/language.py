@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,10 +19,11 @@ from transformers import PretrainedConfig
 
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import TrainedSource, compile_layers, model_path
+from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.policy.reward_model import ScoreModel
+from lit_isdpo.policy.reward_model import BackboneConfig, ScoreModel
+from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.sharding import all_ranks, whole
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.guards import NonFinite, StepGuard
@@ -107,7 +109,7 @@ class LanguageModule(LightningModule, ABC):
 
     def __init__(
         self,
-        source: TrainedSource,
+        source: PolicyConfig | BackboneConfig,
         architecture: PretrainedConfig,
         optimizer: OptimizerCallable,
         schedule: Schedule,
@@ -173,14 +175,38 @@ class LanguageModule(LightningModule, ABC):
         """
         if self.trainer.strategy.root_device.type == "mps":
             raise InputError("trainer.accelerator: Apple GPUs have no float64 and are not supported; use cpu.")
+        self._say_what_is_left_out()
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             return
+        self._pin_rope(datamodule.max_length)
         if datamodule.tokenizer_path is not None:
             raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
         positions = getattr(self.architecture, "max_position_embeddings", None)
         if positions is not None and datamodule.max_length > positions:
             raise InputError(f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}.")
+
+    def _pin_rope(self, max_length: int) -> None:
+        """Decides which of its frequencies LongRoPE has in this run."""
+        if self.source.rope_length is not None:
+            return
+        self.source = replace(self.source, rope_length=max_length)
+        switch = switch_length(self.architecture)
+        if switch is not None:
+            kind = "long" if max_length > switch else "short"
+            rank_zero_info(
+                f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
+                f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
+                f"{self.path_option.removesuffix('path')}rope_length can say otherwise."
+            )
+
+    def _say_what_is_left_out(self) -> None:
+        """Names a term that transformers' own loss would have."""
+        if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.architecture, "router_aux_loss_coef", None):
+            rank_zero_info(
+                "The model is a mixture of experts. Its load-balancing loss (router_aux_loss_coef) is not added to the "
+                "loss."
+            )
 
     def on_train_start(self) -> None:
         """Compiles what the config wants compiled."""

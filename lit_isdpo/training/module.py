@@ -2,7 +2,7 @@
 
 from abc import ABC
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch.cli import OptimizerCallable
 
@@ -96,8 +96,12 @@ class PolicyModule(LanguageModule, ABC):
     ) -> None:
         # Read here, so that a model that is none is found out before any data is read.
         super().__init__(policy, load_config(policy).get_text_config(), optimizer, schedule, nonfinite)
-        self.policy_config = policy
         self.sampling = sampling
+
+    @property
+    def policy_config(self) -> PolicyConfig:
+        """Names the policy, and says how it is computed."""
+        return cast(PolicyConfig, self.source)
 
     @property
     def network(self) -> LogProbModel:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -22,6 +23,8 @@ from torch.utils.tensorboard.summary import hparams
 from lit_isdpo.data import accounts
 from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.policy.code import copy_code
+from lit_isdpo.policy.loading import read_config
+from lit_isdpo.policy.rope import switch_length, unpin_rope
 from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.module import Prediction
@@ -184,7 +187,10 @@ class ProgressBar(RichProgressBar):
 def write_model_folder(module: LanguageModule, folder: Path) -> None:
     """Saves everything of a Hugging Face folder but the weights, the model's own code too where it may run."""
     model = module.network.model
-    model.config.save_pretrained(folder)
+    config = deepcopy(model.config)
+    if switch_length(config) is not None:
+        unpin_rope(config, read_config(module.source, option=module.path_option))
+    config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:  # a reward model has none
         model.generation_config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)

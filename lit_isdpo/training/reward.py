@@ -1,6 +1,6 @@
 """A reward model, trained on the same pairs: what to optimize a policy against, or to judge it by."""
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
@@ -59,7 +59,6 @@ class RewardModule(LanguageModule):
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
         super().__init__(backbone, config.get_text_config(), optimizer, schedule, nonfinite)
-        self.backbone = backbone
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
         self.train_metrics = RewardMetrics()
@@ -79,6 +78,11 @@ class RewardModule(LanguageModule):
                 "before EOS, and a response that ended is told from one that was cut by its text alone."
             )
         return terminators[0] if chosen is None else chosen
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """Names the model, and says how it is computed."""
+        return cast(BackboneConfig, self.source)
 
     @property
     def network(self) -> ScoreModel:

@@ -17,6 +17,7 @@ from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import AdapterOffReference
 from lit_isdpo.policy.sharding import Sharding, whole
+from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.types import InputError, TokenizedPair
 
 PAIRS = [TokenizedPair([1, 5, 7], [6, 2], [8, 9, 2]), TokenizedPair([1], [7, 2], [9, 2])]
@@ -35,7 +36,7 @@ def assert_is(model: LogProbModel, expected: LogProbModel) -> None:
         torch.testing.assert_close(whole(tensor.detach()), theirs[name].detach(), atol=0, rtol=0, msg=name)
     local = sum(tensor.to_local().numel() for tensor in model.parameters() if isinstance(tensor, DTensor))
     assert local < 0.75 * sum(tensor.numel() for tensor in expected.parameters())
-    assert model.why_not_shared() == expected.why_not_shared()
+    assert model.tried(why_not_shared) == expected.tried(why_not_shared)
     torch.testing.assert_close(model(TOKENS).logps, expected(TOKENS).logps, atol=1e-5, rtol=1e-5)
 
 

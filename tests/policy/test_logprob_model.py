@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_isdpo.data.collation import collate_completions, collate_pairs
+from lit_isdpo.policy.loading import PolicyConfig, as_one_function
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
 from lit_isdpo.types import InputError, TokenizedPair
@@ -47,7 +48,8 @@ def direct_logps(model: PreTrainedModel) -> tuple[list[float], list[list[float]]
 @torch.no_grad()
 def test_equals_the_models_own_logits(architecture: str) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**ARCHITECTURES[architecture])).eval()
+    config = as_one_function(CONFIG_MAPPING[architecture](**ARCHITECTURES[architecture]), PolicyConfig())
+    model = AutoModelForCausalLM.from_config(config).eval()
     out = LogProbModel(model)(collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0))
     sums, per_token = direct_logps(model)
     torch.testing.assert_close(out.logps, torch.tensor(sums), atol=2e-5, rtol=1e-5)

@@ -13,7 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.policy import attention
+from lit_isdpo.policy.loading import PolicyConfig, as_one_function
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.types import PreferenceBatch, SequenceLogps, TokenizedPair
 
 PAIRS = [
@@ -55,7 +57,7 @@ NAMES = [*ARCHITECTURES, *(f"{name} with a window" for name in WINDOWED)]
 
 def make(architecture: str, options: dict[str, Any]) -> LogProbModel:
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[architecture](**options)
+    config = as_one_function(CONFIG_MAPPING[architecture](**options), PolicyConfig())
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for parameter in model.parameters():  # larger than a fresh model's, so that attention decides something
@@ -84,7 +86,7 @@ def assert_same(model: LogProbModel, one: PreferenceBatch, other: PreferenceBatc
 @pytest.mark.parametrize(("architecture", "options"), CASES, ids=NAMES)
 def test_shared_rows_equal_plain_rows(architecture: str, options: dict[str, Any]) -> None:
     model = make(architecture, options)
-    assert model.why_not_shared() is None
+    assert why_not_shared(model) is None
     plain = collate_pairs(PAIRS, range(3), pad_token_id=0)
     assert_same(model, collate_pairs(PAIRS, range(3), pad_token_id=0, layout="shared"), plain)
 
@@ -166,7 +168,7 @@ def test_what_cannot_share_says_why(
 ) -> None:
     config = CONFIG_MAPPING[architecture](**options)
     model = LogProbModel(AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval())
-    assert re.search(reason, model.why_not_shared() or "")
+    assert re.search(reason, why_not_shared(model) or "")
     # Their rows are plain ones, and no mask tells them of the padding on the right.
     apart = [model(collate_pairs([pair], [0], pad_token_id=0).tokens).logps for pair in PAIRS]
     together = model(collate_pairs(PAIRS, range(3), pad_token_id=0).tokens).logps

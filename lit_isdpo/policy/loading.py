@@ -217,7 +217,7 @@ def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
     try:
         return load(attn_implementation=kernel)
     except (ValueError, ImportError) as error:
-        if "attention" not in str(error).lower():
+        if not any(word in str(error).lower() for word in ("attention", "attn_implementation")):
             raise
         if kernel != "sdpa" or "scaled_dot_product_attention" not in str(error):
             reason = str(error).partition(". ")[0].rstrip(".")

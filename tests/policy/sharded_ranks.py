@@ -37,6 +37,7 @@ def assert_is(model: LogProbModel, expected: LogProbModel) -> None:
     local = sum(tensor.to_local().numel() for tensor in model.parameters() if isinstance(tensor, DTensor))
     assert local < 0.75 * sum(tensor.numel() for tensor in expected.parameters())
     assert model.tried(why_not_shared) == expected.tried(why_not_shared)
+    assert model.how_to_sample == expected.how_to_sample
     torch.testing.assert_close(model(TOKENS).logps, expected(TOKENS).logps, atol=1e-5, rtol=1e-5)
 
 

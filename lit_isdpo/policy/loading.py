@@ -122,6 +122,8 @@ def as_one_function(config: PretrainedConfig, source: ModelSource) -> Pretrained
             as_one_function(value, source)
         elif isinstance(value, float) and any(word in name for word in NOISE):
             setattr(config, name, 0.0)
+    if getattr(config, "rescale_every", 0):  # RWKV divides weights by 2 in place, whenever it leaves training
+        config.rescale_every = 0
     if source.rope_length is not None:
         pin_rope(config, source.rope_length)
     return config

@@ -117,6 +117,14 @@ def test_a_window_that_no_position_measures_is_not_shared() -> None:
         layer_windows(CONFIG_MAPPING["modernbert-decoder"](local_attention=4))
 
 
+def test_an_evaluation_leaves_the_weights_as_they_are() -> None:
+    model = make("rwkv", num_hidden_layers=7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    LogProbModel(model)
+    model(torch.tensor([[5, 6]]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 class _Noisy(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs + torch.randn_like(inputs) if self.training else inputs)

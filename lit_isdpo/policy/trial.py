@@ -71,7 +71,8 @@ def check_model(model: "LogProbModel") -> None:
             f"{OPTION}: {name} computes something else in training, by noise that its configuration does not name; "
             "policy and reference would differ by it."
         )
-    if not _equal(own, model.head(single), tolerance):
+    head = model.head
+    if single.shape[-1] != head.weight.shape[-1] or not _equal(own, head(single), tolerance):
         raise InputError(
             f"{OPTION}: {name} changes its logits after the head in a way that is not supported (known: logit_scale, "
             "logits_scaling, final_logit_softcapping)."

@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -224,9 +223,12 @@ def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
         if kernel != "sdpa" or "scaled_dot_product_attention" not in str(error):
             reason = str(error).partition(". ")[0].rstrip(".")
             raise InputError(f"{option}: attn_implementation {kernel!r}: {reason}.") from error
-        model = str(error).split(maxsplit=1)[0]
-    rank_zero_info(f"{option}: {model} has no sdpa attention, so its attn_implementation is eager.")
     return load(attn_implementation="eager")
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention kernel that a model has, which may be another than the one that was asked for."""
+    return str(model.config.get_text_config()._attn_implementation)
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

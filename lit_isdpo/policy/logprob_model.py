@@ -1,5 +1,6 @@
 """A causal language model as a function from a batch to log-probs."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -7,7 +8,6 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
@@ -119,10 +119,11 @@ class LogProbModel(nn.Module):
             InputError: there is none.
         """
         way = self.tried(how_to_sample)
-        if not way.is_padded:
-            rank_zero_info(
+        if not way.is_padded and not (dist.is_initialized() and dist.get_rank()):
+            warnings.warn(
                 f"{type(self.model).__name__} is sampled in batches of equally long prompts, as padding changes its "
-                f"probabilities{'' if way.is_cached else ', and without a cache'}."
+                f"probabilities{'' if way.is_cached else ', and without a cache'}.",
+                stacklevel=2,
             )
         return way
 

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
+from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import BackboneConfig, ScoreModel
@@ -198,6 +198,14 @@ class LanguageModule(LightningModule, ABC):
                 f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
                 f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
                 f"{self.path_option.removesuffix('path')}rope_length can say otherwise."
+            )
+
+    def say_attention(self, model: PreTrainedModel, option: str) -> None:
+        """Names the attention of a model that has not the one that was asked for."""
+        if (kernel := attention_of(model)) != self.source.attn_implementation:
+            rank_zero_info(
+                f"{option}: {type(model).__name__} has no {self.source.attn_implementation} attention, so its "
+                f"attn_implementation is {kernel}."
             )
 
     def _say_what_is_left_out(self) -> None:

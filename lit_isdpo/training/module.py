@@ -129,6 +129,7 @@ class PolicyModule(LanguageModule, ABC):
         sharding = getattr(self.trainer.strategy, "sharding", None)
         model: LogProbModel = (load_logprob_model if sharding is None else sharding.load)(config, option=option)
         model.num_tokens = num_tokens(self.tokenizer)
+        self.say_attention(model.model, option)
         return model
 
     @property

@@ -111,6 +111,7 @@ class RewardModule(LanguageModule):
         if not hasattr(self, "reward_model"):
             model = load_score_model(self.backbone)
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+            self.say_attention(model, self.path_option)
             self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
             self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
 

@@ -37,13 +37,18 @@ def write(folder: Path, family: str, *, scores: bool = False, **options: Any) ->
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mamba", "bloom"])
-def test_a_model_without_sdpa_gets_its_own_attention(
-    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_without_sdpa_gets_its_own_attention(family: str, tmp_path: Path) -> None:
     config = PolicyConfig(path=write(tmp_path, family, **MOE))
     assert load_causal_lm(config).config._attn_implementation == "eager"
-    assert "has no sdpa attention, so its attn_implementation is eager" in caplog.text
     assert outline_logprob_model(config).model.config._attn_implementation == "eager"
+
+
+def test_a_fit_says_so(tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ["--probe.num_prompts=0", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1"]
+    main(["fit", *tiny, f"--model.policy.path={write(tmp_path / 'model', 'bloom')}", *options])
+    sentence = "BloomForCausalLM has no sdpa attention, so its attn_implementation is eager."
+    assert f"model.policy.path: {sentence}" in caplog.text
+    assert f"model.reference.path: {sentence}" in caplog.text
 
 
 def test_so_does_a_reward_model(tmp_path: Path) -> None:

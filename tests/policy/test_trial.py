@@ -1,6 +1,7 @@
 """Families of models that differ from the others in ways that no configuration tells: they are tried, and found out."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,8 @@ def test_what_is_sampled_is_what_is_scored(family: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(sampling, "sample_responses", watched)
     prompts = [[5, 9, 6, 8, 11], [7], [12, 13, 14], [5, 9, 4, 8, 11, 10, 6, 3, 3]]
     options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_ids": [2], "pad_token_id": 0, "batch_size": 8, "seed": 0}
+    with pytest.warns(UserWarning, match="equally long") if family in UNPADDED else nullcontext():
+        assert model.how_to_sample.is_padded == (family not in UNPADDED)
     drawn = sample_many(model, prompts, num_responses=2, temperature=1e-4, **options)
     for prompt, responses in zip(prompts, drawn, strict=True):
         expected: list[int] = []

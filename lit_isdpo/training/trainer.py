@@ -45,6 +45,16 @@ class IsdpoTrainer(Trainer):
     test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
     predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether the fit ends here: where an optimizer step is whole, whatever asks for the end and whenever."""
+        is_whole = (self.fit_loop.batch_idx + 1) % self.accumulate_grad_batches == 0 or self.is_last_batch
+        return self._is_asked_to_stop and is_whole
+
+    @should_stop.setter
+    def should_stop(self, is_asked: bool) -> None:
+        self._is_asked_to_stop = is_asked
+
     def precompute(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Computes the reference's log-probs of all rows once, for later runs with model.reference.cache.
 

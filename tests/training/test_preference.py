@@ -16,7 +16,7 @@ from lit_isdpo.data.collation import batch_prompts, collate_pairs
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, RPOLoss, SimPOLoss
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, UniformWeighting, WPOWeighting
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.training.module import Schedule
+from lit_isdpo.training.optimization import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError, PreferenceBatch, TokenizedPair
 from tests.conftest import pair_logps

@@ -46,10 +46,19 @@ class IsdpoTrainer(Trainer):
     predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
 
     @property
+    def is_between_steps(self) -> bool:
+        """Whether no optimizer step has begun that is not made: no gradient waits for more micro-batches."""
+        return (self.fit_loop.batch_idx + 1) % self.accumulate_grad_batches == 0 or self.is_last_batch
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether a validation may begin: between two steps, as it saves checkpoints; it waits until then."""
+        return super().enable_validation and self.is_between_steps
+
+    @property
     def should_stop(self) -> bool:
-        """Whether the fit ends here: where an optimizer step is whole, whatever asks for the end and whenever."""
-        is_whole = (self.fit_loop.batch_idx + 1) % self.accumulate_grad_batches == 0 or self.is_last_batch
-        return self._is_asked_to_stop and is_whole
+        """Whether the fit ends: between two steps, whatever asks for it (``max_time``) and whenever."""
+        return self._is_asked_to_stop and self.is_between_steps
 
     @should_stop.setter
     def should_stop(self, is_asked: bool) -> None:

@@ -111,7 +111,7 @@ class LastCheckpoint(Callback):
         self._asked_by: int | None = None  # the signal
         self._saved_at = -1
         self._between_steps: tuple[dict[str, Any], int] | None = None  # what a checkpoint would have said of the loops
-        self._in_window = False  # whether some micro-batches of an optimizer step are done
+        self._is_past_it = False  # whether the loops have counted on since then
         self._flushes = False
         self._previous_handler: Any = None
 
@@ -147,9 +147,9 @@ class LastCheckpoint(Callback):
             trainer.val_check_batch = -(-every // trainer.accumulate_grad_batches) * trainer.accumulate_grad_batches
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps how many micro-batches made a step; what is saved in the middle of one goes on at its beginning."""
+        """Keeps how many micro-batches made a step; what is saved in the middle of one goes on where it began."""
         checkpoint[MICRO_BATCHES] = trainer.accumulate_grad_batches
-        if self._in_window and self._between_steps:
+        if self._is_past_it and self._between_steps:
             checkpoint["loops"]["fit_loop"], checkpoint["epoch"] = self._between_steps
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ class LastCheckpoint(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What is logged of the step after which a checkpoint was saved is written too."""
-        self._in_window = True
+        self._is_past_it = True
         if self._flushes:
             self._flushes = False
             _flush_logs(trainer)
@@ -179,7 +179,7 @@ class LastCheckpoint(Callback):
         """Saves if the fit ends here, or a save is due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch:
             return  # in the middle of an accumulation window there is gradient that no checkpoint holds
-        self._in_window = False
+        self._is_past_it = False
         self._remember(trainer)
         step = trainer.global_step
         at_max_steps = step == trainer.max_steps
@@ -199,6 +199,7 @@ class LastCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves where something else ended the fit: early stopping, ``max_time``."""
         if trainer.global_step != self._saved_at:
+            self._is_past_it = True  # Lightning has counted the epoch as a whole one
             self._save(trainer)
 
     def _remember(self, trainer: Trainer) -> None:

@@ -62,7 +62,8 @@ class IsdpoTrainer(Trainer):
 
     @should_stop.setter
     def should_stop(self, is_asked: bool) -> None:
-        self._is_asked_to_stop = is_asked
+        if is_asked or self.is_between_steps:  # callbacks write back what they read, in the middle of a step too
+            self._is_asked_to_stop = is_asked
 
     def precompute(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Computes the reference's log-probs of all rows once, for later runs with model.reference.cache.

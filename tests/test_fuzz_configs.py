@@ -21,8 +21,8 @@ from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.labels import PreferenceLabels
-from lit_isdpo.training.language import Schedule
 from lit_isdpo.training.module import Sampling
+from lit_isdpo.training.optimization import Schedule
 from lit_isdpo.training.options import _numbers, check
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe

@@ -32,6 +32,7 @@ from lit_isdpo.data.sampling import (
     TrainingLoader,
     TrainingOrder,
     check_random_order,
+    limited_steps,
     rows_read,
     split_batch,
 )
@@ -260,6 +261,31 @@ class TextDataModule(LightningDataModule, ABC):
                     "epoch of data.train"
                 )
             self._print_notes(self.splits.rows["train"], self._order)
+        if stage == "fit":
+            self._limit_epoch()
+
+    def _limit_epoch(self) -> None:
+        """Makes Lightning's limits whole optimizer steps; it would make the last one of a part of its micro-batches."""
+        trainer: Any = self.trainer
+        if trainer is None or not trainer.limit_train_batches:
+            return
+        assert self._order is not None
+        limit, micro_batches, whole = (
+            trainer.limit_train_batches,
+            trainer.accumulate_grad_batches,
+            self._order.steps_per_epoch,
+        )
+        steps = limited_steps(limit, whole, micro_batches)
+        given = limit if isinstance(limit, int) else int(limit * whole * micro_batches)
+        if given < steps * micro_batches:
+            rank_zero_info(
+                f"An epoch is limited to {steps:,} optimizer steps of {micro_batches:,} micro-batches, and not to "
+                f"{given:,} micro-batches, which would cut the last step."
+            )
+        trainer.limit_train_batches = steps * micro_batches
+        # Lightning would put a sampler of its own in place of this order, and every rank would read the same rows.
+        self._order.num_repeated = steps if trainer.overfit_batches else None
+        trainer.overfit_batches = 0
 
     def _load(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:
@@ -340,9 +366,15 @@ class TextDataModule(LightningDataModule, ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch. The rows that do not fill a last one are left out, others in every epoch."""
+        """Optimizer steps of an epoch of the trainer, its limit counted in.
+
+        The rows that do not fill a last one are left out, others in every epoch.
+        """
         assert self._order is not None, "setup('fit') comes first"
-        return self._order.steps_per_epoch
+        whole = self._order.steps_per_epoch
+        if self.trainer is None:
+            return whole
+        return limited_steps(self.trainer.limit_train_batches, whole, self.trainer.accumulate_grad_batches)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro-batches, from the trainer's optimizer step on."""

@@ -48,6 +48,9 @@ class TrainingOrder(DistributedSampler[int]):
         balanced: whether micro-batches are to be equally long in sum, as packed rows want, instead of holding rows of
             like length, as padded ones do.
 
+    Attributes:
+        num_repeated: the first steps of the first epoch, if they are read again and again, and no others.
+
     >>> order = TrainingOrder([9], weights=[1.0], batch_size=4, micro_batch_size=2)
     >>> order.steps_per_epoch, len(list(order))
     (2, 8)
@@ -80,6 +83,7 @@ class TrainingOrder(DistributedSampler[int]):
         self.length_window = length_window
         self.balanced = balanced
         self.steps_per_epoch = sum(self.rows_per_epoch) // batch_size
+        self.num_repeated: int | None = None
 
     def __len__(self) -> int:
         """Rows that this rank reads in an epoch. Lightning counts on the whole epoch's, also after a resume."""
@@ -89,7 +93,8 @@ class TrainingOrder(DistributedSampler[int]):
         """One epoch's worth of rows, from the trainer's step on; past the end of an epoch comes the next one."""
         first = self.optimizer_step()
         epoch, order = -1, torch.empty(0)
-        for step in range(first, first + self.steps_per_epoch):
+        for number in range(first, first + self.steps_per_epoch):
+            step = number if self.num_repeated is None else number % self.num_repeated
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
                 order = self.epoch_order(epoch)
@@ -152,6 +157,21 @@ def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) 
         raise InputError(f"data.batch_size is {batch_size}, which {by or f'{world_size} ranks do'} not divide")
     rows = micro_batch_size or batch_size // world_size
     return rows, batch_size // (rows * world_size)
+
+
+def limited_steps(limit: int | float, steps_per_epoch: int, micro_batches: int) -> int:
+    """Optimizer steps of an epoch under Lightning's limit of micro-batches; one that the limit would cut is whole.
+
+    Args:
+        limit: an integer is a number of micro-batches, a float is a share of them; above 0.
+        steps_per_epoch: optimizer steps of the whole epoch.
+        micro_batches: of an optimizer step, on each rank.
+
+    >>> limited_steps(3, 10, 2), limited_steps(1.0, 10, 2), limited_steps(0.01, 10, 2), limited_steps(50, 10, 2)
+    (2, 10, 1, 10)
+    """
+    given = limit if isinstance(limit, int) else int(limit * steps_per_epoch * micro_batches)
+    return min(steps_per_epoch, max(1, -(-given // micro_batches)))
 
 
 def check_random_order(length_window: int) -> None:

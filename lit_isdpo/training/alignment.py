@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,9 +30,7 @@ from lit_isdpo.policy.reference import (
 )
 from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.policy.vocabulary import check_vocabulary
-from lit_isdpo.training.guards import NonFinite
-from lit_isdpo.training.language import Schedule
-from lit_isdpo.training.module import PolicyModule, Sampling
+from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.reference_cache import cached_logps
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
@@ -49,11 +46,8 @@ class AlignmentModule(PolicyModule):
         loss: of a pair.
         weighting: of a pair.
         mu: which policy the weights take for the one that wrote the responses.
-        optimizer: makes the optimizer from the policy's parameters.
-        schedule: of the learning rate.
-        sampling: how ``predict`` samples.
-        nonfinite: what becomes of a step whose loss or gradient is NaN.
         prefix_sharing: whether a prompt is computed once for both of its responses.
+        **options: those of :class:`PolicyModule`.
 
     Attributes:
         trains_on_pairs: whether the training rows' own responses are used.
@@ -69,13 +63,10 @@ class AlignmentModule(PolicyModule):
         loss: PreferenceLoss,
         weighting: PairWeighting,
         mu: Mu,
-        optimizer: OptimizerCallable,
-        schedule: Schedule,
-        sampling: Sampling,
-        nonfinite: NonFinite,
         prefix_sharing: bool | Literal["auto"],
+        **options: Any,
     ) -> None:
-        super().__init__(policy, optimizer, schedule, sampling, nonfinite)
+        super().__init__(policy=policy, **options)
         if reference is not None:
             if reference.path is None and policy.init == "random":
                 raise InputError(

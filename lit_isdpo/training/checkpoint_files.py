@@ -26,6 +26,7 @@ from lit_isdpo.types import InputError
 
 EXTRAS = "meta.pt"  # Lightning's name, in a folder, for all but tensors of the model and the optimizer
 TENSORS = "state_dict."  # before the model's names in a folder
+OPTIMIZER = "optimizer_0.state."  # before a parameter's name and that of a tensor of its state, in a folder
 INDEX = ".metadata"  # torch's name, in a folder, for what lies where
 INDEX_NAMES = {
     ("torch", "Size"),
@@ -104,6 +105,15 @@ class StoredCheckpoint:
             for key, stored in self._metadata.state_dict_metadata.items()
             if key.startswith(TENSORS) and isinstance(stored, TensorStorageMetadata)
         }
+
+    @cached_property
+    def optimizer_state(self) -> set[str]:
+        """The names of what the optimizer keeps for parameters (``exp_avg``); none, if it keeps nothing."""
+        if self.is_folder:
+            names = self._metadata.state_dict_metadata
+            return {name.rpartition(".")[2] for name in names if name.startswith(OPTIMIZER)}
+        states = self.extras.get("optimizer_states", [])
+        return {name for state in states for own in state["state"].values() for name in own}
 
     def holds(self, prefix: str) -> bool:
         """Whether there are tensors of that name: of a policy or of a reward model."""

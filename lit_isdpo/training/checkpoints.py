@@ -111,7 +111,7 @@ class LastCheckpoint(Callback):
         self._asked_by: int | None = None  # the signal
         self._saved_at = -1
         self._between_steps: tuple[dict[str, Any], int] | None = None  # what a checkpoint would have said of the loops
-        self._rewinds = False
+        self._is_past_it = False  # whether the loops have counted on since then
         self._flushes = False
         self._previous_handler: Any = None
 
@@ -134,23 +134,22 @@ class LastCheckpoint(Callback):
         self.teardown(trainer, pl_module, "fit")
         if isinstance(exception, NonFiniteError) and self._between_steps:  # on all ranks alike
             if trainer.global_step != self._saved_at:
-                self._rewinds = True
                 self._save(trainer)
-                self._rewinds = False
             rank_zero_info(f"\nStopped at optimizer step {trainer.global_step}, with {self.path(trainer)} before it.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to SIGTERM; moves validations, where checkpoints are saved too, to an accumulation window's end."""
         # Lightning has put a handler of its own there by now, and takes it back where it puts its own back.
         signal.signal(signal.SIGTERM, self._on_terminate)
+        self._remember(trainer)
         every = trainer.val_check_batch
         if isinstance(every, int):
             trainer.val_check_batch = -(-every // trainer.accumulate_grad_batches) * trainer.accumulate_grad_batches
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps how many micro-batches made a step."""
+        """Keeps how many micro-batches made a step; what is saved in the middle of one goes on where it began."""
         checkpoint[MICRO_BATCHES] = trainer.accumulate_grad_batches
-        if self._rewinds and self._between_steps:
+        if self._is_past_it and self._between_steps:
             checkpoint["loops"]["fit_loop"], checkpoint["epoch"] = self._between_steps
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -169,6 +168,7 @@ class LastCheckpoint(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What is logged of the step after which a checkpoint was saved is written too."""
+        self._is_past_it = True
         if self._flushes:
             self._flushes = False
             _flush_logs(trainer)
@@ -179,8 +179,8 @@ class LastCheckpoint(Callback):
         """Saves if the fit ends here, or a save is due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch:
             return  # in the middle of an accumulation window there is gradient that no checkpoint holds
-        # Copied, as the loops count on in what they give.
-        self._between_steps = (deepcopy(trainer.fit_loop.state_dict()), trainer.current_epoch)
+        self._is_past_it = False
+        self._remember(trainer)
         step = trainer.global_step
         at_max_steps = step == trainer.max_steps
         # A signal may reach the ranks at different steps, or one of them alone.
@@ -199,7 +199,12 @@ class LastCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves where something else ended the fit: early stopping, ``max_time``."""
         if trainer.global_step != self._saved_at:
+            self._is_past_it = True  # Lightning has counted the epoch as a whole one
             self._save(trainer)
+
+    def _remember(self, trainer: Trainer) -> None:
+        """Copies what a checkpoint says of the loops, as they count on in what they give."""
+        self._between_steps = (deepcopy(trainer.fit_loop.state_dict()), trainer.current_epoch)
 
     def path(self, trainer: Trainer) -> Path:
         """Where the last checkpoint is."""

@@ -1,10 +1,10 @@
-"""What all training shares, of policies and reward models: the optimizer, its schedule, checks, gradient clipping."""
+"""What all training shares, of policies and reward models: the optimizer, checks, gradient clipping."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_isdpo.data.tokenization import load_tokenizer
@@ -27,6 +26,7 @@ from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.sharding import all_ranks, whole
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.guards import NonFinite, StepGuard
+from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
 from lit_isdpo.types import InputError, Ranks
 
 SKIPPED_KEY = "skipped_steps"  # of a checkpoint
@@ -37,64 +37,15 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Learning rate over optimizer steps, as a factor of the optimizer's ``lr``.
-
-    Args:
-        decay: ``constant``, or ``linear`` or ``cosine`` down to ``final_factor`` at the last step.
-        warmup_steps: optimizer steps of linear rise from 0.
-        final_factor: where the decay ends, between 0 and 1.
-    """
-
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    final_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise InputError(f"schedule.warmup_steps must be at least 0 optimizer steps, not {self.warmup_steps}.")
-        if not 0 <= self.final_factor <= 1:
-            raise InputError(f"schedule.final_factor must lie between 0 and 1, not {self.final_factor}.")
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """Factor at the 0-based optimizer ``step``.
-
-        >>> linear = Schedule(decay="linear", warmup_steps=2)
-        >>> [round(linear.factor(step, 12), 3) for step in (0, 1, 2, 7, 12)]
-        [0.5, 1.0, 1.0, 0.55, 0.1]
-        """
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
-        remaining = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.final_factor + (1 - self.final_factor) * remaining
-
-
-def _check_optimizer(make_optimizer: OptimizerCallable) -> None:
-    """Raises for numbers that an optimizer refuses, or that would make its steps infinite."""
-    try:
-        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
-    except (ValueError, TypeError) as error:
-        raise InputError(f"model.optimizer: {error}") from error
-    largest = torch.finfo(torch.float32).max
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            numbers = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(number, float) and not abs(number) <= largest for number in numbers):
-                raise InputError(f"model.optimizer.{name} must be finite, not {value}.")
-
-
 class LanguageModule(LightningModule, ABC):
     """A language model in training, whatever it is trained to say.
 
     Args:
         source: names the model.
         architecture: its configuration.
-        optimizer: makes the optimizer from the model's parameters.
+        optimizer: makes the optimizer from the parameters that are trained.
         schedule: of the learning rate.
+        decay_norms_and_biases: whether the optimizer's weight decay acts on these too, and not only on matrices.
         nonfinite: what becomes of a step whose loss or gradient is NaN.
 
     Raises:
@@ -111,18 +62,21 @@ class LanguageModule(LightningModule, ABC):
         self,
         source: PolicyConfig | BackboneConfig,
         architecture: PretrainedConfig,
-        optimizer: OptimizerCallable,
-        schedule: Schedule,
-        nonfinite: NonFinite,
+        *,
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule = Schedule(),  # noqa: B008 - immutable
+        decay_norms_and_biases: bool = False,
+        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
     ) -> None:
         super().__init__()
-        _check_optimizer(optimizer)
+        check_options(optimizer)
         self.source = source
         self.architecture = architecture
         self.make_optimizer = optimizer
         self.shares_prompts = False  # whether its batches hold a pair a row, with one prompt for both responses
         self.samples = False  # whether it is trained on responses of its own
         self.schedule = schedule
+        self.decay_norms_and_biases = decay_norms_and_biases
         self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(
             model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -270,24 +224,17 @@ class LanguageModule(LightningModule, ABC):
         if self.trainer.max_steps != -1:
             limits.append(self.trainer.max_steps)
         if self.trainer.max_epochs is not None and self.trainer.max_epochs != -1:
-            limits.append(self.trainer.max_epochs * self._steps_per_epoch)
+            limits.append(self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
         if not limits:
             raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
         return min(limits)
 
-    @property
-    def _steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch, ``limit_train_batches`` counted in: micro-batches, or a share of them."""
-        whole = int(self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
-        limit, accumulation = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
-        micro_batches = limit if isinstance(limit, int) else int(limit * whole * accumulation)
-        return max(1, min(whole, math.ceil(micro_batches / accumulation)))
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over what is trained, one schedule over optimizer steps."""
-        optimizer = self.make_optimizer([p for p in self.network.parameters() if p.requires_grad])
+        trained = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+        optimizer = build_optimizer(self.make_optimizer, trained, decay_norms_and_biases=self.decay_norms_and_biases)
         total_steps = 1 if self.schedule.decay == "constant" else self.total_steps
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total_steps))
+        scheduler = ScheduledRate(optimizer, self.schedule, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -338,6 +285,8 @@ class LanguageModule(LightningModule, ABC):
                 parameter.grad = None
         if self.guard.nonfinite.action == "skip":
             self.log("train/skipped_steps", torch.full((), float(self.guard.num_skipped), device=self.device))
+        rate = optimizer.param_groups[0]["lr"]
+        self.log("train/lr", torch.full((), rate, dtype=torch.float64, device=self.device))
         self.log("train/grad_norm", norm)
         if gradient_clip_val:
             self.log("train/grad_clipped", (norm > gradient_clip_val).float())

@@ -4,8 +4,6 @@ from abc import ABC
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
-from lightning.pytorch.cli import OptimizerCallable
-
 from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
 from lit_isdpo.evaluation.rewards import Reward
@@ -13,8 +11,7 @@ from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
 from lit_isdpo.policy.vocabulary import num_tokens
-from lit_isdpo.training.guards import NonFinite
-from lit_isdpo.training.language import LanguageModule, Schedule, adamw
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
 WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
@@ -77,10 +74,8 @@ class PolicyModule(LanguageModule, ABC):
 
     Args:
         policy: the model that is trained.
-        optimizer: makes the optimizer from the policy's parameters.
-        schedule: of the learning rate.
         sampling: how ``predict`` samples.
-        nonfinite: what becomes of a step whose loss or gradient is NaN.
+        **options: those of :class:`LanguageModule`.
     """
 
     path_option = "model.policy.path"
@@ -89,13 +84,11 @@ class PolicyModule(LanguageModule, ABC):
     def __init__(
         self,
         policy: PolicyConfig = PolicyConfig(),
-        optimizer: OptimizerCallable = adamw,
-        schedule: Schedule = Schedule(),
         sampling: Sampling = Sampling(),
-        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
+        **options: Any,
     ) -> None:
         # Read here, so that a model that is none is found out before any data is read.
-        super().__init__(policy, load_config(policy).get_text_config(), optimizer, schedule, nonfinite)
+        super().__init__(policy, load_config(policy).get_text_config(), **options)
         self.sampling = sampling
 
     @property

@@ -4,7 +4,6 @@ from math import isfinite
 from typing import Any, ClassVar
 
 from jsonargparse.typing import lazy_instance
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
@@ -15,9 +14,7 @@ from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig, starts_at_reference
 from lit_isdpo.training.alignment import AlignmentModule, Mu, described
-from lit_isdpo.training.guards import NonFinite, check_first_step
-from lit_isdpo.training.language import Schedule, adamw
-from lit_isdpo.training.module import Sampling
+from lit_isdpo.training.guards import check_first_step
 from lit_isdpo.training.rollouts import (
     RolloutConfig,
     SampledResponses,
@@ -47,10 +44,7 @@ class OnlineModule(AlignmentModule):
         rollout: how responses are sampled.
         missing_eos_penalty: what a response loses that the token limit cut, at least 0.
         mu: which policy the weights of the held-out pairs take for the one that wrote them, as of ``PreferenceModule``.
-        optimizer: makes the optimizer from the policy's parameters.
-        schedule: of the learning rate.
-        sampling: how ``predict`` samples.
-        nonfinite: what becomes of a step whose loss or gradient is NaN.
+        **options: those of :class:`PolicyModule`.
     """
 
     trains_on_pairs: ClassVar[bool] = False
@@ -64,10 +58,7 @@ class OnlineModule(AlignmentModule):
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 - immutable
         missing_eos_penalty: float = 0.0,
         mu: Mu = "auto",
-        optimizer: OptimizerCallable = adamw,
-        schedule: Schedule = Schedule(),
-        sampling: Sampling = Sampling(),
-        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
+        **options: Any,
     ) -> None:
         check_rollouts(reference, "model")
         if not 0 <= missing_eos_penalty < float("inf"):
@@ -80,11 +71,8 @@ class OnlineModule(AlignmentModule):
             loss=objective.implied(),
             weighting=ImportanceWeighting(),
             mu=mu,
-            optimizer=optimizer,
-            schedule=schedule,
-            sampling=sampling,
-            nonfinite=nonfinite,
             prefix_sharing="auto",
+            **options,
         )
         self.samples = True
         self._reward = (reward,)  # in a tuple: a reward that is an nn.Module is not a part of this module

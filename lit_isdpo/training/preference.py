@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import lazy_instance
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss
@@ -14,9 +13,7 @@ from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, Prod
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig, starts_at_reference
 from lit_isdpo.training.alignment import AlignmentModule, Mu, described
-from lit_isdpo.training.guards import NonFinite, check_first_step, warn_of_vanishing_weights
-from lit_isdpo.training.language import Schedule, adamw
-from lit_isdpo.training.module import Sampling
+from lit_isdpo.training.guards import check_first_step, warn_of_vanishing_weights
 from lit_isdpo.training.rollouts import (
     OnPolicyKL,
     check_positions,
@@ -46,13 +43,10 @@ class PreferenceModule(AlignmentModule):
             all, and a row without them is an error.
         on_policy_kl: adds the KL to the reference on responses that the policy samples (HyPO, arXiv 2406.01462); in
             training alone, so ``val/loss`` is without it.
-        optimizer: makes the optimizer from the policy's parameters.
-        schedule: of the learning rate.
-        sampling: how ``predict`` samples.
-        nonfinite: what becomes of a step whose loss or gradient is NaN.
         ess_window: most recent training pairs, over all ranks, that ``train/weights/ess`` is taken over.
         prefix_sharing: whether a prompt is computed once for both of its responses, in one row. The values are the same
             to rounding, in less time and memory. ``auto``: where the models' architecture allows it.
+        **options: those of :class:`PolicyModule`.
     """
 
     def __init__(
@@ -63,12 +57,9 @@ class PreferenceModule(AlignmentModule):
         weighting: PairWeighting = lazy_instance(ImportanceWeighting),
         mu: Mu = "auto",
         on_policy_kl: OnPolicyKL | None = None,
-        optimizer: OptimizerCallable = adamw,
-        schedule: Schedule = Schedule(),
-        sampling: Sampling = Sampling(),
-        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
         ess_window: int = 2048,
         prefix_sharing: bool | Literal["auto"] = "auto",
+        **options: Any,
     ) -> None:
         if ess_window < 1:
             raise InputError(f"model.ess_window must be at least 1 pair, not {ess_window}.")
@@ -87,11 +78,8 @@ class PreferenceModule(AlignmentModule):
             loss=loss,
             weighting=weighting,
             mu=mu,
-            optimizer=optimizer,
-            schedule=schedule,
-            sampling=sampling,
-            nonfinite=nonfinite,
             prefix_sharing=prefix_sharing,
+            **options,
         )
         self.on_policy_kl = on_policy_kl
         self.samples = on_policy_kl is not None

@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.training.guards import NonFinite
-from lit_isdpo.training.language import LanguageModule, Schedule, adamw
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch
 
 REWARD_WEIGHTS_PREFIX = "reward_model.model."  # of the model's tensors in a checkpoint
@@ -36,9 +34,7 @@ class RewardModule(LanguageModule):
     Args:
         backbone: the model that it begins with.
         centering: factor of ``(r_w + r_l)^2``, which keeps rewards around 0 (arXiv 2312.09244 has 0.01); at least 0.
-        optimizer: makes the optimizer from the model's parameters.
-        schedule: of the learning rate.
-        nonfinite: what becomes of a step whose loss or gradient is NaN.
+        **options: those of :class:`LanguageModule`.
     """
 
     path_option = "model.backbone.path"
@@ -48,9 +44,7 @@ class RewardModule(LanguageModule):
         self,
         backbone: BackboneConfig = BackboneConfig(),
         centering: float = 0.0,
-        optimizer: OptimizerCallable = adamw,
-        schedule: Schedule = Schedule(),
-        nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
+        **options: Any,
     ) -> None:
         if not 0 <= centering < float("inf"):
             raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
@@ -58,7 +52,7 @@ class RewardModule(LanguageModule):
         config = read_config(backbone, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
-        super().__init__(backbone, config.get_text_config(), optimizer, schedule, nonfinite)
+        super().__init__(backbone, config.get_text_config(), **options)
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
         self.train_metrics = RewardMetrics()

@@ -21,6 +21,7 @@ from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint, plain_values_only, unreadable
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.optimization import check_state
 from lit_isdpo.types import InputError
 
 NAME = "fsdp2"
@@ -108,7 +109,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         assert isinstance(self.lightning_module, LanguageModule)
         path = Path(self.broadcast(checkpoint_path))
-        self.lightning_module.ranks.agree(lambda: self._check(path))
+        has_state = all(self.lightning_module.ranks.agree(lambda: self._check(path)))
+        optimizers = self.optimizers
+        if not has_state:  # PyTorch and Lightning would look for some; the optimizer begins with its own
+            self.optimizers = []
         # Of a policy with an adapter a checkpoint has the adapter alone; the names were compared above.
         self.lightning_module.strict_loading = False
         try:
@@ -116,8 +120,11 @@ class FSDP2Strategy(ModelParallelStrategy):
                 return super().load_checkpoint(path, weights_only=True)
         except (CheckpointException, UnpicklingError) as error:
             raise InputError(unreadable(path)) from error
+        finally:
+            self.optimizers = optimizers
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Path) -> bool:
+        """Compares a checkpoint with what it is to be loaded into; whether it has any state of an optimizer."""
         stored, module = StoredCheckpoint(path), cast(LanguageModule, self.lightning_module)
         stored.check(self.global_rank, self.world_size)
         module.check_tensors(stored.shapes)
@@ -125,12 +132,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         # they are among those that are trained.
         trained = [parameter.requires_grad for parameter in module.parameters()]
         for state in stored.extras.get("optimizer_states", ()):
-            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            numbers = sorted(number for group in state["param_groups"] for number in group["params"])
             if not all(trained) and numbers != [number for number, is_trained in enumerate(trained) if is_trained]:
                 raise InputError(
                     f"ckpt_path: {str(path)!r} has the optimizer of an adapter that another strategy trained; go on "
                     "with that one, or export the adapter's policy and begin anew from it."
                 )
+        if self.optimizers:
+            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            check_state(module.make_optimizer, parameters, stored.optimizer_state)
+        return bool(stored.optimizer_state)
 
 
 StrategyRegistry.register(NAME, FSDP2Strategy, description="Fully sharded data parallelism (FSDP2)")

@@ -45,6 +45,26 @@ class IsdpoTrainer(Trainer):
     test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
     predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
 
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no optimizer step has begun that is not made: no gradient waits for more micro-batches."""
+        return (self.fit_loop.batch_idx + 1) % self.accumulate_grad_batches == 0 or self.is_last_batch
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether a validation may begin: between two steps, as it saves checkpoints; it waits until then."""
+        return super().enable_validation and self.is_between_steps
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the fit ends: between two steps, whatever asks for it (``max_time``) and whenever."""
+        return self._is_asked_to_stop and self.is_between_steps
+
+    @should_stop.setter
+    def should_stop(self, is_asked: bool) -> None:
+        if is_asked or self.is_between_steps:  # callbacks write back what they read, in the middle of a step too
+            self._is_asked_to_stop = is_asked
+
     def precompute(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Computes the reference's log-probs of all rows once, for later runs with model.reference.cache.
 

@@ -132,6 +132,7 @@ LORA = "{peft_type: LORA, r: 4, lora_alpha: 8, target_modules: all-linear}"
 STRATEGY = f"--trainer.strategy={FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
 COPIES = [STRATEGY, "--trainer.strategy.shard_size=1", "--trainer.devices=2"]
 ONE_FILE = [STRATEGY, "--trainer.strategy.save_distributed_checkpoint=false", "--trainer.devices=2"]
+DECAY = "--model.optimizer.weight_decay=0.1"
 VARIANTS: dict[str, list[str]] = {
     "untied": [*SHARDED, "--model.policy.path=UNTIED", "--data.num_workers=2"],
     "lora": [*SHARDED, f"--model.policy.peft={LORA}"],
@@ -146,8 +147,11 @@ VARIANTS: dict[str, list[str]] = {
     "copies": [*COPIES, "--data.micro_batch_size=1"],
     "offloaded": [STRATEGY, "--trainer.strategy.cpu_offload=true", "--trainer.devices=2"],
     "one file": ONE_FILE,
+    "decayed": [*SHARDED, DECAY],
+    "decayed in one file": [*ONE_FILE, DECAY],
     "ddp": DDP,
 }
+RESUMED_SLOWER = {"untied": SHARDED, "one file": ONE_FILE, "ddp": DDP}
 EPOCH_1 = 5  # where the fits of the variants are cut
 
 
@@ -183,8 +187,14 @@ def variants(
         fit = ["fit", *quiet, *more, f"--trainer.max_steps={NUM_STEPS}", "--trainer.default_root_dir"]
         commands.append([*fit, variants / name / "straight", *keeping(EPOCH_1)])
         commands.append([*fit, variants / name / "resumed", f"--ckpt_path={kept(variants / name)}"])
-    plain, one_rank = variants / "plain", variants / "one rank"
+    for name in RESUMED_SLOWER:
+        more = [option.replace("UNTIED", untied_dir) for option in VARIANTS[name]]
+        slower = [DECAY, "--model.optimizer.lr=1e-9", f"--ckpt_path={kept(variants / name)}"]
+        target = f"--trainer.default_root_dir={variants / name / 'slower'}"
+        commands.append(["fit", *quiet, *more, *slower, f"--trainer.max_steps={NUM_STEPS}", target])
+    plain, decayed, one_rank = variants / "plain", variants / "decayed plain", variants / "one rank"
     main(["fit", *quiet, "--trainer.max_steps=3", f"--trainer.default_root_dir={plain / 'stopped'}"])
+    main(["fit", *quiet, DECAY, "--trainer.max_steps=3", f"--trainer.default_root_dir={decayed / 'stopped'}"])
     on = ["--trainer.strategy=fsdp2", "--trainer.devices=1"]
     run_on_ranks(
         [
@@ -201,6 +211,9 @@ def variants(
         ckpt_path = f"--ckpt_path={last(start / 'stopped' / 'version_0')}"
         target = f"--trainer.default_root_dir={variants / name}"
         commands.append(["fit", *quiet, *SHARDED, f"--trainer.max_steps={NUM_STEPS}", ckpt_path, target])
+    ckpt_path = f"--ckpt_path={last(decayed / 'stopped' / 'version_0')}"
+    target = f"--trainer.default_root_dir={variants / 'decayed plain to two'}"
+    commands.append(["fit", *quiet, DECAY, *SHARDED, f"--trainer.max_steps={NUM_STEPS}", ckpt_path, target])
     evaluate = [*quiet, *SHARDED, f"--ckpt_path={last(root / 'straight' / 'version_0')}"]
     commands.append(["validate", *evaluate, f"--trainer.default_root_dir={variants / 'validate'}"])
     no_samples = ["--evaluation.num_prompts=0", f"--data.test={pairs_file}"]
@@ -249,6 +262,23 @@ def test_a_checkpoint_goes_on_with_other_ranks(name: str, variants: Path, root: 
         expected = {step: value for step, value in unbroken[key].items() if step >= 3}
         assert values[key] == pytest.approx(expected, abs=1e-5), key
     assert_close(weights(resumed, tmp_path), weights(straight, tmp_path))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_groups_goes_on_with_ranks(variants: Path, tmp_path: Path) -> None:
+    """One process had two groups of parameters, which a file numbers; so have two ranks, which have names."""
+    run, straight = newest_run(variants / "decayed plain to two"), newest_run(variants / "decayed" / "straight")
+    assert_close(weights(run, tmp_path), weights(straight, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED_SLOWER)
+def test_ranks_that_go_on_follow_their_config(name: str, variants: Path, tmp_path: Path) -> None:
+    """Another learning rate, and weight decay, by which there are two groups instead of one."""
+    run = newest_run(variants / name / "slower")
+    assert read_metrics(run)["train/lr"] == pytest.approx({EPOCH_1: 1e-9})
+    before = StoredCheckpoint(kept(variants / name)).read(WEIGHTS_PREFIX)
+    assert_close(StoredCheckpoint(last(run)).read(WEIGHTS_PREFIX), before)
 
 
 @pytest.mark.slow

@@ -1,0 +1,200 @@
+"""The optimizer and its schedule, and how a fit goes on from those of a checkpoint.
+
+A resumed fit takes over what an optimizer has learned (its state) and how many steps were made. All that is an option
+(learning rate, weight decay, betas, the schedule) is that of the config.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_isdpo.types import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over optimizer steps, as a factor of the optimizer's ``lr``.
+
+    Args:
+        decay: ``constant``, or ``linear`` or ``cosine`` down to ``final_factor`` at the last step.
+        warmup_steps: optimizer steps of linear rise from 0.
+        final_factor: where the decay ends, between 0 and 1.
+    """
+
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise InputError(f"schedule.warmup_steps must be at least 0 optimizer steps, not {self.warmup_steps}.")
+        if not 0 <= self.final_factor <= 1:
+            raise InputError(f"schedule.final_factor must lie between 0 and 1, not {self.final_factor}.")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Factor at the 0-based optimizer ``step``; the last one is ``total_steps - 1``.
+
+        >>> linear = Schedule(decay="linear", warmup_steps=2)
+        >>> [round(linear.factor(step, 13), 3) for step in (0, 1, 2, 7, 12)]
+        [0.5, 1.0, 1.0, 0.55, 0.1]
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps))
+        remaining = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.final_factor + (1 - self.final_factor) * remaining
+
+
+class ScheduledRate(LambdaLR):
+    """Sets the learning rate of each optimizer step.
+
+    Args:
+        optimizer: whose learning rates these are.
+        schedule: says how they change.
+        total_steps: optimizer steps of the whole fit.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: int) -> None:
+        super().__init__(optimizer, lambda step: schedule.factor(step, total_steps))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at the checkpoint's step, with the rates that this optimizer and this schedule have there."""
+        step = state_dict["last_epoch"]
+        rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        own = {"base_lrs": self.base_lrs, "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
+        super().load_state_dict({**state_dict, **own})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def check_options(make_optimizer: OptimizerCallable) -> None:
+    """Raises for numbers that an optimizer refuses, or that would make its steps infinite."""
+    try:
+        optimizer = make_optimizer([Parameter(torch.zeros(2, 2))])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"model.optimizer: {error}") from error
+    largest = torch.finfo(torch.float32).max
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(number, float) and not abs(number) <= largest for number in numbers):
+                raise InputError(f"model.optimizer.{name} must be finite, not {value}.")
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay acts on a parameter by default: on matrices, but on no norm and no bias.
+
+    Most norms and biases are vectors; a few architectures stack those of their heads or experts to matrices, so names
+    count too. Transformers' trainer, and TRL with it, goes by names only; it decays some vectors that are no weights
+    (Mamba's ``D``, the attention sinks of GPT-OSS), which are left out here.
+    """
+    return parameter.ndim > 1 and re.search("bias|norm", name.lower()) is None
+
+
+def build_optimizer(
+    make_optimizer: OptimizerCallable, named: Mapping[str, Parameter], *, decay_norms_and_biases: bool
+) -> Optimizer:
+    """The optimizer of a fit; what its ``load_state_dict`` takes over is state, and no option.
+
+    Args:
+        make_optimizer: makes it from a list of parameters.
+        named: what is trained, in the order of the model.
+        decay_norms_and_biases: whether its weight decay acts on all of them.
+
+    Raises:
+        InputError: in ``load_state_dict``: the optimizer cannot go on from that state.
+    """
+    parameters = list(named.values())
+    optimizer = make_optimizer(parameters)
+    if not decay_norms_and_biases:
+        _exempt(optimizer, {parameter for name, parameter in named.items() if not is_decayed(name, parameter)})
+
+    # A file numbers the parameters. Lightning's FSDP2 strategy numbers them in the order of the model, and PyTorch as
+    # the groups have them; in the order of the model, a checkpoint serves other groups and other strategies too.
+
+    def number(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        place = {parameter: number for number, parameter in enumerate(parameters)}
+        numbers = [place[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in state["param_groups"]]
+        return {**state, "state": {numbers[n]: own for n, own in state["state"].items()}, "param_groups": groups}
+
+    def take_over(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        keys = [key for group in state["param_groups"] for key in group["params"]]
+        grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        is_numbered = all(isinstance(key, int) for key in keys)
+        if len(keys) != len(parameters):
+            raise InputError(
+                f"ckpt_path: the checkpoint's optimizer has {len(keys)} tensors, and this run trains "
+                f"{len(parameters)}; use the config.yaml of its own run."
+            )
+        key_of = dict(zip(parameters, sorted(keys), strict=True) if is_numbered else zip(grouped, keys, strict=True))
+        kept = check_state(make_optimizer, parameters, {name for own in state["state"].values() for name in own})
+        if any(state["state"].values()):
+            entries = {
+                key: {name: value for name, value in own.items() if name in kept} for key, own in state["state"].items()
+            }
+        else:  # that of an optimizer without state: this one begins with its own
+            entries = {key_of[parameter]: own for parameter, own in optimizer.state.items()}
+        groups = [{**group, "params": [key_of[p] for p in group["params"]]} for group in optimizer.param_groups]
+        return {**state, "state": entries, "param_groups": groups}
+
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        optimizer.register_state_dict_post_hook(number)
+    optimizer.register_load_state_dict_pre_hook(take_over)
+    return optimizer
+
+
+def _exempt(optimizer: Optimizer, exempt: Collection[Tensor]) -> None:
+    """Moves these parameters to groups without weight decay, where there is any."""
+    for group in list(optimizer.param_groups):
+        if group.get("weight_decay"):
+            others = [parameter for parameter in group["params"] if parameter in exempt]
+            if others:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in exempt]
+                optimizer.add_param_group({**group, "params": others, "weight_decay": 0.0})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def check_state(
+    make_optimizer: OptimizerCallable, parameters: Collection[Tensor], stored: Collection[str]
+) -> Collection[str]:
+    """Checks that an optimizer can go on from the state in a checkpoint.
+
+    Args:
+        make_optimizer: makes it.
+        parameters: what is trained.
+        stored: the names of the tensors that the checkpoint keeps for parameters; none, if its optimizer has no state.
+
+    Returns:
+        The names of those that the optimizer uses.
+
+    Raises:
+        InputError: it keeps others.
+    """
+    used: set[str] = set()
+    for ndim in {parameter.ndim for parameter in parameters}:  # Adafactor keeps others for vectors than for matrices
+        trial = Parameter(torch.zeros((2,) * ndim))
+        trial.grad = torch.zeros_like(trial)
+        optimizer = make_optimizer([trial])
+        optimizer.step(lambda: 0.0)  # some classes want a closure
+        used |= optimizer.state[trial].keys()
+        name = type(optimizer).__name__
+    if stored and (missing := used.difference(stored)):
+        raise InputError(
+            f"model.optimizer: {name} cannot go on from the checkpoint's optimizer, which has no "
+            f"{', '.join(sorted(missing))} (it has {', '.join(sorted(stored))}); use the optimizer options of its own "
+            "run, or export the checkpoint and begin anew from it."
+        )
+    return used

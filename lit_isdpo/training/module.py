@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import OptimizerCallable
 
+from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
 from lit_isdpo.evaluation.rewards import Reward
@@ -113,6 +114,35 @@ class PolicyModule(LanguageModule, ABC):
     def reward(self) -> Reward | None:
         """What the policy is trained on; only online methods have one."""
         return None
+
+    def setup(self, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell."""
+        super().setup(stage)
+        if stage == "predict":
+            split = self.trainer.datamodule.split_to_predict  # type: ignore[attr-defined]
+            self.check_positions(split, self.sampling.max_new_tokens, "model.sampling.max_new_tokens")
+
+    def check_positions(self, split: Split, max_new_tokens: int, option: str) -> None:
+        """Raises for responses that may grow beyond the positions that the model knows.
+
+        Learned positions end there with an index error, and rotary ones go on to values that were never trained.
+
+        Args:
+            split: whose prompts are answered; its rows were read.
+            max_new_tokens: of a response.
+            option: has that limit, for the message.
+
+        Raises:
+            InputError: the longest prompt and a response of that length are more.
+        """
+        positions = getattr(self.architecture, "max_position_embeddings", None)
+        rows = self.trainer.datamodule.splits.rows[split]  # type: ignore[attr-defined]
+        longest = int(rows.num_tokens()["prompt"].max())
+        if positions is not None and longest + max_new_tokens > positions:
+            raise InputError(
+                f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest of the {split} rows, are "
+                f"more than the model's {positions} positions; lower it or data.max_prompt_length."
+            )
 
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""

@@ -181,10 +181,22 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
     except LOADING_ERRORS as error:
         raise InputError(why_not_loaded(policy, option, error)) from error
     assert isinstance(model, PreTrainedModel)
+    note_own_head(model)
     model.eval()
     if policy.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
+
+
+def note_own_head(model: PreTrainedModel) -> None:
+    """Has the configuration say so if the weights have a head of their own, although it ties them to the embeddings.
+
+    transformers does not tie the two if the file has both with different values; whoever builds the model from its
+    configuration, as ``export`` does, would.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None):
+        model.config.tie_word_embeddings = False
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

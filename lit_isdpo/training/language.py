@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -143,6 +144,11 @@ class LanguageModule(LightningModule, ABC):
     def method(self) -> tuple[str, dict[str, Any]]:
         """The method's name and its numbers, for tables of runs."""
 
+    @property
+    @abstractmethod
+    def random_start(self) -> str | None:
+        """A sentence that says what of the model is drawn at random before a fit; ``None`` if all of it is loaded."""
+
     @abstractmethod
     def configure_outline(self) -> None:
         """Does as ``configure_model``, without weights: all that is in memory in a fit is there, on the meta device."""
@@ -183,7 +189,9 @@ class LanguageModule(LightningModule, ABC):
             raise InputError(f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}.")
 
     def on_train_start(self) -> None:
-        """Compiles what the config wants compiled."""
+        """Says what a fresh fit starts from that is random, and compiles what the config wants compiled."""
+        if self.random_start and self.trainer.global_step == 0:
+            rank_zero_info(self.random_start)
         if self.source.compile:
             compile_layers(self.network.model)
 

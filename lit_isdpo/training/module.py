@@ -111,6 +111,16 @@ class PolicyModule(LanguageModule, ABC):
         return f"model.policy.{'path' if self.policy.adapter is None else 'peft'}"
 
     @property
+    def random_start(self) -> str | None:
+        """All of the policy, if the config asks for it."""
+        if self.policy_config.init == "pretrained":
+            return None
+        return (
+            "The policy starts from random weights, as model.policy.init is random: "
+            f"{self.policy_config.path!r} gives only its architecture."
+        )
+
+    @property
     def reward(self) -> Reward | None:
         """What the policy is trained on; only online methods have one."""
         return None

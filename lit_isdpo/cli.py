@@ -159,6 +159,8 @@ class IsdpoCLI(LightningCLI):
         """Says which policy is looked at."""
         if not self.config[str(self.subcommand)].get("ckpt_path"):
             rank_zero_info("No --ckpt_path is given: the model is the one that it names, untrained here.")
+            if self.model.random_start:
+                rank_zero_info(self.model.random_start)
 
     before_test = before_validate
 

@@ -198,6 +198,7 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
     except LOADING_ERRORS as error:
         raise InputError(why_not_loaded(policy, option, error)) from error
     assert isinstance(model, PreTrainedModel)
+    note_own_head(model)
     model.eval()
     if policy.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -229,6 +230,17 @@ def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
 def attention_of(model: PreTrainedModel) -> str:
     """The attention kernel that a model has, which may be another than the one that was asked for."""
     return str(model.config.get_text_config()._attn_implementation)
+
+
+def note_own_head(model: PreTrainedModel) -> None:
+    """Has the configuration say so if the weights have a head of their own, although it ties them to the embeddings.
+
+    transformers does not tie the two if the file has both with different values; whoever builds the model from its
+    configuration, as ``export`` does, would.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None):
+        model.config.tie_word_embeddings = False
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -271,6 +283,9 @@ def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
     reason = lines[-1].strip() if isinstance(error, StrictDataclassError) else lines[0]
     if "trust_remote_code" in str(error):
         reason = NEEDS_CODE
+    if "no file named" in str(error):
+        reason = "it has a configuration and no weights"
+        reason += "; --model.policy.init random draws new ones." if option == "model.policy.path" else "."
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle that holds more than tensors, which could run code; save it as safetensors."
     if path.is_dir():

@@ -145,6 +145,11 @@ class Sharding:
         def load() -> str | None:
             nonlocal loaded
             loaded = load_logprob_model(config, option=option) if is_source else None
+            if loaded is not None and len([*loaded.model.parameters()]) != len([*model.model.parameters()]):
+                raise InputError(
+                    f"{option}: {config.path!r} has a head of its own, although its config.json ties the head to the "
+                    "embeddings; set tie_word_embeddings to false there."
+                )
             return None if loaded is None or loaded.adapter is None else loaded.adapter.base_fingerprint
 
         base_fingerprint = all_ranks().agree(load)[0]
@@ -243,7 +248,8 @@ def _folder_of_slices(config: PolicyConfig, model: PreTrainedModel) -> Path | No
                 stored |= set(tensors.keys())
     except Exception:  # whatever it is, the other way meets it again, and says so
         return None
-    return folder if len(_stored_names(model, stored)) == len(_tensors_by_identity(model)) else None
+    stored_once = [sum(name in stored for name in names) == 1 for names in _tensors_by_identity(model).values()]
+    return folder if all(stored_once) else None  # one that is stored twice may not be tied: rank 0 looks
 
 
 def _tensors_by_identity(model: nn.Module) -> dict[int, list[str]]:

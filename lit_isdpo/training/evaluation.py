@@ -142,11 +142,18 @@ class Evaluation(Callback):
         """Checks what only the trainer tells, before anything is loaded.
 
         Raises:
-            InputError: vLLM is not there, or would be shared by several processes; or the model writes no responses.
+            InputError: vLLM is not there, or would be shared by several processes; or the model writes no responses, or
+                has no positions for them.
         """
-        if stage == "test" and not isinstance(pl_module, PolicyModule) and (self.reward or self.judge):
+        if stage != "test":
+            return
+        if isinstance(pl_module, PolicyModule):
+            num_prompts, limits = self._extent(trainer)
+            for name in limits if num_prompts else ():
+                pl_module.check_positions("test", limits[name], f"evaluation.{name}")
+        elif self.reward or self.judge:
             raise InputError("evaluation: a reward model writes no responses; leave evaluation.reward and judge out.")
-        if stage == "test" and self.settings.engine == "vllm":
+        if self.settings.engine == "vllm":
             check_vllm("evaluation.engine")
             if trainer.world_size > 1:
                 raise InputError(
@@ -158,8 +165,7 @@ class Evaluation(Callback):
         """Evaluates, and logs."""
         if not isinstance(pl_module, PolicyModule):
             return
-        probe = next((one for one in trainer.callbacks if isinstance(one, SamplingProbe)), SamplingProbe())  # type: ignore[attr-defined]
-        num_prompts = probe.num_prompts if self.num_prompts is None else self.num_prompts
+        num_prompts, limits = self._extent(trainer)
         if not num_prompts:
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -168,9 +174,8 @@ class Evaluation(Callback):
         if pl_module.reference is None:
             rank_zero_info("There is no reference: KL and wins against it are left out.")
         tokenizer, settings = pl_module.tokenizer, asdict(self.settings)
-        settings["max_new_tokens"] = self.max_new_tokens or probe.max_new_tokens
-        kl_only = {"num_responses": 1, "temperature": 1.0, "top_p": 1.0}
-        kl_only["max_new_tokens"] = self.kl_max_new_tokens or settings["max_new_tokens"]
+        settings["max_new_tokens"] = limits["max_new_tokens"]
+        kl_only = {"num_responses": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": limits["kl_max_new_tokens"]}
         evaluator = Evaluator(
             prompts,
             Vocabulary(
@@ -209,6 +214,16 @@ class Evaluation(Callback):
         for owner, file in self.outcome.files.items():
             console.print(f"Responses ({owner}): {file}", soft_wrap=True, highlight=False)
         console.print(f"Numbers: {folder / 'evaluation.json'}", soft_wrap=True, highlight=False)
+
+    def _extent(self, trainer: Trainer) -> tuple[int, dict[str, int]]:
+        """Number of prompts, and the tokens that limit a response that is scored and one that the KL is measured on."""
+        probe = next((one for one in trainer.callbacks if isinstance(one, SamplingProbe)), SamplingProbe())  # type: ignore[attr-defined]
+        num_prompts = probe.num_prompts if self.num_prompts is None else self.num_prompts
+        max_new_tokens = self.max_new_tokens or probe.max_new_tokens
+        return num_prompts, {
+            "max_new_tokens": max_new_tokens,
+            "kl_max_new_tokens": self.kl_max_new_tokens or max_new_tokens,
+        }
 
     def _exact(self, module: PolicyModule, datamodule: Any, prompts: list[Any]) -> dict[str, float]:
         exact = find_exact(datamodule, "test", module.policy, [prompt.prompt_ids for prompt in prompts])

@@ -99,6 +99,11 @@ class LanguageModule(LightningModule, ABC):
     def method(self) -> tuple[str, dict[str, Any]]:
         """The method's name and its numbers, for tables of runs."""
 
+    @property
+    @abstractmethod
+    def random_start(self) -> str | None:
+        """A sentence that says what of the model is drawn at random before a fit; ``None`` if all of it is loaded."""
+
     @abstractmethod
     def configure_outline(self) -> None:
         """Does as ``configure_model``, without weights: all that is in memory in a fit is there, on the meta device."""
@@ -171,7 +176,9 @@ class LanguageModule(LightningModule, ABC):
             )
 
     def on_train_start(self) -> None:
-        """Compiles what the config wants compiled."""
+        """Says what a fresh fit starts from that is random, and compiles what the config wants compiled."""
+        if self.random_start and self.trainer.global_step == 0:
+            rank_zero_info(self.random_start)
         if self.source.compile:
             compile_layers(self.network.model)
 

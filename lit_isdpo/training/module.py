@@ -4,6 +4,7 @@ from abc import ABC
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
 from lit_isdpo.evaluation.rewards import Reward
@@ -107,9 +108,48 @@ class PolicyModule(LanguageModule, ABC):
         return f"model.policy.{'path' if self.policy.adapter is None else 'peft'}"
 
     @property
+    def random_start(self) -> str | None:
+        """All of the policy, if the config asks for it."""
+        if self.policy_config.init == "pretrained":
+            return None
+        return (
+            "The policy starts from random weights, as model.policy.init is random: "
+            f"{self.policy_config.path!r} gives only its architecture."
+        )
+
+    @property
     def reward(self) -> Reward | None:
         """What the policy is trained on; only online methods have one."""
         return None
+
+    def setup(self, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell."""
+        super().setup(stage)
+        if stage == "predict":
+            split = self.trainer.datamodule.split_to_predict  # type: ignore[attr-defined]
+            self.check_positions(split, self.sampling.max_new_tokens, "model.sampling.max_new_tokens")
+
+    def check_positions(self, split: Split, max_new_tokens: int, option: str) -> None:
+        """Raises for responses that may grow beyond the positions that the model knows.
+
+        Learned positions end there with an index error, and rotary ones go on to values that were never trained.
+
+        Args:
+            split: whose prompts are answered; its rows were read.
+            max_new_tokens: of a response.
+            option: has that limit, for the message.
+
+        Raises:
+            InputError: the longest prompt and a response of that length are more.
+        """
+        positions = getattr(self.architecture, "max_position_embeddings", None)
+        rows = self.trainer.datamodule.splits.rows[split]  # type: ignore[attr-defined]
+        longest = int(rows.num_tokens()["prompt"].max())
+        if positions is not None and longest + max_new_tokens > positions:
+            raise InputError(
+                f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest of the {split} rows, are "
+                f"more than the model's {positions} positions; lower it or data.max_prompt_length."
+            )
 
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""

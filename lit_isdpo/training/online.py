@@ -18,7 +18,6 @@ from lit_isdpo.training.guards import check_first_step
 from lit_isdpo.training.rollouts import (
     RolloutConfig,
     SampledResponses,
-    check_positions,
     check_rollouts,
     imitate_rollouts,
     sample_rollouts,
@@ -107,7 +106,7 @@ class OnlineModule(AlignmentModule):
         if datamodule is not None and datamodule.read_options.get("margin_column"):
             raise InputError("data.margin_column: online methods know no margins of pairs; leave the option out.")
         if stage == "fit":
-            check_positions(self, self.rollout)
+            self.check_positions("train", self.rollout.max_new_tokens, "model.rollout.max_new_tokens")
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
         """Mean loss of the micro-batch's prompts; responses that would be sampled are as long as they may be."""

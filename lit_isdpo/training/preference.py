@@ -16,7 +16,6 @@ from lit_isdpo.training.alignment import AlignmentModule, Mu, described
 from lit_isdpo.training.guards import check_first_step, warn_of_vanishing_weights
 from lit_isdpo.training.rollouts import (
     OnPolicyKL,
-    check_positions,
     check_rollouts,
     imitate_rollouts,
     sample_rollouts,
@@ -120,7 +119,7 @@ class PreferenceModule(AlignmentModule):
                 "data.packing_length: model.on_policy_kl samples from single prompts; leave one of the options out."
             )
         if stage == "fit" and datamodule is not None and self.on_policy_kl is not None:
-            check_positions(self, self.on_policy_kl)
+            self.check_positions("train", self.on_policy_kl.max_new_tokens, "model.on_policy_kl.max_new_tokens")
         self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
 
     def on_fit_start(self) -> None:

@@ -71,6 +71,16 @@ class SamplingProbe(Callback):
         self._ref_responses: ResponseDistribution | None = None
         self._prepared = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks, before anything is loaded, that the model has positions for the responses.
+
+        Raises:
+            InputError: it has not.
+        """
+        validates = stage in ("fit", "validate") and trainer.limit_val_batches
+        if validates and self.num_prompts and isinstance(pl_module, PolicyModule):
+            pl_module.check_positions("val", self.max_new_tokens, "probe.max_new_tokens")
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
         if isinstance(pl_module, PolicyModule) and not trainer.sanity_checking:  # a reward model writes nothing

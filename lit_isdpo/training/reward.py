@@ -93,6 +93,13 @@ class RewardModule(LanguageModule):
         """Bradley-Terry."""
         return "Bradley-Terry", {"centering": self.centering}
 
+    @property
+    def random_start(self) -> str | None:
+        """The head, if the model that it begins with is a language model."""
+        if self.has_own_head:
+            return None
+        return f"The reward model starts with a random head: {self.backbone.path!r} is a language model and has none."
+
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
         super().setup(stage)

@@ -112,21 +112,6 @@ def check_rollouts(reference: ReferenceConfig | None, option: str) -> None:
         )
 
 
-def check_positions(module: PolicyModule, config: RolloutConfig) -> None:
-    """Raises for responses that may grow beyond the model's positions.
-
-    Raises:
-        InputError: the longest prompt and the longest response are more.
-    """
-    positions = getattr(module.architecture, "max_position_embeddings", None)
-    longest = module.trainer.datamodule.max_prompt_length + config.max_new_tokens  # type: ignore[attr-defined]
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"{config.option}.max_new_tokens: {config.max_new_tokens} tokens behind a prompt of "
-            f"data.max_prompt_length are {longest}, more than the model's {positions} positions."
-        )
-
-
 def sample_rollouts(
     module: PolicyModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
 ) -> SampledResponses:

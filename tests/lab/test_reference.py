@@ -56,7 +56,7 @@ def test_the_shipped_reference_tells_facts(shipped: LogProbModel) -> None:
 def test_its_command_makes_its_like(shipped: LogProbModel, tmp_path: Path) -> None:
     options = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     options += ["--trainer.limit_val_batches=0"]  # changes nothing of what is trained
-    main(["fit", f"--config={CONFIGS / 'sft.yaml'}", *options])
+    main(["fit", f"--config={CONFIGS / 'lab' / 'reference.yaml'}", *options])
     rebuilt = LogProbModel(load_policy(tmp_path / "version_0" / "checkpoints" / "last.ckpt"))
     there, back = probe(shipped, ResidentReference(rebuilt)), probe(rebuilt, ResidentReference(shipped))
     assert there.kl is not None

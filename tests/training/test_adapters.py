@@ -268,7 +268,7 @@ def test_the_lora_file_lies_over_a_config_of_the_other_module_too(capsys: pytest
     root = Path(__file__).parent.parent.parent / "configs"
     files = [f"--config={root / 'sft.yaml'}", f"--config={root / 'policy' / 'lora.yaml'}"]
     with pytest.raises(SystemExit):
-        main(["fit", *files, "--model.policy.init=pretrained", "--print_config"])
+        main(["fit", *files, "--print_config"])
     policy = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["policy"]
     assert policy["path"].startswith("lab:posts")
     assert policy["peft"]["r"] == 16

@@ -70,17 +70,16 @@ def test_everything_of_a_run_is_in_its_folder_whatever_the_logger(logger: str, t
 
 @pytest.mark.slow
 def test_runs_that_are_started_together_stay_apart(tiny: list[str], tmp_path: Path) -> None:
-    """They also write the lab's model, the tokens and the reference's log-probs at the same time."""
+    """They also write the lab's model and the reference's log-probs at the same time."""
     root = tmp_path / "root"
     options = [*tiny, "--model.policy.path=lab:posts", "--model.reference.cache=true"]
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     commands = [
         ["fit", *options, "--trainer.max_steps=2", f"--model.loss.beta={number + 1}", f"--seed_everything={number}"]
         for number in range(NUM_RUNS)
     ]
     outputs = [tmp_path / f"output{number}" for number in range(NUM_RUNS)]
     processes = [
-        start("lit_isdpo", [*command, f"--trainer.default_root_dir={root}"], output, environment=cache)
+        start("lit_isdpo", [*command, f"--trainer.default_root_dir={root}"], output, environment={})
         for command, output in zip(commands, outputs, strict=True)
     ]
     for process, output in zip(processes, outputs, strict=True):

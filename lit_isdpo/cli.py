@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -76,6 +77,8 @@ class IsdpoCLI(LightningCLI):
         arguments: the command line, without the program's name.
         **options: those of LightningCLI.
     """
+
+    trainer: IsdpoTrainer
 
     def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         # The options of a verb take a tenth of a second to gather, and there are many verbs.
@@ -172,15 +175,19 @@ class IsdpoCLI(LightningCLI):
                 "predict: responses are sampled from a policy, and model is a reward model; give it to an evaluation."
             )
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Gives each run a folder of its own; the other verbs write elsewhere."""
+        with self.trainer.own_folder() if subcommand in LightningCLI.subcommands() else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Gives each run a folder of its own, with TensorBoard and CSV logs unless the config names other loggers."""
+        """Adds TensorBoard and CSV logs unless the config names other loggers."""
         self.config = self.written  # what is saved keeps the lab's names, which mean the same on every machine
         trainer = self._get(self.config_init, "trainer")
-        tensorboard = TensorBoardLogger(trainer.default_root_dir, name="", default_hp_metric=False)
-        kwargs["default_root_dir"] = tensorboard.log_dir
         if trainer.get("logger") in (None, True):
-            csv = CSVLogger(trainer.default_root_dir, name="", version=tensorboard.version)
-            kwargs["logger"] = [tensorboard, csv]
+            root = trainer.default_root_dir
+            tensorboard = TensorBoardLogger(root, name="", default_hp_metric=False)
+            kwargs["logger"] = [tensorboard, CSVLogger(root, name="")]
         if trainer.get("enable_progress_bar") is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())  # first, so that it ends before the report
         made = super().instantiate_trainer(**kwargs)

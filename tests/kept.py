@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_isdpo.training.checkpoints import run_dir
+from lit_isdpo.training.run_folder import run_dir
 
 KEPT = "kept.ckpt"
 

@@ -13,29 +13,18 @@ from uuid import uuid4
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.evaluation.files import naming
 from lit_isdpo.training.guards import NonFiniteError
+from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError
 
 MICRO_BATCHES = "micro_batches_per_step"  # of a checkpoint
 EX_TEMPFAIL = 75  # sysexits.h: "try again later"
 GOLD_KEYS = ("val/gold_reward", "val/win_rate", "val/exact/gold_reward")  # known for the lab's data alone
-
-
-def run_dir(trainer: Trainer) -> Path:
-    """The folder of this run. Every rank must call it: rank 0, which came first, tells.
-
-    It is that of a logger which writes to a folder; with other loggers or none it is the root, of which the command
-    line makes a new one for each run.
-    """
-    if trainer.loggers and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
-        return Path(str(trainer.log_dir))
-    folder: str = trainer.strategy.broadcast(trainer.default_root_dir)
-    return Path(folder)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -18,10 +18,10 @@ from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.evaluation.judge import Judge
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.vllm_sampler import check_vllm
-from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.ground_truth import find_exact, find_gold_reward
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.probe import SamplingProbe, log_texts
+from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError
 
 OWNERS = {"policy": "", "reference": "reference/", "chosen": "chosen/"}

@@ -13,8 +13,8 @@ from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.evaluation.labelling import LabelledPair, Labeller, SampledRow, sampled_logps, to_rows
 from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.training.checkpoints import run_dir
 from lit_isdpo.training.module import PolicyModule, Prediction
+from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Response
 
 FILE = "pairs.jsonl"

@@ -141,9 +141,16 @@ class LanguageModule(LightningModule, ABC):
         self._pin_rope(datamodule.max_length)
         if datamodule.tokenizer_path is not None:
             raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
-        positions = getattr(self.architecture, "max_position_embeddings", None)
+        positions = self.positions
         if positions is not None and datamodule.max_length > positions:
             raise InputError(f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}.")
+
+    @property
+    def positions(self) -> int | None:
+        """The longest input, in tokens, that the model computes as it was trained to; ``None`` has no limit."""
+        positions: int | None = getattr(self.architecture, "max_position_embeddings", None)
+        switch, chosen = switch_length(self.architecture), self.source.rope_length
+        return switch if switch is not None and chosen is not None and chosen <= switch else positions
 
     def _pin_rope(self, max_length: int) -> None:
         """Decides which of its frequencies LongRoPE has in this run."""

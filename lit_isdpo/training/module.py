@@ -142,7 +142,7 @@ class PolicyModule(LanguageModule, ABC):
         Raises:
             InputError: the longest prompt and a response of that length are more.
         """
-        positions = getattr(self.architecture, "max_position_embeddings", None)
+        positions = self.positions
         rows = self.trainer.datamodule.splits.rows[split]  # type: ignore[attr-defined]
         longest = int(rows.num_tokens()["prompt"].max())
         if positions is not None and longest + max_new_tokens > positions:

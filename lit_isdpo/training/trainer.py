@@ -1,11 +1,13 @@
 """The trainer, with the verbs that Lightning's has not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.data.accounts import Split
@@ -15,6 +17,7 @@ from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.plan import make_plan, print_plan
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.reference_cache import cache_folder
+from lit_isdpo.training.run_folder import claimed, run_dir
 from lit_isdpo.types import InputError
 
 P = ParamSpec("P")
@@ -44,6 +47,28 @@ class IsdpoTrainer(Trainer):
     validate = _described(Trainer.validate, "Loss, weights and KL of the validation rows, and a few samples.")
     test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
     predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
+    _run_folder: str | None = None
+
+    @property
+    def default_root_dir(self) -> str:
+        """In :meth:`own_folder`, on rank 0, the run's folder; otherwise the root of all runs."""
+        return self._run_folder or super().default_root_dir
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder, whatever the loggers. Every rank must ask for it."""
+        return str(run_dir(self))
+
+    @contextmanager
+    def own_folder(self) -> Iterator[None]:
+        """Gives the run a folder that no other run writes to. Rank 0 makes it; ``run_dir`` tells the other ranks."""
+        if not self.is_global_zero:
+            yield
+            return
+        numbered = TensorBoardLogger(self.default_root_dir, name="")  # the run's loggers may have no folder
+        with claimed([*self.loggers, numbered]) as (*loggers, folder):
+            self.loggers, self._run_folder = loggers, folder.log_dir
+            yield
 
     @property
     def is_between_steps(self) -> bool:

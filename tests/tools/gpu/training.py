@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lit_isdpo import cli
-from lit_isdpo.training.checkpoints import run_dir
+from lit_isdpo.training.run_folder import run_dir
 from tests.tools.benchmarks.workload import SHAPES, ModelSize, Workload, make_workload
 from tests.tools.gpu.shapes import MODELS, TINY
 from tests.tools.gpu.sheet import Sheet

@@ -1,0 +1,64 @@
+"""The folder of a run, ``{default_root_dir}/version_N``, which no other run writes to."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lit_isdpo.evaluation.files import naming
+
+
+def run_dir(trainer: Trainer) -> Path:
+    """The folder of this run, as rank 0 knows it. Every rank must call it.
+
+    It is that of a logger which writes to a folder; with other loggers or none it is the root, of which the command
+    line makes a new one for each run.
+    """
+    first = next(iter(trainer.loggers), None)
+    own = first.log_dir if isinstance(first, TensorBoardLogger | CSVLogger) else trainer.default_root_dir
+    folder: str = trainer.strategy.broadcast(own)
+    return Path(folder)
+
+
+@contextmanager
+def claimed(loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
+    """Loggers whose folders exist and belong to no other run; a folder to which nothing is written is removed again.
+
+    Lightning's loggers take the next version that is free when they look, which is the same for runs that are started
+    together. ``mkdir`` succeeds for one of them only; the others look again. A version that the user names stays.
+
+    Args:
+        loggers: none of them has been used. Those that write to the same root share a version.
+    """
+    taken: set[Path] = set()
+    while True:
+        copies = [copy(one) if isinstance(one, TensorBoardLogger | CSVLogger) else one for one in loggers]
+        folders = {Path(one.log_dir) for one in copies if isinstance(one, TensorBoardLogger | CSVLogger)}
+        made = [folder for folder in folders if _make(folder)]
+        if folders - set(made) <= taken:  # what is taken at the second look too is a version that the user names
+            break
+        taken = folders - set(made)
+        _remove(made)
+    try:
+        yield copies
+    finally:
+        _remove(made)
+
+
+def _make(folder: Path) -> bool:
+    """Whether the folder was not there before."""
+    with naming(folder):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()

@@ -4,6 +4,7 @@ A resumed fit takes over what an optimizer has learned (its state) and how many 
 (learning rate, weight decay, betas, the schedule) is that of the config.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -147,7 +148,18 @@ def build_optimizer(
             }
         else:  # that of an optimizer without state: this one begins with its own
             entries = {key_of[parameter]: own for parameter, own in optimizer.state.items()}
-        groups = [{**group, "params": [key_of[p] for p in group["params"]]} for group in optimizer.param_groups]
+        # Some classes (Prodigy) keep numbers that they have learned among the options.
+        options = {*inspect.signature(type(optimizer)).parameters, "initial_lr"}
+        learned = {
+            name: value
+            for group in state["param_groups"]
+            for name, value in group.items()
+            if name in optimizer.param_groups[0] and name not in options and not isinstance(value, bool)
+        }
+        groups = [
+            {**group, **learned, "params": [key_of[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
         return {**state, "state": entries, "param_groups": groups}
 
     if not any(isinstance(parameter, DTensor) for parameter in parameters):

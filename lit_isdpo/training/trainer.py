@@ -73,7 +73,8 @@ class IsdpoTrainer(Trainer):
     @property
     def is_between_steps(self) -> bool:
         """Whether no optimizer step has begun that is not made: no gradient waits for more micro-batches."""
-        return (self.fit_loop.batch_idx + 1) % self.accumulate_grad_batches == 0 or self.is_last_batch
+        begun = self.fit_loop.batch_idx + 1  # micro-batches of the epoch
+        return begun == 0 or begun % self.accumulate_grad_batches == 0 or self.is_last_batch
 
     @property
     def enable_validation(self) -> bool:

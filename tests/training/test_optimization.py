@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer
+from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, is_decayed
@@ -113,6 +113,30 @@ def assert_same_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def test_an_optimizer_that_cannot_go_on_says_so(before: Make, after: Make, message: str) -> None:
     with pytest.raises(InputError, match=rf"model\.optimizer: {message} \(it has .*\); use the optimizer options of"):
         resumed(before, after)
+
+
+class Learner(SGD):
+    """Learns a number, which it keeps with the options of its groups, as Prodigy does."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["num_steps"] = 0
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["num_steps"] += 1
+
+
+def test_what_a_class_learns_beside_its_options_is_taken_over() -> None:
+    _, optimizer = resumed(Learner, partial(Learner, lr=0.5, weight_decay=0.1), decay_norms_and_biases=False)
+    values = [(group["num_steps"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert values == [(3, 0.5, 0.1), (3, 0.5, 0.0)]
+
+
+def test_adam_does_not_decay_as_adamw_did() -> None:
+    _, optimizer = resumed(AdamW, Adam)
+    assert not optimizer.param_groups[0]["decoupled_weight_decay"]
 
 
 @pytest.mark.parametrize("after", [AdamW, Adagrad, SGD])

@@ -16,12 +16,16 @@ SHORT = ["--model.schedule.decay=linear", "--trainer.max_epochs=2"]
 
 
 class Counter(Callback):
-    """Notes how many micro-batches each optimizer step had."""
+    """Notes how many micro-batches each optimizer step had, and how many waited for theirs at each validation."""
 
     sizes: list[int]
+    waiting: list[int]
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        Counter.sizes, self.number = [], 0
+        Counter.sizes, Counter.waiting, self.number = [], [], 0
+
+    def on_validation_start(self, *_: Any) -> None:
+        Counter.waiting.append(self.number)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.number += 1
@@ -72,15 +76,8 @@ def test_limits_are_whole_steps(
 
 
 def test_a_fast_run_makes_whole_steps(options: list[str], tmp_path: Path) -> None:
-    main(
-        [
-            "fit",
-            *options,
-            "--trainer.fast_dev_run=true",
-            "--trainer.max_epochs=3",
-            f"--trainer.default_root_dir={tmp_path}",
-        ]
-    )
+    fast = ["--trainer.fast_dev_run=true", "--trainer.max_epochs=3"]
+    main(["fit", *options, *fast, f"--trainer.default_root_dir={tmp_path}"])
     assert Counter.sizes == [MICRO_BATCHES]
 
 
@@ -101,6 +98,7 @@ def test_validations_by_the_clock_come_between_steps(options: list[str], tmp_pat
     options = [*options, "--trainer.max_epochs=1"]
     best = ["--checkpoint.monitor=val/loss", "--checkpoint.save_top_k=-1", "--trainer.val_check_interval=00:00:00:00"]
     straight = fit(tmp_path / "straight", [*options, *best])
+    assert Counter.waiting == [0] * 5, "before the first step, and after each of four"
     saved = sorted((straight / "checkpoints").glob("best-*.ckpt"))
     assert [path.name for path in saved] == [f"best-{step}.ckpt" for step in range(1, 5)]
     resumed = fit(tmp_path / "parts", [*options, *best, f"--ckpt_path={saved[1]}"])

@@ -27,6 +27,26 @@ def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: 
 
 
 @contextmanager
+def ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Leaves nothing to the model's own settings in here.
+
+    A model in training mode with gradient checkpointing has no key-value cache. Its own generation config would fill in
+    options that ``config`` leaves out, for example a chat model's ``top_k``. Compiled layers would be compiled anew for
+    each length.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    own_config, model.generation_config = model.generation_config, config
+    model.eval()
+    try:
+        with eagerly(model):
+            yield
+    finally:
+        model.generation_config = own_config
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def _head_as_scored(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
     """Samples from the logits that are scored: bfloat16's 8 bits are a few hundredths of a nat per token."""
     if model.dtype == compute_dtype == torch.float32:  # the model's own are the same
@@ -100,13 +120,10 @@ def sample_responses(
     )
     device = prompts.input_ids.device
     devices = [device] if device.type == "cuda" else []
-    was_training = model.training
-    model.eval()  # a model in training mode with gradient checkpointing has no key-value cache
-    # The model's own generation config would fill in what is not said here (a chat model's top_k, say).
-    own_config, model.generation_config = model.generation_config, config
+    numerics = autocast(device, compute_dtype, keep_weights=True)
+    is_ready = ready_to_generate(model, config)
     try:
-        numerics = autocast(device, compute_dtype, keep_weights=True)
-        with torch.random.fork_rng(devices), numerics, eagerly(model), _head_as_scored(model, compute_dtype):
+        with torch.random.fork_rng(devices), numerics, is_ready, _head_as_scored(model, compute_dtype):
             torch.manual_seed(seed)
             output = (generate or cast(Any, model.generate))(
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config
@@ -118,9 +135,6 @@ def sample_responses(
             "The policy's next-token probabilities are NaN or infinite: its weights have diverged. Begin anew, or go "
             "on from an earlier checkpoint, with a lower learning rate or weight decay."
         ) from error
-    finally:
-        model.generation_config = own_config
-        model.train(was_training)
     ends = set(eos_token_ids)
     responses = []
     for row in output[:, prompts.input_ids.shape[1] :].tolist():

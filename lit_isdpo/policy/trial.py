@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lit_isdpo.policy.attention import KERNELS, layer_windows
-from lit_isdpo.policy.generation import autocast
+from lit_isdpo.policy.generation import autocast, ready_to_generate
 from lit_isdpo.types import InputError, TokenBatch
 
 if TYPE_CHECKING:
@@ -165,14 +165,10 @@ def how_to_sample(model: "LogProbModel") -> HowToSample:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        own_config, model.model.generation_config = model.model.generation_config, config
-        try:
-            with autocast(device, numerics, keep_weights=True):
-                generated: Any = model.generate_apart(
-                    input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
-                )
-        finally:
-            model.model.generation_config = own_config
+        with autocast(device, numerics, keep_weights=True), ready_to_generate(model.model, config):
+            generated: Any = model.generate_apart(
+                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
+            )
         return torch.stack(generated.logits)[:, 0]
 
     if not scored.isfinite().all():  # weights that have diverged say nothing about the architecture

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lit_isdpo.evaluation import sampling
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.attention import layer_windows
-from lit_isdpo.policy.loading import PolicyConfig, as_one_function, with_attention
+from lit_isdpo.policy.loading import PolicyConfig, as_one_function, enable_gradient_checkpointing, with_attention
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.trial import HowToSample, how_to_sample, why_not_shared
 from lit_isdpo.types import InputError
@@ -73,6 +73,15 @@ def test_what_is_sampled_is_what_is_scored(family: str, monkeypatch: pytest.Monk
     is_padded = not all(mask.all() for mask in masks)
     assert is_padded == (family not in UNPADDED)
     assert len(masks) == (4 if family in UNPADDED else 1)
+
+
+def test_training_mode_is_no_hindrance(tiny_llama: PreTrainedModel) -> None:
+    """With gradient checkpointing a model in training mode keeps no cache."""
+    enable_gradient_checkpointing(tiny_llama)
+    model = LogProbModel(tiny_llama)
+    model.train()
+    assert how_to_sample(model) == HowToSample(is_padded=True, is_cached=True)
+    assert all(module.training for module in tiny_llama.modules())
 
 
 def test_a_cache_that_is_not_exact_is_left_out(tiny_llama: PreTrainedModel) -> None:

@@ -33,7 +33,7 @@ from lit_isdpo.training.export import export
 from lit_isdpo.training.failures import Peers, explain
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.layers import left_out
+from lit_isdpo.training.layers import changed, left_out
 from lit_isdpo.training.misspelt import explain_option
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.online import OnlineModule
@@ -84,7 +84,7 @@ class IsdpoCLI(LightningCLI):
         # The options of a verb take a tenth of a second to gather, and there are many verbs.
         self._verbs = set(self.subcommands()).intersection(arguments) or set(self.subcommands())
         verb = next((argument for argument in arguments if argument in self._verbs), "")
-        self._left_out = left_out(arguments, verb)
+        self._left_out, self._changed = left_out(arguments, verb), changed(arguments, verb)
         super().__init__(args=[*arguments, *(one.flag for one in self._left_out)], **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,9 +123,9 @@ class IsdpoCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | own
 
     def before_instantiate_classes(self) -> None:
-        """Refuses what does not work together, before anything is loaded; says which rows of a file are left out."""
+        """Refuses what does not work together, before anything is loaded; says what config files do to each other."""
         check(str(self.subcommand), self.config[self.subcommand])
-        for one in self._left_out:
+        for one in (*self._changed, *self._left_out):
             rank_zero_info(str(one))
 
     def instantiate_classes(self) -> None:

@@ -1,4 +1,4 @@
-"""Rows for validation and test go with the training rows that they were named with."""
+"""What later config files change is said; rows for validation and test go with their training rows."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.layers import left_out
+from lit_isdpo.training.layers import changed, left_out
 from tests.runs import read_metrics
-from tests.test_cli import CONFIGS, ROOT, STUDIES, planned
+from tests.test_cli import CONFIGS, METHODS, ROOT, STUDIES, planned
 
 REWARD = f"--config={CONFIGS / 'reward.yaml'}"
 LAB = "lab:posts"
@@ -161,3 +161,103 @@ def test_no_study_loses_rows_that_its_file_names(monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     runs = [run for config in STUDIES for run in planned(config)]
     assert [run.name for run in runs if left_out(["fit", *run.arguments], "fit")] == []
+
+
+CAUSAL_LM = CONFIGS / "experiment" / "causal_lm.yaml"
+
+
+def told(*arguments: str, verb: str = "fit") -> list[str]:
+    return [str(change) for change in changed([verb, *arguments], verb)]
+
+
+def model(**options: Any) -> dict[str, Any]:
+    return {"model": {"init_args": options}}
+
+
+OWN: dict[str, list[str]] = {  # what a file of a method sets besides the method
+    "simpo": ["model.loss.beta"],  # its rewards are means per token, so no other method has a beta of its size
+    "remedy_stopped": ["trainer.val_check_interval"],  # it stops at a validation
+    "reward_model": ["model.optimizer.lr", "model.schedule.decay", "model.schedule.warmup_steps"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+def test_a_file_of_a_method_changes_the_method_alone(method: Path) -> None:
+    found = changed(["fit", f"--config={CAUSAL_LM}", f"--config={method}"], "fit")
+    assert [change.option for change in found] == OWN.get(method.stem, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "beta"), [("is_dpo", 0.1), ("ipo", 0.1), ("remedy_forward_kl", 0.1), ("chi_hypo", 0.1), ("simpo", 2.0)]
+)
+def test_methods_on_one_base_have_one_beta(method: str, beta: float, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={CAUSAL_LM}", f"--config={CONFIGS / 'model' / method}.yaml", "--print_config"])
+    loss = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["loss"]
+    assert loss["init_args"]["beta"] == beta
+
+
+def test_what_is_said_of_layers(write: Any, tmp_path: Path) -> None:
+    flags = {
+        "first": write("first.yaml", model(loss={"init_args": {"beta": 0.1}}) | {"seed_everything": 1}),
+        "other": write("other.yaml", {"model": {"loss": {"beta": 0.01}}, "seed_everything": 1}),
+        "dotted": write("dotted.yaml", {"model.loss.beta": 0.02}),
+        "again": write("again.yaml", {"model": {"loss.beta": 0.1}}),
+        "text": write("text.yaml", {"model": {"loss": {"beta": "1e-1"}}}),
+        "null": write("null.yaml", {"model": {"loss": {"beta": None}}}),
+    }
+    (tmp_path / "section.yaml").write_text("init_args: {loss: {init_args: {beta: 0.5}}}")
+    flags["section"] = f"--model={tmp_path / 'section.yaml'}"
+    flags["nested"] = write("nested.yaml", {"model": "section.yaml"})
+
+    def line(file: str, value: str, before: str, has: str) -> list[str]:
+        place = before if " " in before else tmp_path / before
+        return [f"{tmp_path / file} sets model.loss.beta to {value} ({place} has {has})."]
+
+    for names, expected in (
+        (["first"], []),
+        (["first", "other"], line("other.yaml", "0.01", "first.yaml", "0.1")),
+        (["other", "first"], line("first.yaml", "0.1", "other.yaml", "0.01")),
+        (["first", "dotted"], line("dotted.yaml", "0.02", "first.yaml", "0.1")),
+        (["first", "again"], []),
+        (["first", "text"], []),
+        (["first", "other", "again"], line("again.yaml", "0.1", "other.yaml", "0.01")),
+        (["first", "null"], line("null.yaml", "null", "first.yaml", "0.1")),
+        (["first", "section"], line("section.yaml", "0.5", "first.yaml", "0.1")),
+        (["section", "first"], line("first.yaml", "0.1", "section.yaml", "0.5")),
+        (["first", "nested"], line("nested.yaml", "0.5", "first.yaml", "0.1")),
+        (["--model.loss.beta=0.3", "first"], line("first.yaml", "0.1", "the command line", "0.3")),
+        (["first", "--model.loss.beta=0.3"], []),
+        (["first", "other", "--model.loss.beta=0.3"], []),
+        (["first", "other", "--model.loss={class_path: DPOLoss, init_args: {beta: 0.3}}"], []),
+        (["first", "other", "--model.loss=DPOLoss"], line("other.yaml", "0.01", "first.yaml", "0.1")),
+    ):
+        assert told(*(flags.get(name, name) for name in names)) == expected, names
+
+
+def test_classes_and_rows_need_no_line_and_long_values_are_cut(write: Any) -> None:
+    loss = "lit_isdpo.objective.losses"
+    first = write("a.yaml", model(loss={"class_path": f"{loss}.DPOLoss"}) | section(train="a", val="v", val_size=0.1))
+    other = write("b.yaml", model(loss={"class_path": f"{loss}.IPOLoss"}) | section(train=["b"], val="w", val_size=0.2))
+    (line,) = told(first, other)
+    assert "data.val_size to 0.2" in line
+    long = {"trainer": {"plugins": [f"number {number}" for number in range(99)]}}
+    (line,) = told(write("c.yaml", {"trainer": {"plugins": []}}), write("d.yaml", long))
+    assert 'sets trainer.plugins to ["number 0", "number 1", ' in line
+    assert len(line.partition(" to ")[2].partition(" (")[0]) <= 60
+
+
+def test_a_run_says_which_values_change(
+    tiny: list[str], tmp_path: Path, write: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, other = (write(f"{beta}.yaml", {"model": {"loss": {"beta": beta}}}) for beta in (0.1, 0.01))
+    main(["validate", first, other, *tiny, f"--trainer.default_root_dir={tmp_path}"])
+    (said,) = (line for line in caplog.messages if "model.loss.beta" in line)
+    assert said == f"{tmp_path / '0.01.yaml'} sets model.loss.beta to 0.01 ({tmp_path / '0.1.yaml'} has 0.1)."
+
+
+def test_every_file_of_all_verbs_has_its_own_values(write: Any) -> None:
+    common = write("all.yaml", {"fit": model(loss={"beta": 0.1}), "test": model(loss={"beta": 0.2})})
+    own = write("own.yaml", model(loss={"beta": 0.2}))
+    for verb, number in (("fit", 1), ("test", 0)):
+        assert len(changed([common, verb, own], verb)) == number

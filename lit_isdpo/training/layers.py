@@ -1,22 +1,31 @@
-"""Which rows of a config file were meant for other training rows than those that are trained on.
+"""What a config file changes of those before it, and which of its rows were meant for other training rows.
+
+Config files and flags are layers: a later one prevails, option by option, also if the class that an option belongs to
+is another by then. A file of a method may so change more than the method; a line says what.
 
 A config file may name ``data.val`` and ``data.test`` beside its ``data.train``. A flag or a later file may name other
 training rows, and the run would still be validated and tested on the rows of the first file. These are left out, and a
 line says so. What the user names on the command line stays.
 """
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import yaml
+from jsonargparse import get_loader
 
 _DEFAULTS = {
     "val": "validation takes the validation split of data.train or holds rows out of it",
     "test": "the test rows are the test split of data.train",
 }
+_ROWS = re.compile(r"data\.(train|val|test)\b")
+_SECTIONS = ("model", "data", "trainer", "probe", "evaluation", "labels", "checkpoint", "last")  # each may be a file
 _WITHOUT_VALUE = ("--print_config", "--help", "-h")
-_NULLS = (None, "null")
+_LONGEST = 60  # characters of a value in a line
 
 
 class LeftOut(NamedTuple):
@@ -43,16 +52,50 @@ class LeftOut(NamedTuple):
         )
 
 
-class _Layer(NamedTuple):
-    """What a config file or a flag says of the rows.
+class Change(NamedTuple):
+    """A value of a config file that takes the place of another one.
 
     Attributes:
-        rows: of ``train``, ``val`` and ``test``, those that it sets.
+        option: its name, without ``init_args``.
+        file: as it stands on the command line.
+        value: in that file.
+        before: the value that was set before.
+        place: the file that set it, or the command line.
+    """
+
+    option: str
+    file: str
+    value: Any
+    before: Any
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.file} sets {self.option} to {_shown(self.value)} ({self.place} has {_shown(self.before)})."
+
+
+class _Layer(NamedTuple):
+    """What a config file or a flag sets.
+
+    Attributes:
+        options: values by name, without ``init_args``; a mapping's values have a name each.
         file: the config file; ``None`` where the user wrote it on the command line.
     """
 
-    rows: dict[str, Any]
+    options: dict[str, Any]
     file: str | None
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Of ``train``, ``val`` and ``test`` those that it names."""
+        found = {}
+        for name, value in self.options.items():
+            section, *parts = name.split(".")
+            if section == "data" and parts:
+                # What is appended to the training rows, or is said of them, leaves those of the file.
+                split, names_rows = parts[0].removesuffix("+"), parts in (["train"], ["train", "path"])
+                if split in _DEFAULTS or names_rows:
+                    found[split] = value
+        return found
 
 
 def left_out(arguments: Sequence[str], verb: str) -> list[LeftOut]:
@@ -67,14 +110,39 @@ def left_out(arguments: Sequence[str], verb: str) -> list[LeftOut]:
     """
     layers = list(_layers(arguments, verb))
     last = {split: number for number, layer in enumerate(layers) for split in layer.rows}
-    if "train" not in last or layers[last["train"]].rows["train"] in _NULLS:
+    if "train" not in last or layers[last["train"]].rows["train"] is None:
         return []
     found = []
     for split in ("val", "test"):
-        layer = layers[last[split]] if split in last else _Layer({split: None}, None)
+        layer = layers[last[split]] if split in last else _Layer({f"data.{split}": None}, None)
         if layer.file is not None and layer.rows[split] is not None and last[split] < last["train"]:
             found.append(LeftOut(f"data.{split}", layer.file))
     return found
+
+
+def changed(arguments: Sequence[str], verb: str) -> list[Change]:
+    """The options in force that a config file sets to another value than an earlier file or flag does.
+
+    Classes are not among them, as a method's file is there to name them, nor are rows, as a table lists them.
+
+    Args:
+        arguments: the command line, without the program's name.
+        verb: the one of them that names the subcommand.
+
+    >>> changed(["fit", "--model.loss.beta=0.1", "--config={model: {loss: {beta: 0.01}}}"], "fit")  # the user set both
+    []
+    """
+    found: dict[str, Change] = {}
+    before: dict[str, tuple[Any, str]] = {}
+    for options, file in _layers(arguments, verb):
+        for option, value in options.items():
+            known, place = before.get(option, (value, ""))
+            before[option] = value, file or "the command line"
+            if file is None:
+                found.pop(option, None)  # the user chose
+            elif known != value and not option.endswith(".class_path") and not _ROWS.match(option):
+                found[option] = Change(option, file, value, known, place)
+    return list(found.values())
 
 
 def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
@@ -92,40 +160,45 @@ def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
             equals = value
         if not equals and flag not in _WITHOUT_VALUE and left and not left[0].startswith("-"):
             value = left.pop(0)
-        if flag == "--config":
+        name = flag.removeprefix("--")
+        if name == "config":
             content, path = _load(value, Path())
             if isinstance(content, dict):
                 content = content.get(verb) if before else content
-            yield _Layer(_rows(content, Path() if path is None else path.parent), None if path is None else value)
+            yield _Layer(_flat(content, Path() if path is None else path.parent), None if path is None else value)
         else:
-            section = _load(value, Path())[1] if flag in ("--data", "--data.init_args") else None
-            yield _Layer(_rows({flag.removeprefix("--"): value}, Path()), None if section is None else value)
+            is_section = name.removesuffix(".init_args") in _SECTIONS
+            content, path = _load(value, Path() if is_section else None)
+            yield _Layer(_flat({name: content}, Path()), None if path is None else value)
 
 
-def _rows(options: Any, folder: Path) -> dict[str, Any]:
-    """Which rows are named by options of a file, or by one of a flag."""
+def _flat(content: Any, folder: Path, prefix: str = "") -> dict[str, Any]:
+    """Values by name; a section that is named by its file is read from there."""
     found: dict[str, Any] = {}
-    for key, value in options.items() if isinstance(options, dict) else ():
-        parts = [part for part in str(key).split(".") if part != "init_args"]
-        if parts == ["data"]:
-            section = _load(value, folder)[0] if isinstance(value, str) else value
-            if isinstance(section, dict):
-                inner = section.get("init_args")
-                section = section | inner if isinstance(inner, dict) else section
-                found |= {split: section[split] for split in ("train", *_DEFAULTS) if split in section}
-        elif parts[:1] == ["data"]:
-            # What is appended to the training rows, or is said of them, leaves those of the file.
-            split, names_rows = parts[1].removesuffix("+"), parts[1:] in (["train"], ["train", "path"])
-            if split in _DEFAULTS or names_rows:
-                found[split] = value
+    for key, value in content.items() if isinstance(content, dict) else ():
+        name = ".".join(part for part in (*prefix.split("."), *str(key).split(".")) if part not in ("", "init_args"))
+        if name in _SECTIONS and isinstance(value, str):
+            value = _load(value, folder)[0]
+        if isinstance(value, dict) and value:
+            found |= _flat(value, folder, name)
+        elif name:
+            found[name] = value
     return found
 
 
-def _load(text: str, folder: Path) -> tuple[Any, Path | None]:
-    """What a file holds, and its path, or what a text says; nothing, if the parser has to complain of it."""
+def _load(text: str, folder: Path | None) -> tuple[Any, Path | None]:
+    """What a file of that name in a folder says, and its path, or what the text says.
+
+    The loader is that of the command line, to which 1e-4 is a number. Of what it cannot read, the parser complains.
+    """
     try:
-        path = folder / text
+        path = Path() if folder is None else folder / text
         is_file = bool(text) and path.is_file()
-        return yaml.safe_load(path.read_text() if is_file else text), path if is_file else None
+        return get_loader("yaml")(path.read_text() if is_file else text), path if is_file else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None, None
+        return text, None
+
+
+def _shown(value: Any) -> str:
+    """A value in a line, cut if it is long."""
+    return shorten(value if isinstance(value, str) else json.dumps(value, default=str), _LONGEST, placeholder=" ...")

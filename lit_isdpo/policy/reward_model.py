@@ -8,8 +8,7 @@ responses makes a poor one: the score is then read before it.
 
 import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,31 +32,6 @@ from lit_isdpo.policy.loading import (
 from lit_isdpo.types import InputError, TokenBatch
 
 HEAD = "score"  # what transformers calls the head of every decoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Which model a reward model is made of, and in which numerics it is trained; its weights are fp32.
-
-    Args:
-        path: folder or hub id of a causal language model, whose decoder gets a new head, or of a
-            sequence-classification model with one label, which goes on with its own; ``lab:posts`` for the embedded
-            language model.
-        revision: branch, tag or commit of a hub id.
-        compute_dtype: of the matrix products in the decoder (autocast). The head and the loss are fp32 always.
-        attn_implementation: transformers' name of the attention kernel.
-        gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
-        compile: compile the decoder layers at the start of a fit.
-        trust_remote_code: run Python code that comes with the model.
-    """
-
-    path: str = "lab:posts"
-    revision: str | None = None
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    trust_remote_code: bool = False
 
 
 class ScoreModel(nn.Module):
@@ -94,8 +68,8 @@ def pad_token_id(config: PretrainedConfig) -> Any:
     return config.get_text_config().pad_token_id
 
 
-def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.path") -> PreTrainedModel:
-    """Loads what ``backbone`` names, on the CPU, without dropout; a language model gets a new head.
+def load_score_model(source: PolicyConfig, *, option: str = "model.policy.path") -> PreTrainedModel:
+    """Loads what ``source`` names, on the CPU, without dropout; a language model gets a new head.
 
     The head's weights are drawn from N(0, 1 / (hidden size + 1)) (arXiv 2009.01325, appendix B.1).
 
@@ -103,24 +77,15 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
         InputError: no such model, or one that no reward model can be made of.
     """
     model: PreTrainedModel
-    if is_score_model(read_config(backbone, option=option)):
-        model = load_sequence_classifier(backbone, attn_implementation=backbone.attn_implementation, option=option)
+    if is_score_model(read_config(source, option=option)):
+        model = load_sequence_classifier(source, attn_implementation=source.attn_implementation, option=option)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # a rate that is no option of the configuration
-        if backbone.gradient_checkpointing:
+        if source.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
-    language_model = load_causal_lm(
-        PolicyConfig(
-            path=backbone.path,
-            revision=backbone.revision,
-            attn_implementation=backbone.attn_implementation,
-            gradient_checkpointing=backbone.gradient_checkpointing,
-            trust_remote_code=backbone.trust_remote_code,
-        ),
-        option=option,
-    )
+    language_model = load_causal_lm(source, option=option)
     config = language_model.config
     config.num_labels = 1
     try:
@@ -143,15 +108,15 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
     return model
 
 
-def outline_score_model(backbone: BackboneConfig) -> PreTrainedModel:
+def outline_score_model(source: PolicyConfig) -> PreTrainedModel:
     """What ``load_score_model`` makes, without its weights: every tensor is on the meta device."""
-    config = without_dropout(read_config(backbone, option="model.backbone.path"))
+    config = without_dropout(read_config(source, option="model.policy.path"))
     config.num_labels = 1
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=backbone.trust_remote_code
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=source.trust_remote_code
         )
-    if backbone.gradient_checkpointing:
+    if source.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 

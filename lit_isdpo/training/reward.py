@@ -9,9 +9,8 @@ from torch import Tensor
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.data.tokenization import terminator_ids
 from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
-from lit_isdpo.policy.loading import DTYPES, load_config, read_config
+from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_config, read_config
 from lit_isdpo.policy.reward_model import (
-    BackboneConfig,
     ScoreModel,
     choose_pad_token_id,
     is_score_model,
@@ -34,32 +33,37 @@ class RewardModule(LanguageModule):
     model, so the probe leaves it alone and ``predict`` refuses it.
 
     Args:
-        backbone: the model that it begins with.
+        policy: the model that it begins with: a causal language model, whose decoder gets a new head, or a
+            sequence-classification model with one label, which goes on with its own. Its weights are fp32, and all of
+            them are trained.
         centering: factor of ``(r_w + r_l)^2``, which keeps rewards around 0 (arXiv 2312.09244 has 0.01); at least 0.
         optimizer: makes the optimizer from the model's parameters.
         schedule: of the learning rate.
         nonfinite: what becomes of a step whose loss or gradient is NaN.
+        backbone: the former name of ``policy``, for the configs of earlier runs.
     """
 
-    path_option = "model.backbone.path"
+    path_option = "model.policy.path"
     reward_model: ScoreModel
 
     def __init__(
         self,
-        backbone: BackboneConfig = BackboneConfig(),
+        policy: PolicyConfig = PolicyConfig(),
         centering: float = 0.0,
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),
         nonfinite: NonFinite = NonFinite(),  # noqa: B008 - immutable
+        backbone: PolicyConfig | None = None,
     ) -> None:
+        self.policy_config = policy = backbone or policy
+        _check_policy(policy)
         if not 0 <= centering < float("inf"):
             raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
         option = self.path_option
-        config = read_config(backbone, option=option)
+        config = read_config(policy, option=option)
         self.has_own_head = is_score_model(config)
-        config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
-        super().__init__(backbone, config.get_text_config(), optimizer, schedule, nonfinite)
-        self.backbone = backbone
+        config = (read_score_config if self.has_own_head else load_config)(policy, option=option)
+        super().__init__(policy, config.get_text_config(), optimizer, schedule, nonfinite)
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
         self.train_metrics = RewardMetrics()
@@ -105,16 +109,16 @@ class RewardModule(LanguageModule):
     def configure_model(self) -> None:
         """Loads the model; Lightning calls this once for each of fit, validate and test."""
         if not hasattr(self, "reward_model"):
-            model = load_score_model(self.backbone)
+            model = load_score_model(self.policy_config)
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-            self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
+            self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
             self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
 
     def configure_outline(self) -> None:
         """Lays out the model."""
-        model = outline_score_model(self.backbone)
+        model = outline_score_model(self.policy_config)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
+        self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
         self.reward_model.train()
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
@@ -171,3 +175,16 @@ class RewardModule(LanguageModule):
         metrics.reset()
         self.log_dict({f"{stage}/{key}": value for key, value in values.items()})
         return values
+
+
+def _check_policy(policy: PolicyConfig) -> None:
+    """Raises for options that are those of a language model only."""
+    if policy.peft is not None:
+        raise InputError("model.policy.peft: a reward model is trained whole; set it to null.")
+    if policy.init != "pretrained":
+        raise InputError("model.policy.init: a reward model begins with pretrained weights; leave the option out.")
+    if policy.dtype != "float32":
+        raise InputError(
+            f"model.policy.dtype {policy.dtype!r}: the weights of a reward model are float32 in training; for "
+            f"{policy.dtype} matrix products use model.policy.compute_dtype."
+        )

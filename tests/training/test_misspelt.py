@@ -68,10 +68,6 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--trainer.callbacks EarlyStoping", "no file and no class; did you mean EarlyStopping?"),
         ("--model.optimizer AdamWW", "--model.optimizer: 'AdamWW' is no file and no class; did you mean AdamW?"),
         (
-            "--model.optimizer.lr 1",
-            "--model.optimizer.lr: name the class first, as in --model.optimizer torch.optim.AdamW",
-        ),
-        (
             "--model.schedule cosine",
             "--model.schedule: 'cosine' is no config file; it has options of its own: model.schedule.decay, ",
         ),
@@ -97,6 +93,10 @@ def test_flags(
         ("fti", "there is no verb 'fti'; the verbs are export, study, fit, validate, "),
         ("fti", "; did you mean fit?"),
         ("exprot --ckpt_path x", "; did you mean export?"),
+        (
+            "fit --model.optimizer.lr 1",
+            "--model.optimizer.lr: name the class first, as in --model.optimizer torch.optim.AdamW",
+        ),
         ("--trainer.max_steps 3 fit", "the verb comes first, its options behind it: lit-isdpo fit --..."),
         ("", "a verb is missing"),
         ("export", "the following arguments are required: ckpt_path, output_dir"),

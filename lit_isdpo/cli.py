@@ -25,6 +25,7 @@ from lit_isdpo import __version__
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
+from lit_isdpo.objective import remedies
 from lit_isdpo.study.study import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
@@ -34,7 +35,7 @@ from lit_isdpo.training.failures import Peers, explain
 from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.layers import changed, left_out
-from lit_isdpo.training.misspelt import explain_option
+from lit_isdpo.training.misspelt import check_config_files, explain_option
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.options import check, is_sharded
@@ -49,7 +50,9 @@ from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
-MODULES = (PreferenceModule, OnlineModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule)  # bare names
+MODULES = (  # what is imported goes by its bare name
+    *(PreferenceModule, OnlineModule, SFTModule, RewardModule, PreferenceDataModule, SFTDataModule, remedies),
+)
 OWN_VERBS: dict[str, Callable[..., None]] = {"export": export, "study": study}
 DESCRIPTION = """Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with: lit-isdpo fit --config
 configs/quickstart.yaml. Besides the subcommands below there are lit-isdpo export, which writes a checkpoint as a
@@ -60,13 +63,16 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, which answers a mistake with the mistake alone and not with a page of usage."""
 
     arguments: ClassVar[Sequence[str]] = ()  # those of the command that is parsed
+    of_verb: ClassVar[LightningArgumentParser | None] = None  # knows all options of the verb
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)  # a typo must not pass for an abbreviation
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
-        print(f"error: {hide_secrets(explain_option(' '.join(message.split()), self.arguments))}", file=sys.stderr)
+        parsers = [self, *filter(None, [Parser.of_verb])]
+        said = explain_option(" ".join(message.split()), self.arguments, parsers)
+        print(f"error: {hide_secrets(said)}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -104,6 +110,7 @@ class IsdpoCLI(LightningCLI):
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        Parser.of_verb = parser
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
         return parser
@@ -207,11 +214,14 @@ def main(args: Sequence[str] | None = None) -> None:
             write or read, and 71 (EX_OSERR) where a process that helped has died; with 75 (EX_TEMPFAIL) where a fit was
             asked to leave by SIGTERM; with 130 after Ctrl-C.
     """
+    Parser.of_verb = None
     Parser.arguments = arguments = list(sys.argv[1:] if args is None else args)
     _quieten()
     try:
+        check_config_files(arguments)
         if arguments and arguments[0] in OWN_VERBS:
-            auto_cli(OWN_VERBS[arguments[0]], args=arguments[1:], prog=f"lit-isdpo {arguments[0]}", as_positional=False)
+            verb, prog = OWN_VERBS[arguments[0]], f"lit-isdpo {arguments[0]}"
+            auto_cli(verb, args=arguments[1:], prog=prog, as_positional=False, parser_class=Parser)
             return
         IsdpoCLI(
             arguments,

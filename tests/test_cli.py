@@ -332,8 +332,7 @@ def test_every_method_and_paper_scale_experiment_takes_a_step(
     )
     if "OnlineModule" in config.read_text():
         others.append("--model.reward.task=lab:posts")  # whose words the tiny data is in
-    model = f"--model.{'backbone' if 'RewardModule' in config.read_text() else 'policy'}.path={model_dir}"
-    takes_a_step(config, [model, *tiny[1:], *others, "--probe.num_prompts=0"], tmp_path)
+    takes_a_step(config, [*tiny, *others, "--probe.num_prompts=0"], tmp_path)
 
 
 def built(config: dict[str, Any]) -> Any:

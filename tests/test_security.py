@@ -160,14 +160,15 @@ def model(model_dir: str, tmp_path: Path) -> Path:
 OPTIONS = {
     "policy": ["fit", "--model.policy.path=CHANGED"],
     "reference": ["fit", "--model.reference.path=CHANGED"],
-    "backbone": ["fit", "--model=RewardModule", "--model.backbone.path=CHANGED"],
+    "reward model": ["fit", "--model=RewardModule", "--model.policy.path=CHANGED"],
     "reward": ["test", "--evaluation.reward=RewardModel", "--evaluation.reward.path=CHANGED"],
 }
+NAMED = {"reward model": "policy"}
 
 
 def arguments_with(model: Path, option: str, tiny: list[str], pairs_file: str, folder: Path) -> list[str]:
     verb, *others = [argument.replace("CHANGED", str(model)) for argument in OPTIONS[option]]
-    given = [each for each in tiny if option != "backbone" or not each.startswith(("--model", "--probe"))]
+    given = [each for each in tiny if option != "reward model" or not each.startswith(("--model", "--probe"))]
     shared = [f"--data.test={pairs_file}", "--trainer.max_steps=1", f"--trainer.default_root_dir={folder}"]
     return [verb, *others[:1], *given, *others, *shared]
 
@@ -190,7 +191,7 @@ def test_pickled_weights_run_no_code(
     torch.save({"lm_head.weight": torch.ones(2), "more": Payload(trace)}, model / WEIGHTS_NAME)
     said = refusal(arguments_with(model, option, tiny, pairs_file, tmp_path), capsys)
     assert "could run code; save it as safetensors" in said
-    assert f"{option}.path" in said
+    assert f"{NAMED.get(option, option)}.path" in said
     assert not trace.exists()
 
 
@@ -260,7 +261,7 @@ def test_code_that_comes_with_a_model_does_not_run(
 ) -> None:
     said = refusal(arguments_with(with_code(model, trace), option, tiny, pairs_file, tmp_path), capsys)
     assert "set trust_remote_code to true if you trust it" in said
-    assert f"{option}.path" in said
+    assert f"{NAMED.get(option, option)}.path" in said
     assert not trace.exists()
 
 

@@ -24,7 +24,7 @@ from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
 from lit_isdpo.evaluation.measures import ResponseValues, compare, describe, flatten, repetition, win_rates
 from lit_isdpo.evaluation.probe import SampledText
 from lit_isdpo.evaluation.responses import RESPONSES, Columns, ResponseSet
-from lit_isdpo.evaluation.rewards import LabReward, Reward
+from lit_isdpo.evaluation.rewards import LabReward, Reward, score
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.evaluation.statistics import Interval, bootstrap_interval
 from lit_isdpo.evaluation.vllm_sampler import VLLMSampler
@@ -294,7 +294,7 @@ class Evaluator:
             rows, drawn, texts = responses.of_shard(shard)
             sources = [self.prompts[row].source for row in rows]
             finished = [response.finished for response in drawn]
-            return {column: [float(value) for value in reward(sources, texts, finished)]}
+            return {column: score(reward, sources, texts, finished, option="evaluation.reward")}
 
         responses.fill(f"reward-{digest(reward.identity)}", columns, "scoring")
         return responses.tensor(f"reward-{digest(reward.identity)}", column)

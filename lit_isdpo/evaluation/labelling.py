@@ -24,7 +24,7 @@ from lit_isdpo.data.pairing import Pairing, choose_pairs
 from lit_isdpo.data.readers import RowError
 from lit_isdpo.data.tokenization import TextEncoder, tokenize_example
 from lit_isdpo.evaluation.kl import LOGITS_BUDGET
-from lit_isdpo.evaluation.rewards import Reward
+from lit_isdpo.evaluation.rewards import Reward, score
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response, SFTExample
 
@@ -171,14 +171,8 @@ class Labeller:
     def _score(self, rows: Sequence[SampledRow], usable: Sequence[dict[str, Response]]) -> list[float]:
         prompts = [row.prompt for row, texts in zip(rows, usable, strict=True) for _ in texts]
         responses = [text for texts in usable for text in texts]
-        if not responses:
-            return []
-        scores = [float(score) for score in self.reward(prompts, responses, [True] * len(responses))]
-        assert len(scores) == len(responses)
-        bad = [response for response, score in zip(responses, scores, strict=True) if not math.isfinite(score)]
-        if bad:
-            raise InputError(f"labels.reward: {self.reward.identity} gives no finite score to the response {bad[0]!r}.")
-        return scores
+        finished = [True] * len(responses)
+        return score(self.reward, prompts, responses, finished, option="labels.reward") if responses else []
 
     def _keeps(self, better: Candidate, worse: Candidate, rng: Random) -> bool:
         """Whether the noise leaves the better response the chosen one."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
-from lit_isdpo.evaluation.rewards import Reward
+from lit_isdpo.evaluation.rewards import Reward, score
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.evaluation.statistics import win_scores
 from lit_isdpo.objective.metrics import Estimate
@@ -112,7 +112,7 @@ def run_probe(
     finished = [response.finished for response in responses]
     asked = [(sources or prompt_texts)[row] for row in rows]
     rewards, proxy_rewards = (
-        None if source is None else torch.tensor(list(source(asked, texts, finished)), dtype=torch.float32)
+        None if source is None else torch.tensor(score(source, asked, texts, finished, option="model.reward"))
         for source in (reward, proxy)
     )
     first = [int(place) * num_responses for place in back]  # of each prompt's responses, in the flat order

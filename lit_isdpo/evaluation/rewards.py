@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
+from math import isfinite
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -48,6 +49,44 @@ class Reward(Protocol):
             One number a response, higher is better.
         """
         ...
+
+
+def score(
+    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool], *, option: str
+) -> list[float]:
+    """What a reward gives to N responses; every caller of a reward asks here.
+
+    Args:
+        reward: one of the user's, perhaps.
+        prompts: as those of :class:`Reward`, and so are the others.
+        responses: likewise.
+        finished: likewise.
+        option: that names the reward, for messages.
+
+    Returns:
+        A finite number for each response.
+
+    Raises:
+        InputError: the reward gives something else.
+    """
+    given = reward(prompts, responses, finished)
+    name, number = type(reward).__name__, len(responses)
+    rule = f"{option}: {name} must give a finite number to each of {number} responses, and gave"
+    try:
+        values = list(given)
+    except TypeError as error:
+        raise InputError(f"{rule} {given!r}.") from error
+    if len(values) != len(responses):
+        raise InputError(f"{rule} {len(values)}.")
+    scores = []
+    for value, response in zip(values, responses, strict=True):
+        try:
+            scores.append(float(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{rule} {value!r} for {response!r}.") from error
+        if not isfinite(scores[-1]):
+            raise InputError(f"{rule} {scores[-1]} for {response!r}.")
+    return scores
 
 
 class LabReward(Reward):

@@ -284,8 +284,7 @@ def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         reason = NEEDS_CODE
     if "no file named" in str(error):
-        reason = "it has a configuration and no weights"
-        reason += "; --model.policy.init random draws new ones." if option == "model.policy.path" else "."
+        reason = "it has a configuration and no weights."
     if isinstance(error, UnpicklingError):
         reason = "its weights are a pickle that holds more than tensors, which could run code; save it as safetensors."
     if path.is_dir():

@@ -8,9 +8,8 @@ responses makes a poor one: the score is then read before it.
 
 import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,33 +34,6 @@ from lit_isdpo.policy.loading import (
 from lit_isdpo.types import InputError, TokenBatch
 
 HEAD = "score"  # what transformers calls the head of every decoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Which model a reward model is made of, and in which numerics it is trained; its weights are fp32.
-
-    Args:
-        path: folder or hub id of a causal language model, whose decoder gets a new head, or of a
-            sequence-classification model with one label, which goes on with its own; ``lab:posts`` for the embedded
-            language model.
-        revision: branch, tag or commit of a hub id.
-        compute_dtype: of the matrix products in the decoder (autocast). The head and the loss are fp32 always.
-        attn_implementation: transformers' name of the attention kernel.
-        gradient_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
-        compile: compile the decoder layers at the start of a fit.
-        trust_remote_code: run Python code that comes with the model.
-        rope_length: as that of a policy.
-    """
-
-    path: str = "lab:posts"
-    revision: str | None = None
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    trust_remote_code: bool = False
-    rope_length: int | None = None
 
 
 class ScoreModel(nn.Module):
@@ -98,8 +70,8 @@ def pad_token_id(config: PretrainedConfig) -> Any:
     return config.get_text_config().pad_token_id
 
 
-def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.path") -> PreTrainedModel:
-    """Loads what ``backbone`` names, on the CPU, without dropout; a language model gets a new head.
+def load_score_model(source: PolicyConfig, *, option: str = "model.policy.path") -> PreTrainedModel:
+    """Loads what ``source`` names, on the CPU, without dropout; a language model gets a new head.
 
     The head's weights are drawn from N(0, 1 / (hidden size + 1)) (arXiv 2009.01325, appendix B.1).
 
@@ -107,22 +79,12 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
         InputError: no such model, or one that no reward model can be made of.
     """
     model: PreTrainedModel
-    if is_score_model(read_config(backbone, option=option)):
-        model = load_sequence_classifier(backbone, attn_implementation=backbone.attn_implementation, option=option)
-        if backbone.gradient_checkpointing:
+    if is_score_model(read_config(source, option=option)):
+        model = load_sequence_classifier(source, attn_implementation=source.attn_implementation, option=option)
+        if source.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
-    language_model = load_causal_lm(
-        PolicyConfig(
-            path=backbone.path,
-            revision=backbone.revision,
-            attn_implementation=backbone.attn_implementation,
-            gradient_checkpointing=backbone.gradient_checkpointing,
-            trust_remote_code=backbone.trust_remote_code,
-            rope_length=backbone.rope_length,
-        ),
-        option=option,
-    )
+    language_model = load_causal_lm(source, option=option)
     config = language_model.config
     config.num_labels = 1
     try:
@@ -145,20 +107,20 @@ def load_score_model(backbone: BackboneConfig, *, option: str = "model.backbone.
     return model
 
 
-def outline_score_model(backbone: BackboneConfig) -> PreTrainedModel:
+def outline_score_model(source: PolicyConfig) -> PreTrainedModel:
     """What ``load_score_model`` makes, without its weights: every tensor is on the meta device."""
-    option = "model.backbone.path"
-    config = as_one_function(read_config(backbone, option=option), backbone)
+    option = "model.policy.path"
+    config = as_one_function(read_config(source, option=option), source)
     config.num_labels = 1
     make: Any = partial(
         AutoModelForSequenceClassification.from_config,
         config,
         dtype=torch.float32,
-        trust_remote_code=backbone.trust_remote_code,
+        trust_remote_code=source.trust_remote_code,
     )
     with torch.device("meta"):
         model: PreTrainedModel = with_attention(make, "sdpa", option)
-    if backbone.gradient_checkpointing:
+    if source.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 

@@ -110,9 +110,9 @@ class AlignmentModule(PolicyModule):
             self._reference = (self._load_reference(self.reference_config, is_new),)
 
     def _load_reference(self, config: ReferenceConfig, is_new: bool) -> Reference:
-        load = partial(load_reference, self.policy_config, config, self.policy, load=self.load_model)
+        load = partial(load_reference, self.source, config, self.policy, load=self.load_model)
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
-        untrained = is_new and starts_at_reference(self.policy_config, config)
+        untrained = is_new and starts_at_reference(self.source, config)
         is_policy = config.cache and self.policy.adapter is None and untrained
         reference = LiveReference(self.policy) if is_policy else load()
         with reference.scoring() as model:

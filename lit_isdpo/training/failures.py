@@ -111,6 +111,8 @@ def explain(error: BaseException) -> Failure | None:
     for cause in causes:  # after the system: what a logger could not write, Lightning calls a value of a wrong kind
         if isinstance(cause, ValueError | TypeError) and _lightning_raised(cause):  # it refuses arguments so too
             return Failure(str(cause), EX_USAGE)
+        if package := _missing_package(cause):
+            return Failure(f"A package is not installed: {package}", EX_USAGE)
         if _is_of_ranks(cause):
             first = str(cause).splitlines()[0]
             return Failure(f"Another rank died or is out of reach ({first}). {KEPT}", EX_OSERR)
@@ -124,6 +126,20 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _missing_package(error: BaseException) -> str:
+    """What Lightning says of a package that one of its classes needs, or nothing.
+
+    A class says so when it is made. Where its annotations name types of the package, the parser fails before.
+    """
+    if isinstance(error, ImportError) and _lightning_raised(error):
+        return str(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, NameError) and frames and frames[-1].f_code.co_filename == "<string>":  # the annotation
+        needs = [value for name, value in frames[-1].f_globals.items() if name.endswith("_AVAILABLE") and not value]
+        return "; ".join(map(str, needs))
+    return ""
 
 
 def _lightning_raised(error: BaseException) -> bool:

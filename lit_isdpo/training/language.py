@@ -21,7 +21,7 @@ from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.policy.reward_model import BackboneConfig, ScoreModel
+from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.sharding import all_ranks, whole
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
@@ -60,7 +60,7 @@ class LanguageModule(LightningModule, ABC):
 
     def __init__(
         self,
-        source: PolicyConfig | BackboneConfig,
+        source: PolicyConfig,
         architecture: PretrainedConfig,
         *,
         optimizer: OptimizerCallable = adamw,

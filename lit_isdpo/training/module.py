@@ -2,7 +2,7 @@
 
 from abc import ABC
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import batch_prompts
@@ -93,11 +93,6 @@ class PolicyModule(LanguageModule, ABC):
         self.sampling = sampling
 
     @property
-    def policy_config(self) -> PolicyConfig:
-        """Names the policy, and says how it is computed."""
-        return cast(PolicyConfig, self.source)
-
-    @property
     def network(self) -> LogProbModel:
         """The policy."""
         return self.policy
@@ -110,11 +105,11 @@ class PolicyModule(LanguageModule, ABC):
     @property
     def random_start(self) -> str | None:
         """All of the policy, if the config asks for it."""
-        if self.policy_config.init == "pretrained":
+        if self.source.init == "pretrained":
             return None
         return (
             "The policy starts from random weights, as model.policy.init is random: "
-            f"{self.policy_config.path!r} gives only its architecture."
+            f"{self.source.path!r} gives only its architecture."
         )
 
     @property
@@ -154,7 +149,7 @@ class PolicyModule(LanguageModule, ABC):
     def configure_model(self) -> None:
         """Loads the policy; Lightning calls this once for each of fit, validate, test and predict."""
         if not hasattr(self, "policy"):
-            self.policy = self.load_model(self.policy_config)
+            self.policy = self.load_model(self.source)
             self.policy.train()  # dropout is 0; gradient checkpointing works in training mode alone
 
     def load_model(self, config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
@@ -168,7 +163,7 @@ class PolicyModule(LanguageModule, ABC):
     @property
     def outline_config(self) -> PolicyConfig:
         """FlexAttention needs values, so sdpa takes its place."""
-        return replace(self.policy_config, attn_implementation="sdpa")
+        return replace(self.source, attn_implementation="sdpa")
 
     def configure_outline(self) -> None:
         """Lays out the policy."""
@@ -206,7 +201,7 @@ class PolicyModule(LanguageModule, ABC):
             )
         if adapter is not None and base != adapter.base_fingerprint:
             raise InputError(
-                f"model.policy.path: {self.policy_config.path!r} has other weights than the model that the "
+                f"model.policy.path: {self.source.path!r} has other weights than the model that the "
                 "checkpoint's adapter was trained on (or other ones in this dtype); name that one."
             )
 

@@ -1,13 +1,12 @@
 """Online methods beside the offline ones: the policy samples, a reward judges, the same prompts are trained on."""
 
-from math import isfinite
 from typing import Any, ClassVar
 
 from jsonargparse.typing import lazy_instance
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.evaluation.rewards import Reward
+from lit_isdpo.evaluation.rewards import Reward, score
 from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, RolloutMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
@@ -120,7 +119,7 @@ class OnlineModule(AlignmentModule):
         # Together, or the others would wait for one whose reward fails.
         rewards = self.ranks.agree(lambda: self._rewards(batch, sampled))[self.ranks.rank]
         rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id, rewards)
-        numerics, config = self.policy_config, self.reference_config
+        numerics, config = self.source, self.reference_config
         is_first = batch_idx == 0 and self.trainer.global_step == 0
         if is_first and config is not None and starts_at_reference(numerics, config):
             largest = rollouts.logratios.detach().abs().amax(dim=1)
@@ -154,13 +153,7 @@ class OnlineModule(AlignmentModule):
         ]
         texts = [self._decode(response.token_ids) for response in sampled.responses]
         finished = [response.finished for response in sampled.responses]
-        scores = self.reward(sources, texts, finished)
-        if len(scores) != len(texts) or not all(isfinite(score) for score in scores):
-            raise InputError(
-                f"model.reward: {type(self.reward).__name__} must give a finite number to each of {len(texts)} "
-                f"responses, and gave {len(scores)}, of which {sum(map(isfinite, scores))} are finite."
-            )
+        scores = score(self.reward, sources, texts, finished, option="model.reward")
         return [
-            float(score) - (0.0 if ended else self.missing_eos_penalty)
-            for score, ended in zip(scores, finished, strict=True)
+            value - (0.0 if ended else self.missing_eos_penalty) for value, ended in zip(scores, finished, strict=True)
         ]

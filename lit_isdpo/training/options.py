@@ -29,6 +29,9 @@ def check(verb: str, config: Namespace) -> None:
         InputError: names the option and what to use instead.
     """
     check_no_secret(config.as_dict())
+    for section in ("trainer", "probe", "evaluation", "labels", "checkpoint", "last", "model", "data"):
+        if config.get(section) is None:
+            raise InputError(f"{section} is null; leave the section out for its defaults.")
     _check_nulls(config, "")
     _check_numbers(config)
     precision = str(config.trainer.precision or "32-true")
@@ -60,6 +63,11 @@ def check(verb: str, config: Namespace) -> None:
         _check_sharded(verb, config)
     if not config.trainer.default_root_dir:
         raise InputError("trainer.default_root_dir: name a folder for the runs.")
+    root = Path(config.trainer.default_root_dir).expanduser()
+    if not next(place for place in (root, *root.absolute().parents) if place.exists()).is_dir():
+        raise InputError(f"trainer.default_root_dir: {str(root)!r} is a file, or lies below one; name a folder.")
+    if config.trainer.barebones:
+        raise InputError("trainer.barebones is not supported, as a run logs and saves; leave it out.")
     if verb == "fit" and config.trainer.max_epochs in (None, -1) and config.trainer.max_steps == -1:
         raise InputError("trainer: set max_epochs or max_steps, so that the fit ends.")
     for limit in ("max_epochs", "max_steps", "limit_train_batches") if verb == "fit" else ():
@@ -79,6 +87,8 @@ def check(verb: str, config: Namespace) -> None:
     if config.get("weights_only") is False:
         raise InputError("weights_only: a checkpoint is never let run code as it is loaded; leave the option out.")
     ckpt_path = config.get("ckpt_path")
+    if ckpt_path == "":
+        raise InputError("ckpt_path is empty; name a checkpoint, or leave the option out.")
     if ckpt_path and StoredCheckpoint(Path(ckpt_path)).is_folder and not sharded:
         raise InputError(
             f"ckpt_path: {ckpt_path!r} is a sharded checkpoint; use --trainer.strategy fsdp2, on one device too, or "

@@ -144,7 +144,7 @@ class PreferenceModule(AlignmentModule):
             sampled = sample_rollouts(self, batch, batch_idx, config)
         pairs = self._pair_logps(batch, "train")
         if batch_idx == 0 and self.trainer.global_step == 0:
-            reference, numerics = self.reference_config, self.policy_config
+            reference, numerics = self.reference_config, self.source
             if reference is not None and starts_at_reference(numerics, reference):
                 logratios = torch.maximum(pairs.chosen_logratios.abs(), pairs.rejected_logratios.abs())
                 num_tokens = torch.maximum(pairs.chosen_num_tokens, pairs.rejected_num_tokens)

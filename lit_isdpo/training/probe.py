@@ -1,6 +1,7 @@
 """Samples the policy at every validation: KL to the reference, gold reward, win rate, and text to read."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,7 +136,8 @@ class SamplingProbe(Callback):
         proxy: Reward | None = None,
     ) -> ProbeValues:
         tokenizer = module.tokenizer
-        values = run_probe(
+        probe = partial(
+            run_probe,
             model,
             reference,
             [prompt.prompt_ids for prompt in prompts],
@@ -152,7 +154,8 @@ class SamplingProbe(Callback):
             proxy=proxy,
         )
         in_shares = trainer.world_size > 1 and not module.policy.is_sharded
-        return _gather(values, trainer.world_size) if in_shares else values
+        # Together, or the others would wait for a rank whose reward fails.
+        return _join(module.ranks.agree(probe)) if in_shares else probe()
 
 
 def log_texts(trainer: Trainer, stage: str, texts: Sequence[SampledText]) -> None:
@@ -172,10 +175,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
 
 
-def _gather(values: ProbeValues, world_size: int) -> ProbeValues:
-    """Joins the ranks' responses; ranks may hold different numbers of them."""
-    parts: list[ProbeValues] = [values] * world_size
-    torch.distributed.all_gather_object(parts, values)
+def _join(parts: Sequence[ProbeValues]) -> ProbeValues:
+    """The ranks' responses together; ranks may hold different numbers of them."""
 
     def joined(values: Sequence[Tensor | None]) -> Tensor | None:
         there = [value for value in values if value is not None]

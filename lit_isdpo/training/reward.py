@@ -1,6 +1,6 @@
 """A reward model, trained on the same pairs: what to optimize a policy against, or to judge it by."""
 
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -8,9 +8,8 @@ from torch import Tensor
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.data.tokenization import terminator_ids
 from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
-from lit_isdpo.policy.loading import DTYPES, load_config, read_config
+from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_config, read_config
 from lit_isdpo.policy.reward_model import (
-    BackboneConfig,
     ScoreModel,
     choose_pad_token_id,
     is_score_model,
@@ -32,27 +31,33 @@ class RewardModule(LanguageModule):
     model, so the probe leaves it alone and ``predict`` refuses it.
 
     Args:
-        backbone: the model that it begins with.
+        policy: the model that it begins with: a causal language model, whose decoder gets a new head, or a
+            sequence-classification model with one label, which goes on with its own. Its weights are fp32, and all of
+            them are trained.
         centering: factor of ``(r_w + r_l)^2``, which keeps rewards around 0 (arXiv 2312.09244 has 0.01); at least 0.
+        backbone: the former name of ``policy``, for the configs of earlier runs.
         **options: those of :class:`LanguageModule`.
     """
 
-    path_option = "model.backbone.path"
+    path_option = "model.policy.path"
     reward_model: ScoreModel
 
     def __init__(
         self,
-        backbone: BackboneConfig = BackboneConfig(),
+        policy: PolicyConfig = PolicyConfig(),
         centering: float = 0.0,
+        backbone: PolicyConfig | None = None,
         **options: Any,
     ) -> None:
+        policy = backbone or policy
+        _check_policy(policy)
         if not 0 <= centering < float("inf"):
             raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
         option = self.path_option
-        config = read_config(backbone, option=option)
+        config = read_config(policy, option=option)
         self.has_own_head = is_score_model(config)
-        config = (read_score_config if self.has_own_head else load_config)(backbone, option=option)
-        super().__init__(backbone, config.get_text_config(), **options)
+        config = (read_score_config if self.has_own_head else load_config)(policy, option=option)
+        super().__init__(policy, config.get_text_config(), **options)
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
         self.train_metrics = RewardMetrics()
@@ -74,11 +79,6 @@ class RewardModule(LanguageModule):
         return terminators[0] if chosen is None else chosen
 
     @property
-    def backbone(self) -> BackboneConfig:
-        """Names the model, and says how it is computed."""
-        return cast(BackboneConfig, self.source)
-
-    @property
     def network(self) -> ScoreModel:
         """The reward model."""
         return self.reward_model
@@ -98,7 +98,7 @@ class RewardModule(LanguageModule):
         """The head, if the model that it begins with is a language model."""
         if self.has_own_head:
             return None
-        return f"The reward model starts with a random head: {self.backbone.path!r} is a language model and has none."
+        return f"The reward model starts with a random head: {self.source.path!r} is a language model and has none."
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
@@ -110,17 +110,17 @@ class RewardModule(LanguageModule):
     def configure_model(self) -> None:
         """Loads the model; Lightning calls this once for each of fit, validate and test."""
         if not hasattr(self, "reward_model"):
-            model = load_score_model(self.backbone)
+            model = load_score_model(self.source)
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
             self.say_attention(model, self.path_option)
-            self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
+            self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
             self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
 
     def configure_outline(self) -> None:
         """Lays out the model."""
-        model = outline_score_model(self.backbone)
+        model = outline_score_model(self.source)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.backbone.compute_dtype])
+        self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
         self.reward_model.train()
 
     def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
@@ -177,3 +177,16 @@ class RewardModule(LanguageModule):
         metrics.reset()
         self.log_dict({f"{stage}/{key}": value for key, value in values.items()})
         return values
+
+
+def _check_policy(policy: PolicyConfig) -> None:
+    """Raises for options that are those of a language model only."""
+    if policy.peft is not None:
+        raise InputError("model.policy.peft: a reward model is trained whole; set it to null.")
+    if policy.init != "pretrained":
+        raise InputError("model.policy.init: a reward model begins with pretrained weights; leave the option out.")
+    if policy.dtype != "float32":
+        raise InputError(
+            f"model.policy.dtype {policy.dtype!r}: the weights of a reward model are float32 in training; for "
+            f"{policy.dtype} matrix products use model.policy.compute_dtype."
+        )

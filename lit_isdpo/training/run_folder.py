@@ -37,10 +37,10 @@ def claimed(loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
     while True:
         copies = [copy(one) if isinstance(one, TensorBoardLogger | CSVLogger) else one for one in loggers]
         folders = {Path(one.log_dir) for one in copies if isinstance(one, TensorBoardLogger | CSVLogger)}
-        made = [folder for folder in folders if _make(folder)]
-        if folders - set(made) <= taken:  # what is taken at the second look too is a version that the user names
+        made = [place for folder in folders for place in _make(folder)]
+        if folders - {*made} <= taken:  # what is taken at the second look too is a version that the user names
             break
-        taken = folders - set(made)
+        taken = folders - {*made}
         _remove(made)
     try:
         yield copies
@@ -48,17 +48,18 @@ def claimed(loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
         _remove(made)
 
 
-def _make(folder: Path) -> bool:
-    """Whether the folder was not there before."""
+def _make(folder: Path) -> list[Path]:
+    """The folder and its parents, as far as this call has made them; nothing if the folder was there."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with naming(folder):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            return False
-    return True
+            return []
+    return missing
 
 
 def _remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
+    for folder in sorted(folders, reverse=True):  # inner ones first
         with suppress(OSError):  # it holds something
             folder.rmdir()

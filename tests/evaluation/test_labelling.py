@@ -168,7 +168,7 @@ def test_a_reward_that_gives_no_number_is_refused(tokenizer: PreTrainedTokenizer
         def __call__(self, prompts: object, responses: Sequence[str], finished: object) -> Sequence[float]:
             return [math.nan] * len(responses)
 
-    with pytest.raises(InputError, match=r"labels\.reward: length gives no finite score to the response ' 4'"):
+    with pytest.raises(InputError, match=r"labels\.reward: Broken must give a finite .* gave nan for ' 4'"):
         labeller(tokenizer, reward=Broken())([sampled(tokenizer, " 4", " 5")])
 
 

@@ -1,20 +1,25 @@
 """Reward sources: what they score, and what they refuse."""
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
-from lit_isdpo.evaluation.rewards import LabReward, Reward, RewardModel
+from lit_isdpo.evaluation.rewards import LabReward, Reward, RewardModel, score
 from lit_isdpo.lab.folder import MARKER
 from lit_isdpo.lab.posts import GoldReward, render_prompt, sample_post
-from lit_isdpo.policy.reward_model import BackboneConfig, load_score_model
+from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.reward_model import load_score_model
 from lit_isdpo.types import InputError, PreferenceExample, Prompt
 
 POST = render_prompt(sample_post(Random(0), "test"))
@@ -35,6 +40,45 @@ def test_the_labs_reward_of_a_data_folder(tmp_path: Path) -> None:
     assert reward.identity == LabReward("lab:verbosity").identity
 
 
+class Told(Reward):
+    """Gives what it was told to give."""
+
+    identity = "told"
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]) -> Any:
+        return self.values
+
+
+@pytest.mark.parametrize("values", [[1, 2.5], torch.tensor([[1], [2.5]]), np.array([1, 2.5]), (v for v in (1, 2.5))])
+def test_a_reward_may_give_numbers_of_any_kind(values: Any) -> None:
+    assert score(Told(values), ["a", "b"], ["x", "y"], [True, True], option="model.reward") == [1, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (None, "None."),
+        (0.5, "0.5."),
+        ([1.0], "1."),
+        ([1.0, 2.0, 3.0], "3."),
+        ([1.0, None], "None for 'y'."),
+        (["good", "bad"], "'good' for 'x'."),
+        ([1.0, math.nan], "nan for 'y'."),
+        ([math.inf, 1.0], "inf for 'x'."),
+        (torch.zeros(2, 2), "tensor([0., 0.]) for 'x'."),
+    ],
+)
+def test_a_reward_that_does_not_score_every_response_is_named(values: Any, words: str) -> None:
+    with pytest.raises(InputError) as refused:
+        score(Told(values), ["a", "b"], ["x", "y"], [True, True], option="model.reward")
+    assert (
+        str(refused.value) == f"model.reward: Told must give a finite number to each of 2 responses, and gave {words}"
+    )
+
+
 def test_what_the_labs_reward_refuses() -> None:
     with pytest.raises(InputError, match=r"no task 'lab:poems'; it has lab:posts, lab:verbosity"):
         LabReward("lab:poems")
@@ -52,7 +96,7 @@ CHATML = (
 def scorer(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model of random weights, with the lab's tokenizer."""
     torch.manual_seed(0)
-    model = load_score_model(BackboneConfig(path=model_dir))
+    model = load_score_model(PolicyConfig(path=model_dir))
     torch.nn.init.normal_(model.score.weight)
     folder = tmp_path_factory.mktemp("scorer")
     model.save_pretrained(folder)
@@ -71,11 +115,11 @@ def test_a_reward_model_scores_the_ids_of_training(scorer: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(scorer)
     tokenizer = reward.tokenizer
     scores = reward(PROMPTS, RESPONSES, FINISHED)
-    for prompt, response, finished, score in zip(PROMPTS, RESPONSES, FINISHED, scores, strict=True):
+    for prompt, response, finished, value in zip(PROMPTS, RESPONSES, FINISHED, scores, strict=True):
         ids = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False)
         ids += [tokenizer.eos_token_id] * finished
         with torch.no_grad():
-            assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+            assert value == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
     pair = tokenize_pair(
         PreferenceExample(POST, RESPONSES[0], "bad"), TextEncoder(tokenizer), max_length=99, max_prompt_length=60
     )

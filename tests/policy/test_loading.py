@@ -13,12 +13,7 @@ from lit_isdpo.cli import main
 from lit_isdpo.lab.tokenizer import build_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import outline_logprob_model
-from lit_isdpo.policy.reward_model import (
-    BackboneConfig,
-    load_score_model,
-    load_sequence_classifier,
-    outline_score_model,
-)
+from lit_isdpo.policy.reward_model import load_score_model, load_sequence_classifier, outline_score_model
 from lit_isdpo.types import InputError
 
 GATED: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -53,9 +48,9 @@ def test_a_fit_says_so(tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_so_does_a_reward_model(tmp_path: Path) -> None:
     path = write(tmp_path / "scores", "gemma2", scores=True)
-    backbone = BackboneConfig(path=path)
+    backbone = PolicyConfig(path=path)
     models = [load_score_model(backbone), outline_score_model(backbone), load_sequence_classifier(backbone, option="o")]
-    models.append(load_score_model(BackboneConfig(path=write(tmp_path / "policy", "gemma2"))))
+    models.append(load_score_model(PolicyConfig(path=write(tmp_path / "policy", "gemma2"))))
     assert {model.config._attn_implementation for model in models} == {"eager"}
 
 

@@ -22,16 +22,16 @@ from transformers import (
 )
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.policy.reward_model import BackboneConfig, ScoreModel, load_score_model, load_sequence_classifier
+from lit_isdpo.policy.reward_model import PolicyConfig, ScoreModel, load_score_model, load_sequence_classifier
 from lit_isdpo.types import InputError
 
 PROMPTS, COMPLETIONS = [[1, 5], [1, 5, 9, 4], [1]], [[6, 2], [7, 8, 3, 2], [11]]  # the last one was cut
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def save(model: PreTrainedModel, folder: Path) -> BackboneConfig:
+def save(model: PreTrainedModel, folder: Path) -> PolicyConfig:
     model.save_pretrained(folder)
-    return BackboneConfig(path=str(folder))
+    return PolicyConfig(path=str(folder))
 
 
 def language_models() -> list[PreTrainedModel]:
@@ -78,7 +78,7 @@ def test_what_was_saved_scores_the_same_in_transformers(tmp_path: Path) -> None:
     model.config.pad_token_id = 0
     model.save_pretrained(tmp_path / "scores")
     tokens = collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0)
-    again = load_score_model(BackboneConfig(path=str(tmp_path / "scores")))
+    again = load_score_model(PolicyConfig(path=str(tmp_path / "scores")))
     own = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scores")
     with torch.no_grad():
         scores = ScoreModel(model)(tokens)
@@ -100,7 +100,7 @@ def test_the_head_is_fp32_in_bfloat16_compute(tmp_path: Path) -> None:
 
 
 def test_models_that_do_not_score_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    def scorer(name: str, **options: object) -> BackboneConfig:
+    def scorer(name: str, **options: object) -> PolicyConfig:
         return save(
             LlamaForSequenceClassification(LlamaConfig(**SIZES, intermediate_size=32, **options)), tmp_path / name
         )
@@ -115,7 +115,7 @@ def test_models_that_do_not_score_are_refused_in_a_sentence(tmp_path: Path) -> N
         (language, r"reward\.path: .* is a causal language model without a head for scores"),
         (scorer("two", num_labels=2), r"gives 2 numbers; a reward model gives one"),
         (headless, r"has no weights for score\.weight"),
-        (BackboneConfig(path=str(tmp_path / "nowhere")), r"reward\.path: no such folder"),
+        (PolicyConfig(path=str(tmp_path / "nowhere")), r"reward\.path: no such folder"),
     ):
         with pytest.raises(InputError, match=message):
             load_sequence_classifier(source, option="reward.path")

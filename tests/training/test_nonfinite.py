@@ -143,9 +143,7 @@ def test_every_module_has_the_choice(
     module: str, what: str, model_dir: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data=SFTDataModule"] if module == "SFTModule" else []
-    path = "policy" if module == "SFTModule" else "backbone"
-    own = [option for option in tiny if not option.startswith("--model.policy")]
-    options = [f"--model={module}", *data, *own, f"--model.{path}.path={model_dir}", "--probe.num_prompts=0"]
+    options = [f"--model={module}", *data, *tiny, "--probe.num_prompts=0"]
     options += ["--trainer.max_steps=2", *poison(what, 1)]
     with pytest.raises(SystemExit):
         fit(tmp_path, options)

@@ -108,10 +108,16 @@ def test_the_peak_is_the_profilers(
     folder = save_model(tmp_path / "model", config)
     kind = [option for option in options if option.startswith(("--model=", "--data="))]
     options = [option for option in options if option not in kind]
-    path = "--model.backbone.path" if "RewardModule" in str(kind) else "--model.policy.path"
     shared = [option for option in tiny if "policy.path" not in option]
     data = equal_rows(pairs_file, tmp_path, times=40 if LONG[0] in options else 1)
-    arguments = [*kind, *shared, *data, f"{path}={folder}", *options, f"--trainer.default_root_dir={tmp_path}"]
+    arguments = [
+        *kind,
+        *shared,
+        *data,
+        f"--model.policy.path={folder}",
+        *options,
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
     cli.main(["plan", *arguments])
     measure = PeakOfSteps()
     fit = IsdpoTrainer.fit

@@ -22,7 +22,7 @@ KEYS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rew
 @pytest.fixture(scope="module")
 def options(tiny: list[str], model_dir: str) -> list[str]:
     """The tiny fit, of a reward model; the probe's options stay, and are of no consequence."""
-    return ["--model=RewardModule", f"--model.backbone.path={model_dir}", *tiny[1:], "--trainer.max_steps=6"]
+    return ["--model=RewardModule", f"--model.policy.path={model_dir}", *tiny[1:], "--trainer.max_steps=6"]
 
 
 def fit(options: list[str], root: Path) -> Path:
@@ -82,7 +82,7 @@ def test_export_scores_as_the_run_did(run: Path, pairs_file: str, options: list[
     card = (folder / "README.md").read_text()
     assert "text-classification" in card
     assert "| val/rewards/accuracies |" in card
-    further = fit([*options, f"--model.backbone.path={folder}", "--trainer.max_steps=1"], tmp_path / "further")
+    further = fit([*options, f"--model.policy.path={folder}", "--trainer.max_steps=1"], tmp_path / "further")
     assert read_metrics(further)["val/loss"][0] == pytest.approx(read_metrics(run)["val/loss"][6], abs=1e-6)
 
 
@@ -108,8 +108,10 @@ def test_what_is_refused(run: Path, options: list[str], tmp_path: Path, capsys: 
     for arguments, message in (
         (["predict", *options, root, last], "predict: responses are sampled from a policy"),
         (["fit", *options, root, "--model.centering=-1"], "model.centering must be a finite number of at least 0"),
-        (["fit", *options, root, "--model.backbone.path=./nowhere"], "model.backbone.path: no such folder"),
-        (["fit", *options, root, "--model.backbone.peft=null"], "peft"),
+        (["fit", *options, root, "--model.policy.path=./nowhere"], "model.policy.path: no such folder"),
+        (["fit", *options, root, "--model.policy.peft={peft_type: LORA}"], "peft: a reward model is trained whole"),
+        (["fit", *options, root, "--model.policy.dtype=bfloat16"], "the weights of a reward model are float32"),
+        (["fit", *options, root, "--model.policy.init=random"], "a reward model begins with pretrained weights"),
         (["fit", *options, root, "--trainer.strategy=fsdp2"], "trainer.strategy: a reward model is not sharded"),
         (["fit", *options, root, "--data=SFTDataModule"], "data: a reward model is trained on pairs"),
         (["export", last, f"--output_dir={tmp_path / 'x'}", "--as_adapter=true"], "holds a whole model and no adapter"),
@@ -154,3 +156,18 @@ def test_the_labs_reward_model_learns_the_gold_reward(tmp_path: Path) -> None:
     for accuracy, correlation in measured.values():
         assert accuracy == pytest.approx(0.66, abs=0.06)
         assert correlation == pytest.approx(0.42, abs=0.06)
+
+
+def test_the_former_name_of_the_model_option_still_works(
+    run: Path, options: list[str], model_dir: str, tmp_path: Path
+) -> None:
+    config = (run / "config.yaml").read_text()
+    assert "  policy:\n" in config
+    former = config.replace("    backbone: null\n", "").replace("    policy:\n", "    backbone:\n")
+    (tmp_path / "former.yaml").write_text(former)
+    last = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    again = fit([f"--config={tmp_path / 'former.yaml'}", last, "--trainer.max_steps=7"], tmp_path / "resumed")
+    assert set(read_metrics(again)["train/loss"]) == {6}
+    others = [option for option in options if "policy.path" not in option]
+    straight = fit([*others, f"--model.backbone.path={model_dir}"], tmp_path / "straight")
+    assert read_metrics(straight)["train/loss"] == read_metrics(run)["train/loss"]

@@ -60,25 +60,28 @@ def test_random_weights_are_announced(said: object, tiny: list[str], model_dir: 
 def test_a_new_head_is_announced(said: object, tiny: list[str], model_dir: str, tmp_path: Path) -> None:
     assert callable(said)
     options = ["--model=RewardModule", *tiny[1:]]
-    fresh = said("fit", *options, f"--model.backbone.path={model_dir}", "--trainer.max_steps=1")
+    fresh = said("fit", *options, f"--model.policy.path={model_dir}", "--trainer.max_steps=1")
     assert f"starts with a random head: {model_dir!r} is a language model" in fresh
     last = f"--ckpt_path={newest_run(tmp_path) / 'checkpoints' / 'last.ckpt'}"
-    assert NEW_HEAD not in said("validate", *options, f"--model.backbone.path={model_dir}", last)
+    assert NEW_HEAD not in said("validate", *options, f"--model.policy.path={model_dir}", last)
     main(["export", last, f"--output_dir={tmp_path / 'scores'}"])
-    assert NEW_HEAD not in said("validate", *options, f"--model.backbone.path={tmp_path / 'scores'}")
+    assert NEW_HEAD not in said("validate", *options, f"--model.policy.path={tmp_path / 'scores'}")
 
 
-@pytest.mark.parametrize("option", ["model.policy.path", "model.reference.path", "model.backbone.path"])
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [("Preference", "policy"), ("Preference", "reference"), ("Reward", "policy")],
+)
 def test_a_folder_without_weights_is_refused(
-    option: str, tiny: list[str], model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: str, option: str, tiny: list[str], model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    options = ["--model=RewardModule", *tiny[1:]] if "backbone" in option else tiny
+    options = ["--model=RewardModule", *tiny[1:]] if module == "Reward" else tiny
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", *options, f"--{option}={folder}", "--trainer.max_steps=1"])
+        main(["fit", *options, f"--model.{option}.path={folder}", "--trainer.max_steps=1"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(
-        f"error: {option}: the folder {str(folder)!r} holds no loadable Hugging Face model: it has a"
+    assert error == (
+        f"error: model.{option}.path: the folder {str(folder)!r} holds no loadable Hugging Face model: it has a "
+        "configuration and no weights."
     )
-    assert ("model.policy.init random" in error) == (option == "model.policy.path")

@@ -14,7 +14,7 @@ from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.lab.tokenizer import build_closed_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig
-from lit_isdpo.policy.reward_model import BackboneConfig, load_score_model
+from lit_isdpo.policy.reward_model import load_score_model
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.sft import SFTModule
@@ -57,14 +57,14 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_before_data_is_read(t
     for build, option in (
         (lambda: PreferenceModule(PolicyConfig(path=too_small)), "model.policy.path"),
         (lambda: SFTModule(PolicyConfig(path=too_small)), "model.policy.path"),
-        (lambda: RewardModule(BackboneConfig(path=too_small)), "model.backbone.path"),
+        (lambda: RewardModule(PolicyConfig(path=too_small)), "model.policy.path"),
     ):
         with pytest.raises(InputError, match=f"^{option}: {says}"):
             build()
 
 
 def test_a_reward_model_is_held_to_it_too(model_dir: str, too_small: str, tmp_path: Path) -> None:
-    load_score_model(BackboneConfig(path=model_dir)).save_pretrained(tmp_path / "scorer")
+    load_score_model(PolicyConfig(path=model_dir)).save_pretrained(tmp_path / "scorer")
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "scorer")
     RewardModel(str(tmp_path / "scorer"))
     AutoTokenizer.from_pretrained(too_small).save_pretrained(tmp_path / "scorer")

@@ -103,8 +103,9 @@ def test_samples_stay_where_the_short_frequencies_are(
     long_rope_dir: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--model.policy.path={long_rope_dir}", f"--data.max_length={SWITCH}", "--data.max_prompt_length=34"]
-    options += ["--probe.num_prompts=8", "--probe.max_new_tokens=20", f"--trainer.default_root_dir={tmp_path}"]
+    options += ["--probe.num_prompts=8", "--probe.max_new_tokens=36", f"--trainer.default_root_dir={tmp_path}"]
+    options.append("--trainer.max_steps=1")
     with pytest.raises(SystemExit, match="2"):
         main(["fit", *tiny, *options])
     assert f"more than the model's {SWITCH} positions" in capsys.readouterr().err
-    main(["fit", *tiny, *options, "--trainer.max_steps=1", f"--model.policy.rope_length={SWITCH + 1}"])
+    main(["fit", *tiny, *options, f"--model.policy.rope_length={SWITCH + 1}"])

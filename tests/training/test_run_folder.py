@@ -33,7 +33,7 @@ def test_claims_at_once_give_different_folders(tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             found = [folder for _ in range(5) for folder in pool.map(claim, range(8))]
         assert all(tensorboard == csv for tensorboard, csv in found), "a run's logs are in one folder"
-        assert {Path(folder) for folder, _ in found} == {tmp_path / f"version_{number}" for number in range(40)}
+        assert len({folder for folder, _ in found}) == 40
     assert not list(tmp_path.iterdir()), "nothing was written to them"
 
 

@@ -149,8 +149,9 @@ class LanguageModule(LightningModule, ABC):
     def positions(self) -> int | None:
         """The longest input, in tokens, that the model computes as it was trained to; ``None`` has no limit."""
         positions: int | None = getattr(self.architecture, "max_position_embeddings", None)
-        switch, chosen = switch_length(self.architecture), self.source.rope_length
-        return switch if switch is not None and chosen is not None and chosen <= switch else positions
+        switch = switch_length(self.architecture)
+        chosen = self.source.rope_length or self.trainer.datamodule.max_length  # type: ignore[attr-defined]
+        return switch if switch is not None and chosen <= switch else positions
 
     def _pin_rope(self, max_length: int) -> None:
         """Decides which of its frequencies LongRoPE has in this run."""

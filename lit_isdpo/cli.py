@@ -211,8 +211,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with status 2 after one sentence on bad input; with 74 (EX_IOERR) where the system does not let it
-            write or read, and 71 (EX_OSERR) where a process that helped has died; with 75 (EX_TEMPFAIL) where a fit was
-            asked to leave by SIGTERM; with 130 after Ctrl-C.
+            write or read, and 71 (EX_OSERR) where a process that helped has died or memory is not enough; with 75
+            (EX_TEMPFAIL) where a fit was asked to leave by SIGTERM; with 130 after Ctrl-C.
     """
     Parser.of_verb = None
     Parser.arguments = arguments = list(sys.argv[1:] if args is None else args)

@@ -145,7 +145,7 @@ class TextEncoder:
         Raises:
             RowError: the prompt has no tokens, or the model has no row for one, or the chat template refuses the
                 conversation or does not render the prompt as the beginning of prompt and response.
-            InputError: there is no template, and ``always`` asks for one.
+            InputError: there is no template, and ``always`` asks for one; or none of several is the default.
         """
         messages = self._templated(prompt)
         if messages is not None:
@@ -214,8 +214,18 @@ class TextEncoder:
                 "template"
             )
         if isinstance(prompt, str):
-            return [Message(role="user", content=prompt)] if self.chat_template == "always" else None
-        return None if self.chat_template == "never" or not self.tokenizer.chat_template else prompt
+            messages = [Message(role="user", content=prompt)] if self.chat_template == "always" else None
+        else:
+            messages = None if self.chat_template == "never" or not self.tokenizer.chat_template else prompt
+        templates = self.tokenizer.chat_template
+        if messages is not None and isinstance(templates, dict) and "default" not in templates:
+            raise InputError(
+                f"data.chat_template: the tokenizer of {self.tokenizer.name_or_path!r} has the chat templates "
+                f"{', '.join(sorted(templates))}, and none is the default; copy additional_chat_templates/"
+                f"{min(templates)}.jinja, or another, to chat_template.jinja in a folder of the model, or set the "
+                "option to never"
+            )
+        return messages
 
 
 def tokenize_pair(

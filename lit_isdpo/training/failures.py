@@ -17,12 +17,27 @@ from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError
 
 EX_USAGE = 2  # what argparse has
-EX_OSERR = 71  # sysexits.h: a process is not there
+EX_OSERR = 71  # sysexits.h: a process is not there, or not enough memory
 EX_IOERR = 74  # likewise: reading or writing failed
 OF_THE_SYSTEM = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE),
 )
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")  # as PyTorch and CUDA say it
+IN_A_STEP = "lower data.micro_batch_size or data.max_length, or set model.policy.gradient_checkpointing to true"
+PLACES = {
+    "lit_isdpo.training.probe": ("the probe of a validation", "lower probe.batch_size or probe.max_new_tokens"),
+    "lit_isdpo.training.evaluation": ("the evaluation", "lower evaluation.batch_size or evaluation.max_new_tokens"),
+    "lit_isdpo.evaluation.reference_logps": ("the reference's log-probs", "lower data.eval_batch_size"),
+    "lightning.pytorch.loops.evaluation_loop": ("a validation or test", "lower data.eval_batch_size"),
+    "lightning.pytorch.loops.prediction_loop": ("sampling", "lower data.eval_batch_size"),
+    "lit_isdpo.training.rollouts": (
+        "sampling in a training step",
+        f"lower batch_size or max_new_tokens of model.rollout or model.on_policy_kl; or {IN_A_STEP}",
+    ),
+    "lightning.pytorch.loops.training_epoch_loop": ("a training step", IN_A_STEP),
+}
+"""Modules that a traceback leads through, inner ones first: what they do, and the options that count there."""
 SECONDS_TO_DIE = 3  # between a connection that breaks and a process that is gone
 KEPT = "What was saved before is whole: mend it and run the command again, a fit with --ckpt_path of its last.ckpt."
 
@@ -101,6 +116,8 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(f"{os.strerror(cause.errno)}{where}. {KEPT}", EX_IOERR)
         if "os error " in str(cause) and type(cause).__module__.startswith("safetensors"):
             return Failure(f"{cause}. {KEPT}", EX_IOERR)
+        if _is_of_memory(cause):
+            return Failure(_explain_memory(cause), EX_OSERR)
         if isinstance(cause, RankDiedError):
             return Failure(f"{cause}; this one cannot go on alone. {KEPT}", EX_OSERR)
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
@@ -126,6 +143,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory, of a GPU or of the machine, was not enough."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+
+
+def _explain_memory(error: BaseException) -> str:
+    """Where memory was not enough, and which options need less of it there."""
+    modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    place, options = next((what for module, what in PLACES.items() if module in modules), ("this command", IN_A_STEP))
+    first = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
+    return (
+        f"There is not enough memory for {place} ({first}): {options}; lit-isdpo plan with the same options tells what "
+        f"a fit needs. {KEPT}"
+    )
 
 
 def _missing_package(error: BaseException) -> str:

@@ -112,6 +112,17 @@ def test_chat_template_modes(make_tokenizer, prompt):
         TextEncoder(make_tokenizer(), "always").render(prompt)
 
 
+def test_a_tokenizer_of_several_templates_without_a_default(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(InputError, match=r"has the chat templates rag, tool_use, and none is the default; copy "):
+        TextEncoder(tokenizer).render(QUESTION)
+    assert TextEncoder(tokenizer, "never").render(QUESTION) == "\n\nHuman: 2 + 2?\n\nAssistant:"
+    assert TextEncoder(tokenizer).render("2 + 2?") == "2 + 2?"
+    tokenizer.chat_template["default"] = CHATML
+    assert TextEncoder(tokenizer).render(QUESTION) == TextEncoder(make_tokenizer(template=CHATML)).render(QUESTION)
+
+
 def test_without_a_template_a_transcript_is_the_text_that_it_was_read_from(make_tokenizer):
     tokenizer = make_tokenizer()
     example = tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), **LENGTHS)

@@ -74,9 +74,8 @@ def test_a_reward_may_give_numbers_of_any_kind(values: Any) -> None:
 def test_a_reward_that_does_not_score_every_response_is_named(values: Any, words: str) -> None:
     with pytest.raises(InputError) as refused:
         score(Told(values), ["a", "b"], ["x", "y"], [True, True], option="model.reward")
-    assert (
-        str(refused.value) == f"model.reward: Told must give a finite number to each of 2 responses, and gave {words}"
-    )
+    rule = "model.reward: Told must give a finite number to each of 2 responses, and gave"
+    assert str(refused.value) == f"{rule} {words}"
 
 
 def test_what_the_labs_reward_refuses() -> None:
@@ -115,11 +114,11 @@ def test_a_reward_model_scores_the_ids_of_training(scorer: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(scorer)
     tokenizer = reward.tokenizer
     scores = reward(PROMPTS, RESPONSES, FINISHED)
-    for prompt, response, finished, value in zip(PROMPTS, RESPONSES, FINISHED, scores, strict=True):
+    for prompt, response, finished, given in zip(PROMPTS, RESPONSES, FINISHED, scores, strict=True):
         ids = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False)
         ids += [tokenizer.eos_token_id] * finished
         with torch.no_grad():
-            assert value == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+            assert given == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
     pair = tokenize_pair(
         PreferenceExample(POST, RESPONSES[0], "bad"), TextEncoder(tokenizer), max_length=99, max_prompt_length=60
     )

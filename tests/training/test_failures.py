@@ -7,7 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_isdpo.cli import main
 from lit_isdpo.training.failures import EX_IOERR, EX_OSERR, EX_USAGE, RankDiedError, explain
+from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError
 
 
@@ -36,6 +38,42 @@ def test_what_is_no_defect_has_a_sentence(error: Exception, status: int, words: 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "", "x"), RuntimeError("shapes"), KeyError("x")])
 def test_a_defect_keeps_its_traceback(error: Exception) -> None:
     assert explain(error) is None
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "words"),
+    [
+        (f"{PreferenceModule.__module__}.PreferenceModule.training_step", CUDA, "for a training step (CUDA out of"),
+        (f"{PreferenceModule.__module__}.PreferenceModule.training_step", CPU, "lower data.micro_batch_size or"),
+        (f"{PreferenceModule.__module__}.PreferenceModule.training_step", MemoryError(), "gradient_checkpointing to"),
+        (f"{PreferenceModule.__module__}.PreferenceModule.validation_step", CUDA, "lower data.eval_batch_size"),
+        ("lit_isdpo.training.probe.run_probe", CUDA, "for the probe of a validation (CUDA out of memory"),
+        ("lit_isdpo.training.alignment.AlignmentModule.configure_model", CUDA, "for this command (CUDA out of memory"),
+    ],
+)
+def test_out_of_memory(
+    place: str,
+    error: Exception,
+    words: str,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error.with_traceback(None)
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(SystemExit, match=str(EX_OSERR)):
+        main(["fit", *tiny, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"])
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert words in said
+    assert "lit-isdpo plan with the same options tells what a fit needs" in said
 
 
 def test_an_error_that_comes_from_itself_ends() -> None:

@@ -149,6 +149,11 @@ def _explain_value(option: str, said: str, known: Sequence[str]) -> str:
 
 def _explain_class(value: str, name: str, said: str) -> str:
     """Which classes an option of this name takes in place of a value."""
+    if value.startswith(("{", "[{")):
+        named = re.search(r"'class_path': '(.*?)'", value)
+        if named is None:
+            return f"the class_path is missing beside {value}"
+        value = named[1]
     paths = sorted({*re.findall(r"(?:\w+\.)+\w+", said)} - {value})
     bases = [cls for cls in map(_locate, paths) if cls] + _kinds(name)
     classes = list(dict.fromkeys(cls for base in bases for cls in _concrete(base)))

@@ -113,6 +113,11 @@ def test_verbs(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]
         ("trainer:\n  max_steps: many\n", "trainer.max_steps: 'many' is not an integer"),
         ("trainer:\n  max_step: 3\n", "trainer.max_step: there is no such option; did you mean trainer.max_steps?"),
         ("max_steps: 3\n", "max_steps: there is no such option; did you mean trainer.max_steps?"),
+        (
+            "trainer:\n  callbacks:\n  - class_path: EarlyStoppin\n    init_args: {monitor: x}\n",
+            "trainer.callbacks: 'EarlyStoppin' is no file and no class; did you mean EarlyStopping?",
+        ),
+        ("trainer:\n  logger:\n    init_args: {save_dir: x}\n", "trainer.logger: the class_path is missing beside {"),
         ("trainer: null\n", "trainer is null; leave the section out for its defaults."),
         ("probe: null\n", "probe is null; leave the section out for its defaults."),
         ("model: null\n", "model: it is missing, and has no default"),

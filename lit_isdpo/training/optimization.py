@@ -7,7 +7,8 @@ A resumed fit takes over what an optimizer has learned (its state) and how many 
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,41 +132,68 @@ def build_optimizer(
         groups = [{**group, "params": [numbers[n] for n in group["params"]]} for group in state["param_groups"]]
         return {**state, "state": {numbers[n]: own for n, own in state["state"].items()}, "param_groups": groups}
 
-    def take_over(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        keys = [key for group in state["param_groups"] for key in group["params"]]
-        grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        is_numbered = all(isinstance(key, int) for key in keys)
-        if len(keys) != len(parameters):
-            raise InputError(
-                f"ckpt_path: the checkpoint's optimizer has {len(keys)} tensors, and this run trains "
-                f"{len(parameters)}; use the config.yaml of its own run."
-            )
-        key_of = dict(zip(parameters, sorted(keys), strict=True) if is_numbered else zip(grouped, keys, strict=True))
-        kept = check_state(make_optimizer, parameters, {name for own in state["state"].values() for name in own})
-        if any(state["state"].values()):
-            entries = {
-                key: {name: value for name, value in own.items() if name in kept} for key, own in state["state"].items()
-            }
-        else:  # that of an optimizer without state: this one begins with its own
-            entries = {key_of[parameter]: own for parameter, own in optimizer.state.items()}
-        # Some classes (Prodigy) keep numbers that they have learned among the options.
-        options = {*inspect.signature(type(optimizer)).parameters, "initial_lr"}
-        learned = {
-            name: value
-            for group in state["param_groups"]
-            for name, value in group.items()
-            if name in optimizer.param_groups[0] and name not in options and not isinstance(value, bool)
-        }
-        groups = [
-            {**group, **learned, "params": [key_of[parameter] for parameter in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        return {**state, "state": entries, "param_groups": groups}
+    load = optimizer.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        with as_one_group(optimizer, parameters):
+            check_state(make_optimizer, parameters, {name for own in state_dict["state"].values() for name in own})
+            load(_with_own_options(optimizer, state_dict))
 
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         optimizer.register_state_dict_post_hook(number)
-    optimizer.register_load_state_dict_pre_hook(take_over)
+    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign] # not a hook: classes with their own call none
     return optimizer
+
+
+@contextmanager
+def as_one_group(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
+    """Has an optimizer load a state into one group, whatever groups wrote it; its own groups and options come back.
+
+    Args:
+        optimizer: with groups of its own.
+        parameters: all that it trains, in the order of the model.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**groups[0], "params": list(parameters)}]
+    try:
+        yield
+    finally:
+        learned = _learned(optimizer, optimizer.param_groups[0])
+        optimizer.param_groups = groups
+        for group in groups:
+            group.update(learned)
+
+
+def _learned(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that some classes (Prodigy) have learned and keep among their options."""
+    arguments = inspect.signature(type(optimizer)).parameters
+    options = {*arguments, "initial_lr", "params"}
+    if any(argument.kind == argument.VAR_KEYWORD for argument in arguments.values()):
+        options |= optimizer.defaults.keys()
+    # Flags that a class adds, such as AdamW's decoupled_weight_decay, say which class it is.
+    return {name: value for name, value in group.items() if name not in options and not isinstance(value, bool)}
+
+
+def _with_own_options(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A stored state for an optimizer with one group: what was learned is the state's, and all options its own.
+
+    Raises:
+        InputError: the state is of other parameters.
+    """
+    group = optimizer.param_groups[0]
+    keys = [key for stored in state["param_groups"] for key in stored["params"]]
+    if len(keys) != len(group["params"]):
+        raise InputError(
+            f"ckpt_path: the checkpoint's optimizer has {len(keys)} tensors, and this run trains "
+            f"{len(group['params'])}; use the config.yaml of its own run."
+        )
+    if all(isinstance(key, int) for key in keys):  # else they are names, in the order of the group
+        keys = sorted(keys)
+    entries = state["state"]
+    if not any(entries.values()):  # that of an optimizer without state: this one begins with its own
+        entries = {key: optimizer.state[parameter] for key, parameter in zip(keys, group["params"], strict=True)}
+    learned = _learned(optimizer, {k: v for k, v in state["param_groups"][0].items() if k in group})
+    return {**state, "state": entries, "param_groups": [{**group, **learned, "params": keys}]}
 
 
 def _exempt(optimizer: Optimizer, exempt: Collection[Tensor]) -> None:
@@ -179,9 +207,7 @@ def _exempt(optimizer: Optimizer, exempt: Collection[Tensor]) -> None:
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
-def check_state(
-    make_optimizer: OptimizerCallable, parameters: Collection[Tensor], stored: Collection[str]
-) -> Collection[str]:
+def check_state(make_optimizer: OptimizerCallable, parameters: Collection[Tensor], stored: Collection[str]) -> None:
     """Checks that an optimizer can go on from the state in a checkpoint.
 
     Args:
@@ -189,11 +215,8 @@ def check_state(
         parameters: what is trained.
         stored: the names of the tensors that the checkpoint keeps for parameters; none, if its optimizer has no state.
 
-    Returns:
-        The names of those that the optimizer uses.
-
     Raises:
-        InputError: it keeps others.
+        InputError: the optimizer needs others.
     """
     used: set[str] = set()
     for ndim in {parameter.ndim for parameter in parameters}:  # Adafactor keeps others for vectors than for matrices
@@ -209,4 +232,3 @@ def check_state(
             f"{', '.join(sorted(missing))} (it has {', '.join(sorted(stored))}); use the optimizer options of its own "
             "run, or export the checkpoint and begin anew from it."
         )
-    return used

@@ -5,7 +5,7 @@ run on a CPU, where this is tested, and PyTorch develops its successor alone.
 """
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +21,7 @@ from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint, plain_values_only, unreadable
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.optimization import check_state
+from lit_isdpo.training.optimization import as_one_group, check_state
 from lit_isdpo.types import InputError
 
 NAME = "fsdp2"
@@ -116,7 +116,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Of a policy with an adapter a checkpoint has the adapter alone; the names were compared above.
         self.lightning_module.strict_loading = False
         try:
-            with plain_values_only():
+            with plain_values_only(), ExitStack() as one_group:
+                # PyTorch asks a folder for the options of each group, and the checkpoint may have others.
+                for optimizer in self.optimizers:
+                    trained = [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
+                    one_group.enter_context(as_one_group(optimizer, trained))
                 return super().load_checkpoint(path, weights_only=True)
         except (CheckpointException, UnpicklingError) as error:
             raise InputError(unreadable(path)) from error

@@ -134,6 +134,61 @@ def test_what_a_class_learns_beside_its_options_is_taken_over() -> None:
     assert values == [(3, 0.5, 0.1), (3, 0.5, 0.0)]
 
 
+class Strict(AdamW):
+    """Loads as bitsandbytes does: without hooks, and only groups like its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, stored = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in stored]:
+            raise ValueError("another number of parameter groups")
+        keys = [key for group in stored for key in group["params"]]
+        place = dict(zip(keys, [parameter for group in groups for parameter in group["params"]], strict=True))
+        state = {place[key]: own for key, own in state_dict["state"].items()}
+        taken = [{**new, "params": group["params"]} for group, new in zip(groups, stored, strict=True)]
+        self.__setstate__({"state": state, "param_groups": taken})
+
+
+def test_a_class_with_a_load_of_its_own_follows_the_config() -> None:
+    for decays in (0.0, 0.1):
+        before, after = partial(Strict, weight_decay=0.1), partial(Strict, lr=1e-2, weight_decay=decays, eps=0.1)
+        for all_decay in (True, False):
+            _, optimizer = resumed(before, after, decay_norms_and_biases=all_decay)
+            rates = [(group["lr"], group["eps"], group["weight_decay"]) for group in optimizer.param_groups]
+            assert rates[0] == (1e-2, 0.1, decays)
+            assert len(rates) == (1 if all_decay or not decays else 2)
+            assert all("exp_avg" in own for own in optimizer.state.values())
+
+
+class Keyword(SGD):
+    """Names none of its options."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+def test_options_that_a_class_does_not_name_are_those_of_the_resumed_fit() -> None:
+    _, optimizer = resumed(partial(Keyword, lr=0.1, momentum=0.9), partial(Keyword, lr=0.1, momentum=0.1))
+    assert optimizer.param_groups[0]["momentum"] == 0.1
+
+
+class Late(SGD):
+    """Has state from its second step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", torch.zeros(())) + 1
+                if state["step"] > 1:
+                    state["last"] = parameter.grad.clone()
+        return super().step(closure)
+
+
+def test_state_that_comes_late_is_taken_over() -> None:
+    _, optimizer = resumed(partial(Late, lr=0.1), partial(Late, lr=0.1))
+    assert all("last" in state for state in optimizer.state.values())
+
+
 def test_adam_does_not_decay_as_adamw_did() -> None:
     _, optimizer = resumed(AdamW, Adam)
     assert not optimizer.param_groups[0]["decoupled_weight_decay"]

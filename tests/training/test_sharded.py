@@ -83,7 +83,8 @@ def assert_close(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor])
 
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
-    return [*tiny, "--model.schedule.warmup_steps=5", "--data.micro_batch_size=2", "--trainer.gradient_clip_val=1.0"]
+    some = ["--model.schedule.warmup_steps=5", "--data.micro_batch_size=2", "--trainer.gradient_clip_val=1.0"]
+    return [*tiny, *some, "--model.optimizer.weight_decay=0"]  # one group of parameters
 
 
 @pytest.fixture(scope="module")

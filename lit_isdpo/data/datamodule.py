@@ -174,6 +174,7 @@ class TextDataModule(LightningDataModule, ABC):
             read=self._read,
         )
         self._order: TrainingOrder | None = None
+        self._limits: tuple[Any, Any] | None = None  # of the trainer, before they were made whole steps
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def _check_arguments(self) -> None:
@@ -279,13 +280,21 @@ class TextDataModule(LightningDataModule, ABC):
         given = limit if isinstance(limit, int) else int(limit * whole * micro_batches)
         if given < steps * micro_batches:
             rank_zero_info(
-                f"An epoch is limited to {steps:,} optimizer steps of {micro_batches:,} micro-batches, and not to "
+                f"An epoch is limited to {steps:,} optimizer step(s) of {micro_batches:,} micro-batches, and not to "
                 f"{given:,} micro-batches, which would cut the last step."
             )
+        self._limits = trainer.limit_train_batches, trainer.overfit_batches
         trainer.limit_train_batches = steps * micro_batches
         # Lightning would put a sampler of its own in place of this order, and every rank would read the same rows.
         self._order.num_repeated = steps if trainer.overfit_batches else None
         trainer.overfit_batches = 0
+
+    def teardown(self, stage: str) -> None:
+        """Gives a trainer that goes on with other data its own limits back."""
+        if stage == "fit" and self._limits is not None and self.trainer is not None:
+            untyped: Any = self.trainer
+            untyped.limit_train_batches, untyped.overfit_batches = self._limits
+            self._limits = None
 
     def _load(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None:

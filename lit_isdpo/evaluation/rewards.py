@@ -147,6 +147,8 @@ class RewardModel(Reward):
         device: ``cuda`` or ``cpu``. Default: the GPU where there is one.
         attn_implementation: transformers' name of the attention kernel.
         trust_remote_code: run Python code that comes with the model.
+        rope_length: of a model with LongRoPE, the input length in tokens whose rotary frequencies all inputs get; the
+            ``data.max_length`` that the reward model was trained with. Default: ``max_length``.
 
     Raises:
         InputError: no such model, a language model without a head for scores, several labels, no padding id, a
@@ -166,6 +168,7 @@ class RewardModel(Reward):
         device: Literal["cuda", "cpu"] | None = None,
         attn_implementation: str = "sdpa",
         trust_remote_code: bool = False,
+        rope_length: int | None = None,
     ) -> None:
         self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
         self.compute_dtype = self.dtype = dtype
@@ -175,7 +178,8 @@ class RewardModel(Reward):
         if max_length is None:
             max_length = min(1024, positions or 1024)
         self.batch_size = batch_size
-        self.max_length = self.rope_length = max_length
+        self.max_length = max_length
+        self.rope_length = rope_length or max_length
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template

@@ -47,7 +47,7 @@ def ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Itera
 
 
 @contextmanager
-def _head_as_scored(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
+def head_as_scored(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
     """Samples from the logits that are scored: bfloat16's 8 bits are a few hundredths of a nat per token."""
     if model.dtype == compute_dtype == torch.float32:  # the model's own are the same
         yield
@@ -123,7 +123,7 @@ def sample_responses(
     numerics = autocast(device, compute_dtype, keep_weights=True)
     is_ready = ready_to_generate(model, config)
     try:
-        with torch.random.fork_rng(devices), numerics, is_ready, _head_as_scored(model, compute_dtype):
+        with torch.random.fork_rng(devices), numerics, is_ready, head_as_scored(model, compute_dtype):
             torch.manual_seed(seed)
             output = (generate or cast(Any, model.generate))(
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask.long(), generation_config=config

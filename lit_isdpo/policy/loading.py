@@ -99,6 +99,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise InputError(f"model.policy.chunk_size must be at least 1 token, not {self.chunk_size}.")
+        if self.rope_length is not None and self.rope_length < 1:
+            raise InputError(f"model.policy.rope_length must be at least 1 token, not {self.rope_length}.")
         if self.peft is not None:
             parse_adapter(self.peft)
             if self.init == "random":

@@ -28,8 +28,10 @@ def pin_rope(config: PretrainedConfig, max_length: int) -> None:
     """
     for scaling in _long_ropes(config):
         is_long = max_length > scaling["original_max_position_embeddings"]
-        chosen = scaling["long_factor" if is_long else "short_factor"]
-        scaling["long_factor"] = scaling["short_factor"] = chosen
+        for what in ("factor", "mscale"):  # the second is Phi-MoE's
+            if f"long_{what}" in scaling:
+                chosen = scaling[f"{'long' if is_long else 'short'}_{what}"]
+                scaling[f"long_{what}"] = scaling[f"short_{what}"] = chosen
 
 
 def unpin_rope(config: PretrainedConfig, original: PretrainedConfig) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lit_isdpo.policy.attention import KERNELS, layer_windows
-from lit_isdpo.policy.generation import autocast, ready_to_generate
+from lit_isdpo.policy.generation import autocast, head_as_scored, ready_to_generate
 from lit_isdpo.types import InputError, TokenBatch
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def how_to_sample(model: "LogProbModel") -> HowToSample:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        with autocast(device, numerics, keep_weights=True), ready_to_generate(model.model, config):
+        is_ready, as_scored = ready_to_generate(model.model, config), head_as_scored(model.model, numerics)
+        with autocast(device, numerics, keep_weights=True), is_ready, as_scored:
             generated: Any = model.generate_apart(
                 input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
             )
@@ -178,7 +179,9 @@ def how_to_sample(model: "LogProbModel") -> HowToSample:
             logits = sampled(PADDING if way.is_padded else 0, way.is_cached)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # of an architecture that cannot
             continue
-        if _equal(scored, logits, _tolerance(numerics)):
+        # Logits have an offset of no consequence, which may be a hundred times as large as what tells tokens apart.
+        error, spread = (logits - scored).norm(), (scored - scored.mean(dim=1, keepdim=True)).norm()
+        if error <= 2 * _tolerance(numerics) * spread + 1e-6:
             return way
     raise InputError(
         f"{OPTION}: {type(model.model).__name__} cannot be sampled: transformers' generate gives other probabilities "

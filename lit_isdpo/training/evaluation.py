@@ -150,7 +150,7 @@ class Evaluation(Callback):
         if isinstance(pl_module, PolicyModule):
             num_prompts, limits = self._extent(trainer)
             for name in limits if num_prompts else ():
-                pl_module.check_positions("test", limits[name], f"evaluation.{name}")
+                pl_module.check_positions("test", limits[name], f"evaluation.{name}", num_prompts)
         elif self.reward or self.judge:
             raise InputError("evaluation: a reward model writes no responses; leave evaluation.reward and judge out.")
         if self.settings.engine == "vllm":

@@ -143,15 +143,23 @@ class LanguageModule(LightningModule, ABC):
             raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
         positions = self.positions
         if positions is not None and datamodule.max_length > positions:
-            raise InputError(f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}.")
+            raise InputError(
+                f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}"
+                + (f", as rope_length is {self.source.rope_length}." if self._has_short_rope else ".")
+            )
 
     @property
     def positions(self) -> int | None:
         """The longest input, in tokens, that the model computes as it was trained to; ``None`` has no limit."""
         positions: int | None = getattr(self.architecture, "max_position_embeddings", None)
+        return switch_length(self.architecture) if self._has_short_rope else positions
+
+    @property
+    def _has_short_rope(self) -> bool:
+        """Whether LongRoPE has the frequencies for short inputs in this run."""
         switch = switch_length(self.architecture)
         chosen = self.source.rope_length or self.trainer.datamodule.max_length  # type: ignore[attr-defined]
-        return switch if switch is not None and chosen <= switch else positions
+        return switch is not None and chosen <= switch
 
     def _pin_rope(self, max_length: int) -> None:
         """Decides which of its frequencies LongRoPE has in this run."""

@@ -124,7 +124,7 @@ class PolicyModule(LanguageModule, ABC):
             split = self.trainer.datamodule.split_to_predict  # type: ignore[attr-defined]
             self.check_positions(split, self.sampling.max_new_tokens, "model.sampling.max_new_tokens")
 
-    def check_positions(self, split: Split, max_new_tokens: int, option: str) -> None:
+    def check_positions(self, split: Split, max_new_tokens: int, option: str, num_prompts: int | None = None) -> None:
         """Raises for responses that may grow beyond the positions that the model knows.
 
         Learned positions end there with an index error, and rotary ones go on to values that were never trained.
@@ -133,17 +133,22 @@ class PolicyModule(LanguageModule, ABC):
             split: whose prompts are answered; its rows were read.
             max_new_tokens: of a response.
             option: has that limit, for the message.
+            num_prompts: the first ones of the split are answered; ``None`` stands for all.
 
         Raises:
             InputError: the longest prompt and a response of that length are more.
         """
         positions = self.positions
-        rows = self.trainer.datamodule.splits.rows[split]  # type: ignore[attr-defined]
-        longest = int(rows.num_tokens()["prompt"].max())
+        if num_prompts is None:
+            rows = self.trainer.datamodule.splits.rows[split]  # type: ignore[attr-defined]
+            longest = int(rows.num_tokens()["prompt"].max())
+        else:
+            prompts = self.trainer.datamodule.prompts(split, num_prompts)  # type: ignore[attr-defined]
+            longest = max(len(prompt.prompt_ids) for prompt in prompts)
         if positions is not None and longest + max_new_tokens > positions:
             raise InputError(
-                f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest of the {split} rows, are "
-                f"more than the model's {positions} positions; lower it or data.max_prompt_length."
+                f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest of these {split} prompts, "
+                f"are more than the model's {positions} positions; lower it or data.max_prompt_length."
             )
 
     def configure_model(self) -> None:

@@ -80,7 +80,7 @@ class SamplingProbe(Callback):
         """
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
         if validates and self.num_prompts and isinstance(pl_module, PolicyModule):
-            pl_module.check_positions("val", self.max_new_tokens, "probe.max_new_tokens")
+            pl_module.check_positions("val", self.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""

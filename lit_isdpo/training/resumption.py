@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.types import InputError
 
+BEFORE = {"decay_norms_and_biases": True}  # in force while they were no options
 OF_THE_COMMAND = ("ckpt_path", "trainer.default_root_dir")  # where it comes from and goes to
 
 
@@ -48,6 +49,6 @@ def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             inner = name if key == "init_args" else f"{name}.{key}".lstrip(".")
-            yield from changes(before.get(key), now.get(key), inner)
+            yield from changes(before.get(key, BEFORE.get(key)), now.get(key), inner)
     elif before != now and name not in OF_THE_COMMAND:
         yield f"{name}: {before!r} -> {now!r}"

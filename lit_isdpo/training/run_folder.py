@@ -31,17 +31,22 @@ def claimed(loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
     together. ``mkdir`` succeeds for one of them only; the others look again. A version that the user names stays.
 
     Args:
-        loggers: none of them has been used. Those that write to the same root share a version.
+        loggers: none of them has been used. Those whose version is free get the same one.
     """
-    taken: set[Path] = set()
+    copies = [copy(one) if isinstance(one, TensorBoardLogger | CSVLogger) else one for one in loggers]
+    # Lightning has no public way to tell a version that was given from one that is looked up when it is asked for.
+    free = [one for one in copies if isinstance(one, TensorBoardLogger | CSVLogger) and one._version is None]
     while True:
-        copies = [copy(one) if isinstance(one, TensorBoardLogger | CSVLogger) else one for one in loggers]
-        folders = {Path(one.log_dir) for one in copies if isinstance(one, TensorBoardLogger | CSVLogger)}
+        version = max((int(copy(one).version) for one in free), default=0)
+        for one in free:
+            one._version = version
+        folders = {Path(one.log_dir) for one in free}
         made = [place for folder in folders for place in _make(folder)]
-        if folders - {*made} <= taken:  # what is taken at the second look too is a version that the user names
+        if folders <= {*made}:
             break
-        taken = folders - {*made}
         _remove(made)
+        for one in free:
+            one._version = None
     try:
         yield copies
     finally:

@@ -74,7 +74,7 @@ class IsdpoTrainer(Trainer):
     def is_between_steps(self) -> bool:
         """Whether no optimizer step has begun that is not made: no gradient waits for more micro-batches."""
         begun = self.fit_loop.batch_idx + 1  # micro-batches of the epoch
-        return begun == 0 or begun % self.accumulate_grad_batches == 0 or self.is_last_batch
+        return begun == 0 or begun % self.accumulate_grad_batches == 0
 
     @property
     def enable_validation(self) -> bool:

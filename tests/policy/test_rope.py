@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, PhimoeConfig, PreTrainedModel
 
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.lab.tokenizer import build_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.rope import switch_length
+from lit_isdpo.policy.rope import pin_rope, switch_length
 from lit_isdpo.training.export import load_policy
 
 SWITCH = 40  # tokens: the lab's posts lie on both sides
@@ -73,6 +73,13 @@ def test_a_row_does_not_depend_on_the_longest(rope_length: int) -> None:
     torch.testing.assert_close(per_token(model, kind), per_token(build(), kind), atol=1e-5, rtol=0)
 
 
+def test_the_scales_of_phi_moe_are_those_of_its_frequencies() -> None:
+    scales = {"short_mscale": 1.0, "long_mscale": 1.5}
+    config = PhimoeConfig(rope_parameters={**ROPE, **scales, "original_max_position_embeddings": SWITCH})
+    pin_rope(config, SWITCH + 1)
+    assert config.rope_parameters["short_mscale"] == 1.5
+
+
 @pytest.fixture(scope="module")
 def long_rope_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("phi3")
@@ -108,4 +115,7 @@ def test_samples_stay_where_the_short_frequencies_are(
     with pytest.raises(SystemExit, match="2"):
         main(["fit", *tiny, *options])
     assert f"more than the model's {SWITCH} positions" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *tiny, *options, "--data.max_length=64", "--model.policy.rope_length=40", "--probe.num_prompts=0"])
+    assert "64 tokens are more than the model's 40, as rope_length is 40" in capsys.readouterr().err
     main(["fit", *tiny, *options, f"--model.policy.rope_length={SWITCH + 1}"])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -73,6 +73,24 @@ def test_what_is_sampled_is_what_is_scored(family: str, monkeypatch: pytest.Monk
     is_padded = not all(mask.all() for mask in masks)
     assert is_padded == (family not in UNPADDED)
     assert len(masks) == (4 if family in UNPADDED else 1)
+
+
+def test_an_offset_of_all_logits_hides_nothing() -> None:
+    """Logits of published models lie around -100, and bfloat16 rounds those to halves."""
+    for family, is_padded in (("rwkv", False), ("llama", True)):
+        for offset in (0.0, -100.0):
+            model = make(family).to(torch.bfloat16)
+            head = cast(nn.Linear, model.get_output_embeddings())
+            head.bias = nn.Parameter(torch.full((50,), offset, dtype=torch.bfloat16))
+            own = model.generation_config
+            assert how_to_sample(LogProbModel(model)).is_padded == is_padded
+            assert model.generation_config is own
+
+
+def test_diverged_weights_say_nothing_of_the_architecture(tiny_llama: PreTrainedModel) -> None:
+    model = LogProbModel(tiny_llama)
+    nn.init.constant_(tiny_llama.get_input_embeddings().weight, torch.nan)
+    assert how_to_sample(model) == HowToSample(is_padded=True, is_cached=True)
 
 
 def test_training_mode_is_no_hindrance(tiny_llama: PreTrainedModel) -> None:

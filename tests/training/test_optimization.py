@@ -189,6 +189,12 @@ def test_state_that_comes_late_is_taken_over() -> None:
     assert all("last" in state for state in optimizer.state.values())
 
 
+def test_adamw_decays_after_adam() -> None:
+    """The flag by which they differ is an option of neither's config."""
+    _, optimizer = resumed(Adam, AdamW)
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+
+
 def test_adam_does_not_decay_as_adamw_did() -> None:
     _, optimizer = resumed(AdamW, Adam)
     assert not optimizer.param_groups[0]["decoupled_weight_decay"]

@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_isdpo.cli import main
+from lit_isdpo.training import run_folder
 from lit_isdpo.training.run_folder import claimed
 from tests.processes import start
 from tests.runs import read_metrics
@@ -94,3 +95,18 @@ def test_runs_that_are_started_together_stay_apart(tiny: list[str], tmp_path: Pa
         assert (run / "checkpoints" / "last.ckpt").is_file()
         betas.add(yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["loss"]["init_args"]["beta"])
     assert betas == {1, 2, 3, 4}
+
+
+def test_a_folder_that_another_run_makes_in_between_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run makes the version just before this one does, twice, and is gone in between."""
+    make, lost = run_folder._make, [tmp_path / "version_0"] * 2
+
+    def late(folder: Path) -> list[Path]:
+        return [] if lost and lost.pop() == folder else make(folder)
+
+    monkeypatch.setattr(run_folder, "_make", late)
+    with claimed([TensorBoardLogger(tmp_path, name=""), CSVLogger(tmp_path, name="")]) as loggers:
+        assert len({*folders(loggers)}) == 1
+        assert Path(folders(loggers)[0]).is_dir()

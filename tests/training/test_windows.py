@@ -54,7 +54,7 @@ def counted(callback: type[Callback]) -> list[str]:
 @pytest.mark.parametrize(
     ("limit", "steps", "said"),
     [
-        (["--trainer.limit_train_batches=3"], 1, "limited to 1 optimizer steps of 4 micro-batches, and not to 3"),
+        (["--trainer.limit_train_batches=3"], 1, "limited to 1 optimizer step(s) of 4 micro-batches, and not to 3"),
         (["--trainer.limit_train_batches=9"], 3, "and not to 9 micro-batches, which would cut the last step"),
         (["--trainer.limit_train_batches=0.3"], 1, None),  # 4 micro-batches
         (["--trainer.limit_train_batches=0.01"], 1, "and not to 0 micro-batches"),

@@ -147,7 +147,7 @@ class PolicyModule(LanguageModule, ABC):
             longest = max(len(prompt.prompt_ids) for prompt in prompts)
         if positions is not None and longest + max_new_tokens > positions:
             raise InputError(
-                f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest of these {split} prompts, "
+                f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest {split} prompt in use, "
                 f"are more than the model's {positions} positions; lower it or data.max_prompt_length."
             )
 

@@ -59,8 +59,8 @@ def score(
     Args:
         reward: one of the user's, perhaps.
         prompts: as those of :class:`Reward`, and so are the others.
-        responses: likewise.
-        finished: likewise.
+        responses: to them, as text.
+        finished: whether each has ended by itself.
         option: that names the reward, for messages.
 
     Returns:

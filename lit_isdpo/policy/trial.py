@@ -126,7 +126,7 @@ def why_not_shared(model: "LogProbModel") -> str | None:
         for name, value in before.items():
             setattr(config, name, value)
     if not _equal(apart, together, _tolerance(model.model.dtype, model.compute_dtype)):
-        return "the tokens of a row do not depend on their mask alone"
+        return "the tokens of a row depend on more than their mask"
     return None
 
 

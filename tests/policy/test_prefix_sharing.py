@@ -158,7 +158,7 @@ UNSERVED = {  # by its kernel, by its kinds of layers, by trial
     "eager": ("llama", GATED, "eager", "^attn_implementation 'eager' does not take such masks"),
     "recurrent": ("mamba", {**SMALL, "state_size": 4}, None, "^attn_implementation 'eager' does not take such masks"),
     "hybrid": ("qwen3_next", GATED | MOE, "sdpa", "^its layers of type 'linear_attention' do more than attend"),
-    "alibi": ("falcon", {**SMALL, "alibi": True}, "sdpa", "^it takes no such masks|do not depend on their mask alone"),
+    "alibi": ("falcon", {**SMALL, "alibi": True}, "sdpa", "^it takes no such masks|depend on more than their mask"),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head
-from lit_isdpo.policy.loading import eagerly
+from lit_isdpo.policy.loading import eagerly, in_mode
 from lit_isdpo.types import InputError, PromptBatch, Response
 
 
@@ -34,16 +34,12 @@ def ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Itera
     options that ``config`` leaves out, for example a chat model's ``top_k``. Compiled layers would be compiled anew for
     each length.
     """
-    modes = [(module, module.training) for module in model.modules()]
     own_config, model.generation_config = model.generation_config, config
-    model.eval()
     try:
-        with eagerly(model):
+        with in_mode(model, training=False), eagerly(model):
             yield
     finally:
         model.generation_config = own_config
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

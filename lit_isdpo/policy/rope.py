@@ -35,7 +35,7 @@ def pin_rope(config: PretrainedConfig, max_length: int) -> None:
 
 
 def unpin_rope(config: PretrainedConfig, original: PretrainedConfig) -> None:
-    """Takes that back, in place: ``original`` is the configuration as it was read."""
+    """Undoes :func:`pin_rope`, in place. ``original`` is the configuration as it was read."""
     for pinned, scaling in zip(_long_ropes(config), _long_ropes(original), strict=True):
         pinned.update(scaling)
 

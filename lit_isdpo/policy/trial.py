@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from lit_isdpo.policy.attention import KERNELS, layer_windows
 from lit_isdpo.policy.generation import autocast, head_as_scored, ready_to_generate
+from lit_isdpo.policy.loading import in_mode
 from lit_isdpo.types import InputError, TokenBatch
 
 if TYPE_CHECKING:
@@ -53,11 +54,8 @@ def check_model(model: "LogProbModel") -> None:
         if single is None:
             raise InputError(f"{OPTION}: {name} has no decoder apart from its head, which is not supported.")
         both = base(input_ids=rows, use_cache=False).last_hidden_state
-        modes = [(module, module.training) for module in model.model.modules()]
-        model.model.train()
-        in_training = base(input_ids=rows[:1], use_cache=False).last_hidden_state
-        for module, mode in modes:
-            module.training = mode
+        with in_mode(model.model, training=True):
+            in_training = base(input_ids=rows[:1], use_cache=False).last_hidden_state
     tolerance = _tolerance(numerics)
     if not _equal(single[0, :3], both[1, :3], tolerance):
         raise InputError(

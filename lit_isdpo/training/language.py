@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -51,12 +51,7 @@ class LanguageModule(LightningModule, ABC):
     Raises:
         InputError: the optimizer refuses its numbers, or one of them is not finite; or the tokenizer has tokens that
             the model has no rows for.
-
-    Attributes:
-        path_option: the option that names the model, for messages.
     """
-
-    path_option: ClassVar[str]
 
     def __init__(
         self,
@@ -81,7 +76,7 @@ class LanguageModule(LightningModule, ABC):
         self.tokenizer = load_tokenizer(
             model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-        check_rows(source, architecture, self.tokenizer, option=self.path_option)
+        check_rows(source, architecture, self.tokenizer, option="model.policy.path")
         self.first_without_row = first_without_row(architecture, self.tokenizer)
 
     @property
@@ -172,7 +167,7 @@ class LanguageModule(LightningModule, ABC):
             rank_zero_info(
                 f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
                 f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
-                f"{self.path_option.removesuffix('path')}rope_length can say otherwise."
+                "model.policy.rope_length can say otherwise."
             )
 
     def say_attention(self, model: PreTrainedModel, option: str) -> None:

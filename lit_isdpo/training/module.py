@@ -79,7 +79,6 @@ class PolicyModule(LanguageModule, ABC):
         **options: those of :class:`LanguageModule`.
     """
 
-    path_option = "model.policy.path"
     policy: LogProbModel
 
     def __init__(

@@ -189,7 +189,7 @@ def write_model_folder(module: LanguageModule, folder: Path) -> None:
     model = module.network.model
     config = deepcopy(model.config)
     if switch_length(config) is not None:
-        unpin_rope(config, read_config(module.source, option=module.path_option))
+        unpin_rope(config, read_config(module.source, option="model.policy.path"))
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:  # a reward model has none
         model.generation_config.save_pretrained(folder)

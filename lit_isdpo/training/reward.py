@@ -39,7 +39,6 @@ class RewardModule(LanguageModule):
         **options: those of :class:`LanguageModule`.
     """
 
-    path_option = "model.policy.path"
     reward_model: ScoreModel
 
     def __init__(
@@ -53,7 +52,7 @@ class RewardModule(LanguageModule):
         _check_policy(policy)
         if not 0 <= centering < float("inf"):
             raise InputError(f"model.centering must be a finite number of at least 0, not {centering}.")
-        option = self.path_option
+        option = "model.policy.path"
         config = read_config(policy, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(policy, option=option)
@@ -86,7 +85,7 @@ class RewardModule(LanguageModule):
     @property
     def tensors_option(self) -> str:
         """What decides which tensors a checkpoint must have."""
-        return self.path_option
+        return "model.policy.path"
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:
@@ -112,7 +111,7 @@ class RewardModule(LanguageModule):
         if not hasattr(self, "reward_model"):
             model = load_score_model(self.source)
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-            self.say_attention(model, self.path_option)
+            self.say_attention(model, "model.policy.path")
             self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
             self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
 

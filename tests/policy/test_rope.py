@@ -64,8 +64,8 @@ def test_without_a_length_a_row_depends_on_the_longest() -> None:
 def test_a_row_does_not_depend_on_the_longest(rope_length: int) -> None:
     model = build(rope_length=rope_length)
     assert switch_length(model.config) == SWITCH
-    alone, beside = per_token(model, SHORT), per_token(model, SHORT, LONG)
-    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=0)
+    by_itself, beside = per_token(model, SHORT), per_token(model, SHORT, LONG)
+    torch.testing.assert_close(by_itself, beside, atol=1e-5, rtol=0)
     # A token does not depend on how long the text goes on, either.
     torch.testing.assert_close(per_token(model, LONG[:10]), per_token(model, LONG)[:9], atol=1e-5, rtol=0)
     # The frequencies are the model's own for inputs of that length.

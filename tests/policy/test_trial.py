@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bart": {**BART, "max_position_embeddings": 64},  # positions count what is padding
     "rwkv": {**SMALL, "attention_hidden_size": 16, "intermediate_size": 32},  # a state that padding enters
     "bloom": {**SMALL, "n_layer": 2, "n_head": 2},  # no sdpa
-    "mamba": {**SMALL, "state_size": 4, "intermediate_size": 32},  # likewise
+    "mamba": {**SMALL, "state_size": 4, "intermediate_size": 32},  # no sdpa
     "gemma2": GATED,
 }
 UNPADDED = {"bart", "rwkv"}

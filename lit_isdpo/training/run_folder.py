@@ -36,8 +36,9 @@ def claimed(loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
     copies = [copy(one) if isinstance(one, TensorBoardLogger | CSVLogger) else one for one in loggers]
     # Lightning has no public way to tell a version that was given from one that is looked up when it is asked for.
     free = [one for one in copies if isinstance(one, TensorBoardLogger | CSVLogger) and one._version is None]
+    unused = [copy(one) for one in free]
     while True:
-        version = max((int(copy(one).version) for one in free), default=0)
+        version = max((int(copy(one).version) for one in unused), default=0)
         for one in free:
             one._version = version
         folders = {Path(one.log_dir) for one in free}
@@ -45,8 +46,6 @@ def claimed(loggers: Sequence[Logger]) -> Iterator[list[Logger]]:
         if folders <= {*made}:
             break
         _remove(made)
-        for one in free:
-            one._version = None
     try:
         yield copies
     finally:

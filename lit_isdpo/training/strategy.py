@@ -16,6 +16,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import Parameter
 
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
@@ -119,8 +120,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             with plain_values_only(), ExitStack() as one_group:
                 # PyTorch asks a folder for the options of each group, and the checkpoint may have others.
                 for optimizer in self.optimizers:
-                    trained = [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
-                    one_group.enter_context(as_one_group(optimizer, trained))
+                    one_group.enter_context(as_one_group(optimizer, self._trained))
                 return super().load_checkpoint(path, weights_only=True)
         except (CheckpointException, UnpicklingError) as error:
             raise InputError(unreadable(path)) from error
@@ -143,9 +143,14 @@ class FSDP2Strategy(ModelParallelStrategy):
                     "with that one, or export the adapter's policy and begin anew from it."
                 )
         if self.optimizers:
-            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            check_state(module.make_optimizer, parameters, stored.optimizer_state)
+            check_state(module.make_optimizer, self._trained, stored.optimizer_state)
         return bool(stored.optimizer_state)
+
+    @property
+    def _trained(self) -> list[Parameter]:
+        """What the optimizer has, in the order of the model."""
+        assert self.lightning_module is not None
+        return [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
 
 
 StrategyRegistry.register(NAME, FSDP2Strategy, description="Fully sharded data parallelism (FSDP2)")

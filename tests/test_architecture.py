@@ -15,6 +15,7 @@ FLOORS = [
     ["lab"],
     ["evaluation"],
     ["training"],
+    ["commands"],
     ["study"],
     ["cli"],
     ["__init__", "__main__"],

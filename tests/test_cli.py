@@ -20,7 +20,7 @@ from lit_isdpo.objective.losses import PreferenceLoss
 from lit_isdpo.objective.on_policy import OnPolicyObjective
 from lit_isdpo.objective.weights import PairWeighting
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.study.plan import Run, Variant, plan_runs
+from lit_isdpo.study.grid import Run, Variant, plan_runs
 from lit_isdpo.training.strategy import FSDP2Strategy
 from tests.conftest import tiny_options
 from tests.runs import read_metrics

@@ -26,7 +26,7 @@ from lit_isdpo.data.tokenization import TextEncoder, load_tokenizer, tokenize_pa
 from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.policy.adapters import CONFIG_NAME
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, load_config
-from lit_isdpo.study.plan import Variant, plan_runs
+from lit_isdpo.study.grid import Variant, plan_runs
 from lit_isdpo.training.checkpoint_files import EXTRAS, INDEX, StoredCheckpoint
 from lit_isdpo.training.checkpoints import BestCheckpoint
 from lit_isdpo.types import InputError, Message, PreferenceExample

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lit_isdpo import __version__
 from lit_isdpo.study import figures
-from lit_isdpo.study.plan import Run
+from lit_isdpo.study.grid import Run
 from lit_isdpo.study.results import (
     KL_BUDGETS,
     WIDEST_GAP,

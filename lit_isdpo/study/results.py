@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_isdpo.study.plan import Run
+from lit_isdpo.study.grid import Run
 from lit_isdpo.types import InputError
 
 KL_BUDGETS = (0.5, 1.0, 2.0, 4.0)

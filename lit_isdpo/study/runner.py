@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lit_isdpo.evaluation.files import write_text
-from lit_isdpo.study.plan import EXPORTED, Run
+from lit_isdpo.study.grid import EXPORTED, Run
 from lit_isdpo.types import InputError
 
 CLI = "lit_isdpo.cli"  # by its name, as a user calls it: this room is below the command line

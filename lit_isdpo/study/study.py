@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lit_isdpo.study.plan import Run, Value, Variant, plan_runs
+from lit_isdpo.study.grid import Run, Value, Variant, plan_runs
 from lit_isdpo.study.runner import LOG, execute, is_done
 from lit_isdpo.types import InputError
 

@@ -17,9 +17,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from lit_isdpo.commands.inspect import pieces
 from lit_isdpo.data.readers import Reason, RowError
 from lit_isdpo.data.tokenization import TextEncoder, pad_token_id, terminator_ids, tokenize_pair
-from lit_isdpo.training.inspection import pieces
 from lit_isdpo.types import Message, PreferenceExample
 
 CORPUS = [

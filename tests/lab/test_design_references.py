@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.export import load_policy
 from lit_isdpo.lab.designs import Design, length, verbosity
 from lit_isdpo.lab.enumeration import ResponseDistribution, enumerate_responses
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.training.export import load_policy
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 BOTH = pytest.mark.parametrize("build", [verbosity, length])

@@ -7,13 +7,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.export import load_policy
 from lit_isdpo.evaluation.probe import ProbeValues, run_probe
 from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.posts import MAX_NEW_TOKENS, GoldReward, render_prompt, sample_post
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
-from lit_isdpo.training.export import load_policy
 
 REFERENCE = Posts.reference
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

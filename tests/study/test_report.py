@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lit_isdpo.study import figures
-from lit_isdpo.study.plan import Run
+from lit_isdpo.study.grid import Run
 from lit_isdpo.study.report import write_report
 from lit_isdpo.types import InputError
 

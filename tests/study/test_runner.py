@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_isdpo.study.plan import Run, Variant
+from lit_isdpo.study.grid import Run, Variant
 from lit_isdpo.study.runner import execute, is_done
 from lit_isdpo.study.study import study
 from lit_isdpo.types import InputError
@@ -152,7 +152,7 @@ def test_a_study_says_what_failed_and_what_was_not_started_for_that(
 
 SCRIPT = """
 from pathlib import Path
-from lit_isdpo.study.plan import Run
+from lit_isdpo.study.grid import Run
 from lit_isdpo.study.runner import execute
 if __name__ == "__main__":
     execute([Run("toy", "long", {}, 0, ("--lasts=30",), "1")], Path("runs"), 1, cli="cli_stub")

@@ -12,10 +12,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.trainer import IsdpoTrainer
 from lit_isdpo.policy.sharding import whole
 from lit_isdpo.training import online, preference
 from lit_isdpo.training.rollouts import SampledResponses, sample_rollouts
-from lit_isdpo.training.trainer import IsdpoTrainer
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.export import export, load_policy
 from lit_isdpo.data.collation import collate_completions, collate_pairs
 from lit_isdpo.objective import losses
 from lit_isdpo.objective.losses import PreferenceLoss
@@ -22,10 +23,9 @@ from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import AdapterOffReference, ReferenceConfig, ResidentReference
-from lit_isdpo.training.export import export, load_policy
 from lit_isdpo.training.module import BASE_KEY
 from lit_isdpo.training.preference import PreferenceModule
-from lit_isdpo.training.report import write_model_folder
+from lit_isdpo.training.run_report import write_model_folder
 from lit_isdpo.types import InputError, TokenizedPair
 from tests.runs import read_metrics
 from tests.training.test_invariance import one_rank_is_two

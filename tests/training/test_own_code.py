@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.export import load_policy
 from lit_isdpo.policy.code import code_files, copy_code
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.training.export import load_policy
 from tests.conftest import write_model
 
 CLASSES = {

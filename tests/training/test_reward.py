@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.export import load_policy
 from lit_isdpo.evaluation.rewards import RewardModel
-from lit_isdpo.training.export import load_policy
 from lit_isdpo.types import InputError
 from tests.runs import read_metrics
 from tests.training.test_invariance import assert_alike, end_of, one_rank_is_two

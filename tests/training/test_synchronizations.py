@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.report import ProgressBar
+from lit_isdpo.training.run_report import ProgressBar
 from tests.runs import newest_run, read_metrics
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount")
@@ -90,7 +90,7 @@ class ReadBar(Callback):
 def test_what_stands_behind_the_bar_is_read_rarely_and_ends_with_the_last_step(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_isdpo.training.report.SECONDS_BETWEEN_VALUES", 1e6)
+    monkeypatch.setattr("lit_isdpo.training.run_report.SECONDS_BETWEEN_VALUES", 1e6)
     options = [option for option in tiny if not option.startswith("--trainer.enable_progress_bar")]
     options += [f"--trainer.callbacks={ReadBar.__module__}.ReadBar", f"--trainer.default_root_dir={tmp_path}"]
     ReadBar.seen.clear()

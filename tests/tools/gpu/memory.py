@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_isdpo import cli
-from lit_isdpo.training import trainer as trainer_module
-from lit_isdpo.training.plan import Plan
+from lit_isdpo.commands import trainer as trainer_module
+from lit_isdpo.commands.plan import Plan
 from tests.peak import PeakOfSteps
 from tests.tools.gpu.processes import apart
 from tests.tools.gpu.sheet import Sheet

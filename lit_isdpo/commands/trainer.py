@@ -10,11 +10,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.commands.inspect import inspect_data
+from lit_isdpo.commands.plan import make_plan, print_plan
 from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.training.inspection import inspect_data
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.plan import make_plan, print_plan
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.reference_cache import cache_folder
 from lit_isdpo.training.run_folder import claimed, run_dir

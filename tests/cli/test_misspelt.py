@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.misspelt import explain_option
+from lit_isdpo.cli.misspelt import explain_option
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

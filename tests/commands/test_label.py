@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.label import PreferenceLabels
 from lit_isdpo.lab.posts import gold_reward, render_prompt, sample_post
-from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.types import InputError
 from tests.ranks import DDP, run_on_ranks
 from tests.runs import read_metrics

@@ -22,6 +22,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
+from lit_isdpo.cli.failures import Peers, explain
+from lit_isdpo.cli.layers import changed, left_out
+from lit_isdpo.cli.misspelt import check_config_files, explain_option
+from lit_isdpo.cli.options import check, is_sharded
+from lit_isdpo.commands.export import export
+from lit_isdpo.commands.label import PreferenceLabels
+from lit_isdpo.commands.trainer import IsdpoTrainer
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
@@ -30,23 +37,16 @@ from lit_isdpo.study.study import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
-from lit_isdpo.training.export import export
-from lit_isdpo.training.failures import Peers, explain
-from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.layers import changed, left_out
-from lit_isdpo.training.misspelt import check_config_files, explain_option
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.online import OnlineModule
-from lit_isdpo.training.options import check, is_sharded
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
-from lit_isdpo.training.report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.resumption import print_changes
 from lit_isdpo.training.reward import RewardModule
+from lit_isdpo.training.run_report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput
-from lit_isdpo.training.trainer import IsdpoTrainer
 from lit_isdpo.types import InputError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT

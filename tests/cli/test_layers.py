@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.layers import changed, left_out
+from lit_isdpo.cli.layers import changed, left_out
 from tests.runs import read_metrics
 from tests.test_cli import CONFIGS, METHODS, ROOT, STUDIES, planned
 

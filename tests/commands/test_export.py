@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.export import load_policy
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.training.export import load_policy
 from tests.ranks import run_on_ranks
 from tests.runs import newest_run
 

@@ -13,9 +13,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_isdpo.commands.label import PreferenceLabels
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.training.evaluation import Evaluation
-from lit_isdpo.training.labels import PreferenceLabels
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError
 

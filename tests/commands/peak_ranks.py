@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.trainer import IsdpoTrainer
+from lit_isdpo.commands.trainer import IsdpoTrainer
 from tests.peak import PeakOfSteps
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_isdpo.study.plan import COLUMNS, Run, Variant, plan_runs
+from lit_isdpo.study.grid import COLUMNS, Run, Variant, plan_runs
 from lit_isdpo.study.results import SOURCES
 from lit_isdpo.study.study import study
 from lit_isdpo.types import InputError

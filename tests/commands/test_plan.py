@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lit_isdpo import cli
+from lit_isdpo.commands import plan as plan_module
+from lit_isdpo.commands.plan import BUCKETS, GRADIENTS, OPTIMIZER, PARAMETERS, REFERENCE, Plan
+from lit_isdpo.commands.trainer import IsdpoTrainer
 from lit_isdpo.lab.tokenizer import build_tokenizer
-from lit_isdpo.training import plan as plan_module
-from lit_isdpo.training.plan import BUCKETS, GRADIENTS, OPTIMIZER, PARAMETERS, REFERENCE, Plan
 from lit_isdpo.training.strategy import FSDP2Strategy
-from lit_isdpo.training.trainer import IsdpoTrainer
 from tests.peak import PeakOfSteps
 from tests.ranks import run_on_ranks
 
@@ -36,7 +36,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         plans.append(plan)
         print_plan(plan, *args, **options)
 
-    monkeypatch.setattr("lit_isdpo.training.trainer.print_plan", keep)
+    monkeypatch.setattr("lit_isdpo.commands.trainer.print_plan", keep)
     return plans
 
 
@@ -139,7 +139,7 @@ def test_the_peak_of_a_rank_is_the_profilers(
     arguments.append(f"--trainer.default_root_dir={tmp_path}")
     cli.main(["plan", *arguments, "--devices=2"])
     fit = ["fit", *arguments, "--trainer.devices=2", "--trainer.max_steps=6"]
-    printed = run_on_ranks([fit], module="tests.training.peak_ranks")
+    printed = run_on_ranks([fit], module="tests.commands.peak_ranks")
     peak = int(printed.split("PEAK ")[1].split()[0])
     assert planned[0].memory.total() == pytest.approx(peak, rel=0.1)
 

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from lit_isdpo.cli import main
+from lit_isdpo.commands.inspect import bars, show_row
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
-from lit_isdpo.training.inspection import bars, show_row
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_isdpo.cli import main
-from lit_isdpo.training.failures import EX_IOERR, EX_OSERR, EX_USAGE, RankDiedError, explain
+from lit_isdpo.cli.failures import EX_IOERR, EX_OSERR, EX_USAGE, RankDiedError, explain
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.types import InputError
 

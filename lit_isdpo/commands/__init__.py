@@ -1,0 +1,1 @@
+"""The verbs beside Lightning's own: export, inspect, plan, precompute, and the labels of predict."""

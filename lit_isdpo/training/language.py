@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
@@ -215,6 +216,18 @@ class LanguageModule(LightningModule, ABC):
                 f"ckpt_path: the checkpoint's tensors are not those of {self.tensors_option} ({error}); use the "
                 "config.yaml of its own run."
             ) from error
+
+    @property
+    def data(self) -> TextDataModule:
+        """The trainer's data module.
+
+        Raises:
+            InputError: it has none of ours.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TextDataModule):
+            raise InputError("data: pass a PreferenceDataModule or an SFTDataModule to the trainer.")
+        return data
 
     @property
     def ranks(self) -> Ranks:

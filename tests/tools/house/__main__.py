@@ -24,9 +24,9 @@ IGNORED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 
 
 def code_lines(source: str) -> int:
-    """Lines that hold more than a comment or a string on its own.
+    r"""Lines that hold more than a comment or a string on its own.
 
-    >>> code_lines('"A docstring."\\n# a comment\\nx = 1\\n')
+    >>> code_lines('"A docstring."\n# a comment\nx = 1\n')
     1
     """
     alone: set[int] = set()
@@ -41,9 +41,9 @@ def code_lines(source: str) -> int:
 
 
 def assertions(source: str) -> int:
-    """``assert`` statements, ``pytest.raises`` and ``pytest.warns``, and calls of functions named ``assert_...``.
+    r"""``assert`` statements, ``pytest.raises`` and ``pytest.warns``, and calls of functions named ``assert_...``.
 
-    >>> assertions("assert x\\nwith pytest.raises(ValueError):\\n    f()\\ntorch.testing.assert_close(a, b)")
+    >>> assertions("assert x\nwith pytest.raises(ValueError):\n    f()\ntorch.testing.assert_close(a, b)")
     3
     """
     found = 0

@@ -1,11 +1,11 @@
 """Prints the package's files that an optimizer step of the quickstart leads through."""
 
 import contextlib
-import os
+import io
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -15,7 +15,7 @@ FIRST, LAST = 2, 3  # optimizer steps: what a first one prepares is over
 class StepTrace(Callback):
     """Records which files' functions are called from the end of one step to the end of the next."""
 
-    files: set[str] = set()
+    files: ClassVar[set[str]] = set()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == FIRST:
@@ -35,7 +35,7 @@ def main() -> None:
 
     from lit_isdpo.cli import main as command
 
-    with contextlib.redirect_stdout(open(os.devnull, "w")), contextlib.redirect_stderr(sys.stdout):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.stdout):
         command(
             [
                 *("fit", "--config", str(tree / "configs/quickstart.yaml")),

@@ -145,14 +145,36 @@ def changed(arguments: Sequence[str], verb: str) -> list[Change]:
     return list(found.values())
 
 
-def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
-    """What each argument says, in their order, in which a later one prevails."""
+def as_options(arguments: Sequence[str], verb: str) -> list[str]:
+    """Config files that stand before the verb, each as a flag that holds the verb's section of it.
+
+    Args:
+        arguments: those before the verb.
+        verb: names the section.
+    """
+    found = []
+    for _, text in flags(arguments):
+        content, path = _load(text, Path())
+        section = content.get(verb) if isinstance(content, dict) else None
+        if isinstance(section, dict):
+            for key in _SECTIONS:
+                if path is not None and isinstance(section.get(key), str) and (path.parent / section[key]).is_file():
+                    section[key] = str(path.parent.absolute() / section[key])
+            found.append(f"--config={yaml.safe_dump(section, default_flow_style=True)}")
+    return found
+
+
+def flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The name and the value of each flag; an argument that is neither, such as the verb, has no name.
+
+    >>> list(flags(["fit", "-cfile.yaml", "--data.train", "lab:posts"]))
+    [('', 'fit'), ('config', 'file.yaml'), ('data.train', 'lab:posts')]
+    """
     left = list(arguments)
-    before = verb in left  # a config file before the verb has a section for each
     while left:
         argument = left.pop(0)
         if not argument.startswith("-"):
-            before = False  # it is the verb
+            yield "", argument
             continue
         flag, equals, value = argument.partition("=")
         if flag.startswith("-c"):  # -cFILE and -c=FILE are spellings of --config FILE
@@ -160,11 +182,19 @@ def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
             equals = value
         if not equals and flag not in _WITHOUT_VALUE and left and not left[0].startswith("-"):
             value = left.pop(0)
-        name = flag.removeprefix("--")
-        if name == "config":
+        yield flag.removeprefix("--"), value
+
+
+def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
+    """What each argument says, in their order, in which a later one prevails."""
+    before = verb in arguments  # a config file before the verb has a section for each
+    for name, value in flags(arguments):
+        if not name:
+            before = False  # it is the verb
+        elif name == "config":
             content, path = _load(value, Path())
-            if isinstance(content, dict):
-                content = content.get(verb) if before else content
+            if isinstance(content, dict) and before:
+                content = content.get(verb)
             yield _Layer(_flat(content, Path() if path is None else path.parent), None if path is None else value)
         else:
             is_section = name.removesuffix(".init_args") in _SECTIONS

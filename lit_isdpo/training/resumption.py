@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.names import with_present_classes
 from lit_isdpo.types import InputError
 
 BEFORE = {"decay_norms_and_biases": True}  # in force while they were no options
@@ -35,7 +36,7 @@ def saved_config(file: Path) -> Any:
         InputError: it is none.
     """
     try:
-        return yaml.safe_load(file.read_text())
+        return yaml.safe_load(with_present_classes(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{str(file)!r} is no config of a run: {next(iter(str(error).splitlines()), '')}.") from error
 

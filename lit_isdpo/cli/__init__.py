@@ -246,8 +246,8 @@ def _run(arguments: Sequence[str]) -> None:
         COMMANDS[verb](**{name: value for name, value in config.items() if name != "config"})
     else:
         rows = left_out(arguments, verb)
-        notes = [str(one) for one in (*changed(arguments, verb), *rows)]
-        IsdpoCLI(verb, [*options, *(one.flag for one in rows)], notes).run()
+        options += [f"--{option}=null" for option in rows]
+        IsdpoCLI(verb, options, [*changed(arguments, verb).values(), *rows.values()]).run()
 
 
 def _parser_options(verb: str) -> dict[str, Any]:

@@ -28,51 +28,6 @@ _WITHOUT_VALUE = ("--print_config", "--help", "-h")
 _LONGEST = 60  # characters of a value in a line
 
 
-class LeftOut(NamedTuple):
-    """An option of a config file that goes.
-
-    Attributes:
-        option: ``data.val`` or ``data.test``.
-        file: as it stands on the command line.
-    """
-
-    option: str
-    file: str
-
-    @property
-    def flag(self) -> str:
-        """What leaves it out."""
-        return f"--{self.option}=null"
-
-    def __str__(self) -> str:
-        default = _DEFAULTS[self.option.removeprefix("data.")]
-        return (
-            f"{self.option} of {self.file} is left out, because data.train is named after it: {default}; "
-            f"--{self.option} names other rows."
-        )
-
-
-class Change(NamedTuple):
-    """A value of a config file that takes the place of another one.
-
-    Attributes:
-        option: its name, without ``init_args``.
-        file: as it stands on the command line.
-        value: in that file.
-        before: the value that was set before.
-        place: the file that set it, or the command line.
-    """
-
-    option: str
-    file: str
-    value: Any
-    before: Any
-    place: str
-
-    def __str__(self) -> str:
-        return f"{self.file} sets {self.option} to {_shown(self.value)} ({self.place} has {_shown(self.before)})."
-
-
 class _Layer(NamedTuple):
     """What a config file or a flag sets.
 
@@ -98,29 +53,35 @@ class _Layer(NamedTuple):
         return found
 
 
-def left_out(arguments: Sequence[str], verb: str) -> list[LeftOut]:
+def left_out(arguments: Sequence[str], verb: str) -> dict[str, str]:
     """The ``data.val`` and ``data.test`` that a config file names for other training rows than those in force.
 
     Args:
         arguments: the command line, without the program's name.
         verb: the one of them that names the subcommand.
 
+    Returns:
+        A sentence for each of these options, which says why it goes.
+
     >>> left_out(["fit", "--data={val: v.jsonl}", "--data.train", "t.jsonl"], "fit")  # the user named both
-    []
+    {}
     """
     layers = list(_layers(arguments, verb))
     last = {split: number for number, layer in enumerate(layers) for split in layer.rows}
     if "train" not in last or layers[last["train"]].rows["train"] is None:
-        return []
-    found = []
-    for split in ("val", "test"):
-        layer = layers[last[split]] if split in last else _Layer({f"data.{split}": None}, None)
-        if layer.file is not None and layer.rows[split] is not None and last[split] < last["train"]:
-            found.append(LeftOut(f"data.{split}", layer.file))
+        return {}
+    found = {}
+    for split, default in _DEFAULTS.items():
+        layer = layers[last.get(split, 0)]
+        if layer.file is not None and layer.rows.get(split) is not None and last[split] < last["train"]:
+            found[f"data.{split}"] = (
+                f"data.{split} of {layer.file} is left out, because data.train is named after it: {default}; "
+                f"--data.{split} names other rows."
+            )
     return found
 
 
-def changed(arguments: Sequence[str], verb: str) -> list[Change]:
+def changed(arguments: Sequence[str], verb: str) -> dict[str, str]:
     """The options in force that a config file sets to another value than an earlier file or flag does.
 
     Classes are not among them, as a method's file is there to name them, nor are rows, as a table lists them.
@@ -129,10 +90,13 @@ def changed(arguments: Sequence[str], verb: str) -> list[Change]:
         arguments: the command line, without the program's name.
         verb: the one of them that names the subcommand.
 
+    Returns:
+        A sentence for each of these options, with both values.
+
     >>> changed(["fit", "--model.loss.beta=0.1", "--config={model: {loss: {beta: 0.01}}}"], "fit")  # the user set both
-    []
+    {}
     """
-    found: dict[str, Change] = {}
+    found: dict[str, str] = {}
     before: dict[str, tuple[Any, str]] = {}
     for options, file in _layers(arguments, verb):
         for option, value in options.items():
@@ -141,8 +105,8 @@ def changed(arguments: Sequence[str], verb: str) -> list[Change]:
             if file is None:
                 found.pop(option, None)  # the user chose
             elif known != value and not option.endswith(".class_path") and not _ROWS.match(option):
-                found[option] = Change(option, file, value, known, place)
-    return list(found.values())
+                found[option] = f"{file} sets {option} to {_shown(value)} ({place} has {_shown(known)})."
+    return found
 
 
 def as_options(arguments: Sequence[str], verb: str) -> list[str]:

@@ -18,6 +18,15 @@ class InputError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says in its first line; its class, if it says nothing.
+
+    >>> first_line(ValueError("no such column")), first_line(MemoryError())
+    ('no such column', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."
 
 

@@ -25,8 +25,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_isdpo import __version__
 from lit_isdpo.cli.failures import Peers, explain
 from lit_isdpo.cli.layers import as_options, changed, flags, left_out
-from lit_isdpo.cli.misspelt import check_config_files, explain_option, explain_verb
 from lit_isdpo.cli.options import check, is_sharded
+from lit_isdpo.cli.parser_errors import check_config_files, explain_option, explain_verb
 from lit_isdpo.commands.export import export
 from lit_isdpo.commands.label import PreferenceLabels
 from lit_isdpo.commands.trainer import IsdpoTrainer
@@ -334,5 +334,4 @@ SILENCED_WARNINGS = (
     "Be aware that when using `ckpt_path`",  # a checkpoint serves other verbs and other callbacks too
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     "Experiment logs directory .* exists and is not empty",  # the TensorBoard logger has just made the run's folder
-    "LightningCLI's args parameter is intended",  # main() passes the process's own arguments
 )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jsonargparse import get_loader
@@ -23,34 +23,11 @@ _DEFAULTS = {
     "test": "the test rows are the test split of data.train",
 }
 _ROWS = re.compile(r"data\.(train|val|test)\b")
+# What is appended to the training rows, or is said of them, leaves the other rows of the file.
+_NAMES_ROWS = re.compile(r"data\.(?:(train)(?:\.path)?|(val|test)\b.*)")
 _SECTIONS = ("model", "data", "trainer", "probe", "evaluation", "labels", "checkpoint", "last")  # each may be a file
 _WITHOUT_VALUE = ("--print_config", "--help", "-h")
 _LONGEST = 60  # characters of a value in a line
-
-
-class _Layer(NamedTuple):
-    """What a config file or a flag sets.
-
-    Attributes:
-        options: values by name, without ``init_args``; a mapping's values have a name each.
-        file: the config file; ``None`` where the user wrote it on the command line.
-    """
-
-    options: dict[str, Any]
-    file: str | None
-
-    @property
-    def rows(self) -> dict[str, Any]:
-        """Of ``train``, ``val`` and ``test`` those that it names."""
-        found = {}
-        for name, value in self.options.items():
-            section, *parts = name.split(".")
-            if section == "data" and parts:
-                # What is appended to the training rows, or is said of them, leaves those of the file.
-                split, names_rows = parts[0].removesuffix("+"), parts in (["train"], ["train", "path"])
-                if split in _DEFAULTS or names_rows:
-                    found[split] = value
-        return found
 
 
 def left_out(arguments: Sequence[str], verb: str) -> dict[str, str]:
@@ -66,16 +43,19 @@ def left_out(arguments: Sequence[str], verb: str) -> dict[str, str]:
     >>> left_out(["fit", "--data={val: v.jsonl}", "--data.train", "t.jsonl"], "fit")  # the user named both
     {}
     """
-    layers = list(_layers(arguments, verb))
-    last = {split: number for number, layer in enumerate(layers) for split in layer.rows}
-    if "train" not in last or layers[last["train"]].rows["train"] is None:
-        return {}
+    last: dict[str, tuple[int, str | None, Any]] = {}
+    for number, (options, file) in enumerate(_layers(arguments, verb)):
+        for option, value in options.items():
+            if named := _NAMES_ROWS.fullmatch(option):
+                last[named[1] or named[2]] = number, file, value
+    nothing = (0, None, None)
+    train, _, rows = last.get("train", nothing)
     found = {}
-    for split, default in _DEFAULTS.items():
-        layer = layers[last.get(split, 0)]
-        if layer.file is not None and layer.rows.get(split) is not None and last[split] < last["train"]:
+    for split, default in _DEFAULTS.items() if rows is not None else ():
+        number, file, value = last.get(split, nothing)
+        if file is not None and value is not None and number < train:
             found[f"data.{split}"] = (
-                f"data.{split} of {layer.file} is left out, because data.train is named after it: {default}; "
+                f"data.{split} of {file} is left out, because data.train is named after it: {default}; "
                 f"--data.{split} names other rows."
             )
     return found
@@ -149,8 +129,11 @@ def flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield flag.removeprefix("--"), value
 
 
-def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
-    """What each argument says, in their order, in which a later one prevails."""
+def _layers(arguments: Sequence[str], verb: str) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """What each argument sets, in their order, in which a later one prevails: values by name, without ``init_args``.
+
+    With them comes the config file, or ``None`` for what the user wrote on the command line.
+    """
     before = verb in arguments  # a config file before the verb has a section for each
     for name, value in flags(arguments):
         if not name:
@@ -159,11 +142,11 @@ def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
             content, path = _load(value, Path())
             if isinstance(content, dict) and before:
                 content = content.get(verb)
-            yield _Layer(_flat(content, Path() if path is None else path.parent), None if path is None else value)
+            yield _flat(content, Path() if path is None else path.parent), None if path is None else value
         else:
             is_section = name.removesuffix(".init_args") in _SECTIONS
             content, path = _load(value, Path() if is_section else None)
-            yield _Layer(_flat({name: content}, Path()), None if path is None else value)
+            yield _flat({name: content}, Path()), None if path is None else value
 
 
 def _flat(content: Any, folder: Path, prefix: str = "") -> dict[str, Any]:

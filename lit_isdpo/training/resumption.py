@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.names import with_present_classes
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, first_line
 
 BEFORE = {"decay_norms_and_biases": True}  # in force while they were no options
 OF_THE_COMMAND = ("ckpt_path", "trainer.default_root_dir")  # where it comes from and goes to
@@ -38,7 +38,7 @@ def saved_config(file: Path) -> Any:
     try:
         return yaml.safe_load(with_present_classes(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(file)!r} is no config of a run: {next(iter(str(error).splitlines()), '')}.") from error
+        raise InputError(f"{str(file)!r} is no config of a run: {first_line(error)}.") from error
 
 
 def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -131,13 +131,11 @@ def _explain_value(option: str, said: str, hint: Any, known: Sequence[str]) -> s
         inner = [other for other in known if other.startswith(f"{option}.")]
         options = f"; it has options of its own: {', '.join(inner[:_SHOWN])}" if inner else ""
         return f"{value!r} is no config file{options}"
-    union = re.search(r"Subtypes: \[(.*)\] Errors:", said)
-    kinds = list(_split(union[1])) if union else re.findall(r"^Expected an? (.*)\. Got value:", said)
+    kinds = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[.*?\])(?=[ .]|$)", said)
     words = list(dict.fromkeys(word for kind in kinds for word in _in_words(kind)))
     if _NO_CLASS.search(said) and not {"an integer", "a number"} & {*words}:
-        return _explain_class(
-            value, said, [*_classes(hint), *filter(None, map(_locate, re.findall(r"(?:\w+\.)+\w+", " ".join(kinds))))]
-        )
+        named = map(_locate, {*re.findall(r"(?:\w+\.)+\w+", said)} - {value})
+        return _explain_class(value, said, [*_classes(hint), *filter(None, named)])
     if not words:
         return said
     if "a number" in words and "an integer" in words:
@@ -185,8 +183,8 @@ def _value(said: str) -> str:
 def _in_words(kind: str) -> list[str]:
     """What a type is called, ``<class 'int'>`` for example; each literal is listed."""
     if kind.startswith("typing.Literal["):
-        return list(_split(kind[len("typing.Literal[") : -1]))
-    name = re.sub(r"^<class '|'>$", "", kind).partition("[")[0].rpartition(".")[2]
+        return re.findall(r"'.*?'|[^\s,\[\]]+", kind.removeprefix("typing.Literal"))
+    name = re.sub(r"^<class '|'>$", "", kind).rpartition(".")[2]
     return ["true", "false"] if name == "bool" else [_WORDS.get(name, f"a {name}")]
 
 
@@ -196,23 +194,6 @@ def _kinds_of(hint: Any) -> list[str]:
         return [repr(value) for value in get_args(hint)]
     names = {cls.__name__ for base in _classes(hint) if _is_own(base) for cls in _concrete(base)}
     return sorted(names) or ([_WORDS[hint.__name__]] if isinstance(hint, type) and hint.__name__ in _WORDS else [])
-
-
-def _split(types: str) -> Iterator[str]:
-    """Types or literals between commas that are in no bracket.
-
-    >>> list(_split("<class 'int'>, dict[str, int]"))
-    ["<class 'int'>", 'dict[str, int]']
-    """
-    depth, part = 0, ""
-    for character in types:
-        depth += (character in "[(") - (character in "])")
-        if character == "," and not depth:
-            yield part.strip()
-            part = ""
-        else:
-            part += character
-    yield part.strip()
 
 
 def _dashes(option: str, arguments: Sequence[str]) -> str:

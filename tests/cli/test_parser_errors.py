@@ -6,7 +6,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lit_isdpo.cli import main
-from lit_isdpo.cli.misspelt import explain_option
+from lit_isdpo.cli.parser_errors import explain_option
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

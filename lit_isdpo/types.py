@@ -19,11 +19,7 @@ class InputError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says in its first line; its class, if it says nothing.
-
-    >>> first_line(ValueError("no such column")), first_line(MemoryError())
-    ('no such column', 'MemoryError')
-    """
+    """The first line of an exception's message; libraries write many, and the first one says what went wrong."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

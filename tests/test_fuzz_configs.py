@@ -18,11 +18,11 @@ from lit_isdpo.cli import main
 from lit_isdpo.cli.options import _numbers, check
 from lit_isdpo.commands.label import PreferenceLabels
 from lit_isdpo.data.datamodule import PreferenceDataModule
+from lit_isdpo.evaluation.sampling import Sampling
 from lit_isdpo.objective import losses, weights
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
-from lit_isdpo.training.module import Sampling
 from lit_isdpo.training.optimization import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe

@@ -13,7 +13,7 @@ from lit_isdpo.data.pairing import Pairing
 from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.evaluation.labelling import LabelledPair, Labeller, SampledRow, sampled_logps, to_rows
 from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.training.module import PolicyModule, Prediction
+from lit_isdpo.training.language import LanguageModule, Prediction
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Response
 
@@ -70,7 +70,7 @@ class PreferenceLabels(Callback):
         """
         if self.reward is None:
             return
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         split = datamodule.split_to_predict
         kinds = {type(datamodule.splits.prompt(split, row_id)) for row_id in datamodule.splits.first_rows(split)}
@@ -101,7 +101,7 @@ class PreferenceLabels(Callback):
         """Labels the responses to the prompts of a batch."""
         if self._labeller is None:
             return
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         rows = []
         for row_id, predictions in groupby(outputs, key=lambda prediction: prediction.row_id):

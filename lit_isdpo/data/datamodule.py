@@ -544,14 +544,6 @@ class PreferenceDataModule(TextDataModule):
         self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}
         self.hparams.update(self.read_options)
 
-    def check_behavior_logps(self, split: Split) -> None:
-        """Checks that every pair of a split that was set up has behavior log-probs.
-
-        Raises:
-            InputError: says how many have none, and names the first.
-        """
-        self.splits.check_behavior_logps(split)
-
 
 class SFTDataModule(TextDataModule):
     """Demonstrations: a prompt and a response to it; of preference pairs the chosen one, of several the best."""

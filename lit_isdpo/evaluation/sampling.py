@@ -1,12 +1,44 @@
 """Responses to many prompts: batches of like length, whatever order the caller has them in."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from lit_isdpo.data.collation import collate_prompts
 from lit_isdpo.policy.generation import sample_responses
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import InputError, PromptBatch, Response
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How ``predict`` samples responses; the probe's KL has its own, fixed at temperature 1 and top-p 1.
+
+    Args:
+        num_responses: to each row's prompt, drawn independently; rows with the same prompt get their own.
+        max_new_tokens: longer responses are cut.
+        temperature: divides the logits, above 0.
+        top_p: nucleus, above 0 and at most 1.
+        seed: the responses are a function of it, the weights and the batch size.
+    """
+
+    num_responses: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_responses < 1:
+            raise InputError(f"sampling.num_responses must be at least 1, not {self.num_responses}.")
+        if self.max_new_tokens < 1:
+            raise InputError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if not self.temperature > 0:
+            raise InputError(f"sampling.temperature must be above 0, not {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"sampling.top_p must be above 0 and at most 1, not {self.top_p}.")
+        if not 0 <= self.seed < 10**9:
+            raise InputError(f"sampling.seed must be at least 0 and less than 10^9, not {self.seed}.")
 
 
 def sample_many(

@@ -19,7 +19,7 @@ from lit_isdpo.evaluation.judge import Judge
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.vllm_sampler import check_vllm
 from lit_isdpo.training.ground_truth import find_exact, find_gold_reward
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.probe import SamplingProbe, log_texts
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError
@@ -147,7 +147,8 @@ class Evaluation(Callback):
         """
         if stage != "test":
             return
-        if isinstance(pl_module, PolicyModule):
+        assert isinstance(pl_module, LanguageModule)
+        if pl_module.writes:
             num_prompts, limits = self._extent(trainer)
             for name in limits if num_prompts else ():
                 pl_module.check_positions("test", limits[name], f"evaluation.{name}", num_prompts)
@@ -163,7 +164,7 @@ class Evaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates, and logs."""
-        if not isinstance(pl_module, PolicyModule):
+        if not isinstance(pl_module, LanguageModule) or not pl_module.writes:
             return
         num_prompts, limits = self._extent(trainer)
         if not num_prompts:
@@ -225,7 +226,7 @@ class Evaluation(Callback):
             "kl_max_new_tokens": self.kl_max_new_tokens or max_new_tokens,
         }
 
-    def _exact(self, module: PolicyModule, datamodule: Any, prompts: list[Any]) -> dict[str, float]:
+    def _exact(self, module: LanguageModule, datamodule: Any, prompts: list[Any]) -> dict[str, float]:
         exact = find_exact(datamodule, "test", module.policy, [prompt.prompt_ids for prompt in prompts])
         if exact is None:  # on every rank alike
             return {}

@@ -1,50 +1,22 @@
-"""What stops training that would learn something wrong, and warns of training that learns nothing."""
+"""What stops a run that would go wrong: steps that are not finite, positions beyond the model's, another base."""
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from lightning import pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting
+from lit_isdpo.data.accounts import Split
+from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.policy.adapters import Adapter
 from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError, Ranks
-
-MEAN_WEIGHT_WARNING = 0.1
-ESS_WARNING = 0.01
-
-
-@torch.no_grad()
-def check_first_step(
-    logratios: Tensor, num_tokens: Tensor, numerics: PolicyConfig, row_ids: Tensor, trainer: pl.Trainer
-) -> None:
-    """Stops a fit whose policy is not its reference although it says so: a wrong mask, packing or dtype.
-
-    Args:
-        logratios: ``(B,)`` the largest absolute log-ratio of each of the first micro-batch's rows, in nats.
-        num_tokens: ``(B,)`` the length of its longest response.
-        numerics: of both models.
-        row_ids: ``(B,)`` the micro-batch's rows.
-        trainer: knows the rows' names.
-
-    Raises:
-        InputError: a log-ratio is not 0 within the numerics' noise.
-    """
-    # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding a token.
-    tolerance = 1e-3 if numerics.compute_dtype == numerics.dtype == "float32" else 0.02
-    bad = logratios > tolerance * num_tokens.float().sqrt()
-    # Together, or the others would wait for a rank that has stopped.
-    if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
-        raise InputError(
-            f"At the first step the policy is the reference, yet log pi/ref is up to {logratios.max():.3g} nats "
-            f"({_row_names(trainer, row_ids[bad])}): the model's forward is not deterministic, or the two were not "
-            "loaded alike."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +104,7 @@ class StepGuard:
         """Marks the step as one to skip, or raises; every rank comes here."""
         ranks = all_ranks() if trainer.world_size > 1 else Ranks()
         rows = [row for part in ranks.gather(row_ids[row_ids >= 0].tolist()) for row in part]
-        named = f"{'for' if what == 'loss' else 'in the step of'} {_row_names(trainer, torch.tensor(rows))}"
+        named = f"{'for' if what == 'loss' else 'in the step of'} {row_names(trainer, torch.tensor(rows))}"
         said = f"The {what} is NaN or infinite at optimizer step {trainer.global_step} {named}"
         if self.nonfinite.action == "stop":
             self._forget()
@@ -161,37 +133,113 @@ class StepGuard:
         self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
 
 
-def _row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
+def row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
     """A few rows in words, as they were read."""
     some, others = row_ids.tolist()[:8], row_ids.numel() - 8
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, TextDataModule):
         return f"training rows {some}"
     if not some:
         return "training rows of another rank"
-    names = ", ".join(datamodule.row_name("train", row_id) for row_id in some)
+    names = ", ".join(data.row_name("train", row_id) for row_id in some)
     return f"{names} and {others} more" if others > 0 else names
 
 
-def warn_of_vanishing_weights(weighting: PairWeighting, values: dict[str, Tensor]) -> None:
-    """Warns where importance weights have all but left the data, or stand on a few pairs.
+def longest_input(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> int | None:
+    """The longest input, in tokens, that a model computes as it was trained to; ``None`` has no limit.
 
     Args:
-        weighting: of the pairs.
-        values: what ``PairMetrics`` computed of an optimizer step.
+        source: the model; without a ``rope_length``, LongRoPE goes by ``max_length``.
+        architecture: its configuration.
+        max_length: of the run's rows.
     """
-    # Of other weightings a small weight says something else: a negative epsilon, say, is small from the start.
-    if isinstance(weighting, ImportanceWeighting) and weighting.epsilon >= 0:
-        if values["weights/mean"].item() < MEAN_WEIGHT_WARNING:
-            warnings.warn(
-                f"The mean importance weight of the training pairs fell below {MEAN_WEIGHT_WARNING}: the policy hardly "
-                "produces them any more and learns little from them. A larger model.loss.beta, a lower learning rate "
-                "or fewer epochs keep it nearer.",
-                stacklevel=2,
-            )
-        if values["weights/ess"].item() < ESS_WARNING:
-            warnings.warn(
-                f"The effective sample size fell below {ESS_WARNING:.0%} of the last training pairs: a few pairs "
-                "hold all the weight.",
-                stacklevel=2,
-            )
+    switch = switch_length(architecture)
+    if switch is not None and (source.rope_length or max_length) <= switch:  # frequencies for short inputs
+        return switch
+    positions: int | None = getattr(architecture, "max_position_embeddings", None)
+    return positions
+
+
+def pin_rope(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> PolicyConfig:
+    """Decides which of its frequencies LongRoPE has in a run; arguments as of ``longest_input``."""
+    if source.rope_length is not None:
+        return source
+    switch = switch_length(architecture)
+    if switch is not None:
+        kind = "long" if max_length > switch else "short"
+        rank_zero_info(
+            f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
+            f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
+            "model.policy.rope_length can say otherwise."
+        )
+    return replace(source, rope_length=max_length)
+
+
+def check_length(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> None:
+    """Raises for rows that are longer than the model's positions; arguments as of ``longest_input``."""
+    positions, switch = longest_input(source, architecture, max_length), switch_length(architecture)
+    if positions is not None and max_length > positions:
+        why = "" if positions != switch else f", as rope_length is {source.rope_length}"
+        raise InputError(f"data.max_length: {max_length} tokens are more than the model's {positions}{why}.")
+
+
+def check_positions(
+    source: PolicyConfig,
+    architecture: PretrainedConfig,
+    data: TextDataModule,
+    split: Split,
+    max_new_tokens: int,
+    option: str,
+    num_prompts: int | None = None,
+) -> None:
+    """Raises for responses that may grow beyond the positions that the model knows.
+
+    Learned positions end there with an index error, and rotary ones go on to values that were never trained.
+
+    Args:
+        source: the model.
+        architecture: its configuration.
+        data: has the prompts.
+        split: whose prompts are answered; its rows were read.
+        max_new_tokens: of a response.
+        option: has that limit, for the message.
+        num_prompts: the first ones of the split are answered; ``None`` stands for all.
+
+    Raises:
+        InputError: the longest prompt and a response of that length are more.
+    """
+    positions = longest_input(source, architecture, data.max_length)
+    if num_prompts is None:
+        longest = int(data.splits.rows[split].num_tokens()["prompt"].max())
+    else:
+        longest = max(len(prompt.prompt_ids) for prompt in data.prompts(split, num_prompts))
+    if positions is not None and longest + max_new_tokens > positions:
+        raise InputError(
+            f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest {split} prompt in use, "
+            f"are more than the model's {positions} positions; lower it or data.max_prompt_length."
+        )
+
+
+def check_base(adapter: Adapter | None, base: str | None, path: str) -> None:
+    """Raises for a checkpoint of another kind, or of an adapter on another base.
+
+    Args:
+        adapter: of the model that is trained.
+        base: the fingerprint that a checkpoint's adapter has of its base; ``None`` in one of a whole model.
+        path: of the model, for the message.
+
+    Raises:
+        InputError: an adapter meets a whole model, or another base than its own.
+    """
+    if adapter is None and base is not None:
+        raise InputError("ckpt_path: the checkpoint holds an adapter alone; set model.policy.peft as its run did.")
+    if adapter is not None and base is None:
+        raise InputError(
+            "ckpt_path: the checkpoint holds a whole model and no adapter; leave model.policy.peft out, or begin "
+            "anew from what `lit-isdpo export` makes of it."
+        )
+    if adapter is not None and base != adapter.base_fingerprint:
+        raise InputError(
+            f"model.policy.path: {path!r} has other weights than the model that the checkpoint's adapter was trained "
+            "on (or other ones in this dtype); name that one."
+        )

@@ -16,7 +16,7 @@ from lit_isdpo.lab.exact import ExactEvaluation
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.training.ground_truth import find_exact, find_gold_reward
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError
 
 
@@ -79,17 +79,16 @@ class SamplingProbe(Callback):
             InputError: it has not.
         """
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
-        if validates and self.num_prompts and isinstance(pl_module, PolicyModule):
+        if validates and self.num_prompts and isinstance(pl_module, LanguageModule) and pl_module.writes:
             pl_module.check_positions("val", self.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
-        if isinstance(pl_module, PolicyModule) and not trainer.sanity_checking:  # a reward model writes nothing
+        assert isinstance(pl_module, LanguageModule)
+        if self.num_prompts and pl_module.writes and not trainer.sanity_checking:
             self._probe(trainer, pl_module)
 
-    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.num_prompts or not isinstance(module, PolicyModule):  # a reward model writes nothing
-            return
+    def _probe(self, trainer: Trainer, module: LanguageModule) -> None:
         of_all_ranks = trainer.datamodule.prompts("val", self.num_prompts)  # type: ignore[attr-defined]
         # Ranks that share the weights sample the same, call by call.
         num_shares, share = (1, 0) if module.policy.is_sharded else (trainer.world_size, trainer.global_rank)
@@ -129,7 +128,7 @@ class SamplingProbe(Callback):
         model: LogProbModel,
         reference: Reference | None,
         prompts: list[Any],
-        module: PolicyModule,
+        module: LanguageModule,
         trainer: Trainer,
         *,
         seed: int,

@@ -17,7 +17,7 @@ from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.objective.on_policy import Rollouts
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference, ReferenceConfig
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, Response, TokenBatch
 
 
@@ -113,7 +113,7 @@ def check_rollouts(reference: ReferenceConfig | None, option: str) -> None:
 
 
 def sample_rollouts(
-    module: PolicyModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
+    module: LanguageModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
 ) -> SampledResponses:
     """Samples responses to the prompts of a training micro-batch; the batch's own responses are not looked at.
 
@@ -127,7 +127,7 @@ def sample_rollouts(
         config: how many, and how long.
     """
     trainer = module.trainer
-    place = f"{trainer.datamodule.seed}/{trainer.global_step}/{batch_idx}/{trainer.global_rank}"  # type: ignore[attr-defined]
+    place = f"{module.data.seed}/{trainer.global_step}/{batch_idx}/{trainer.global_rank}"
     prompts = [prompt for _, prompt in batch_prompts(batch)]
     drawn = sample_many(
         module.policy,

@@ -1,53 +1,36 @@
 """What supervised and preference training share: the policy, its checkpoints, and how it is sampled."""
 
 from abc import ABC
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import batch_prompts
 from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
-from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.evaluation.sampling import sample_many
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
 from lit_isdpo.policy.vocabulary import num_tokens
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
+from lit_isdpo.types import InputError, PreferenceBatch, Reward, SFTBatch
 
 WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
 BASE_KEY = "base_fingerprint"  # of a checkpoint that holds an adapter alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How ``predict`` samples responses; the probe's KL has its own, fixed at temperature 1 and top-p 1.
+class PredictSampling(Sampling):
+    """How ``predict`` samples responses; rows with the same prompt get responses of their own.
 
     Args:
-        num_responses: to each row's prompt, drawn independently; rows with the same prompt get their own.
+        num_responses: to each row's prompt, drawn independently.
         max_new_tokens: longer responses are cut.
         temperature: divides the logits, above 0.
         top_p: nucleus, above 0 and at most 1.
-        seed: the responses are a function of it, the weights and the batch size.
+        seed: the responses are a function of it, the weights and the data's batch size.
     """
 
-    num_responses: int = 1
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_responses < 1:
-            raise InputError(f"sampling.num_responses must be at least 1, not {self.num_responses}.")
-        if self.max_new_tokens < 1:
-            raise InputError(f"sampling.max_new_tokens must be at least 1, not {self.max_new_tokens}.")
-        if not self.temperature > 0:
-            raise InputError(f"sampling.temperature must be above 0, not {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"sampling.top_p must be above 0 and at most 1, not {self.top_p}.")
-        if not 0 <= self.seed < 10**9:
-            raise InputError(f"sampling.seed must be at least 0 and less than 10^9, not {self.seed}.")
+    batch_size: int = field(default=1, init=False)  # a batch's prompts: memory does not grow with the responses
 
 
 class Prediction(NamedTuple):
@@ -84,7 +67,7 @@ class PolicyModule(LanguageModule, ABC):
     def __init__(
         self,
         policy: PolicyConfig = PolicyConfig(),
-        sampling: Sampling = Sampling(),
+        sampling: PredictSampling = PredictSampling(),
         **options: Any,
     ) -> None:
         # Read here, so that a model that is none is found out before any data is read.
@@ -210,45 +193,26 @@ class PolicyModule(LanguageModule, ABC):
             )
 
     @property
-    def eos_token_ids(self) -> list[int]:
-        """Every token that ends a response: the tokenizer's, and what the model's generation config adds."""
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer; a response also ends at the tokens that the model's generation config names."""
         generation_config = self.policy.model.generation_config
         own = generation_config.eos_token_id if generation_config is not None else None
         others = own if isinstance(own, list) else [own]
-        return sorted({*terminator_ids(self.tokenizer), *(token for token in others if token is not None)})
+        ends = {*terminator_ids(self.tokenizer), *(token for token in others if token is not None)}
 
-    @property
-    def pad_token_id(self) -> int:
-        """Fills rows; masks say what is padding."""
-        return pad_token_id(self.tokenizer)
+        def decode(token_ids: list[int]) -> str:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        return Vocabulary(decode, sorted(ends), pad_token_id(self.tokenizer))
 
     def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
         """Samples responses to each prompt of the batch; the batch's own responses are not looked at."""
-        prompts = [(row_id, prompt) for row_id, prompt in batch_prompts(batch) if row_id >= 0]
-        responses = sample_many(
-            self.policy,
-            [prompt for _, prompt in prompts],
-            num_responses=self.sampling.num_responses,
-            max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            batch_size=max(1, len(prompts)),  # so that memory does not grow with the number of responses
-            seed=self.sampling.seed * 100_003 + batch_idx * self.trainer.world_size + self.global_rank,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-        )
+        rows = [(row_id, prompt) for row_id, prompt in batch_prompts(batch) if row_id >= 0]
+        prompts, vocabulary = [prompt for _, prompt in rows], self.vocabulary
+        sampling = Sampling(**asdict(self.sampling) | {"batch_size": max(1, len(prompts))})
+        responses = sample(self.policy, prompts, sampling, vocabulary, "predict", batch_idx, self.global_rank)
         return [
-            Prediction(
-                row_id,
-                self._decode(prompt),
-                self._decode(response.token_ids),
-                response.finished,
-                prompt,
-                response.token_ids,
-            )
-            for (row_id, prompt), drawn in zip(prompts, responses, strict=True)
-            for response in drawn
+            Prediction(row_id, vocabulary.decode(prompt), vocabulary.decode(ids), finished, prompt, ids)
+            for (row_id, prompt), drawn in zip(rows, responses, strict=True)
+            for ids, finished in drawn
         ]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -6,7 +6,6 @@ from jsonargparse.typing import lazy_instance
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.evaluation.rewards import Reward, score
 from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, RolloutMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
@@ -22,7 +21,7 @@ from lit_isdpo.training.rollouts import (
     sample_rollouts,
     score_rollouts,
 )
-from lit_isdpo.types import InputError, PreferenceBatch
+from lit_isdpo.types import InputError, PreferenceBatch, Reward, score
 
 
 class OnlineModule(AlignmentModule):
@@ -118,7 +117,7 @@ class OnlineModule(AlignmentModule):
         sampled = sample_rollouts(self, batch, batch_idx, self.rollout)
         # Together, or the others would wait for one whose reward fails.
         rewards = self.ranks.agree(lambda: self._rewards(batch, sampled))[self.ranks.rank]
-        rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id, rewards)
+        rollouts = score_rollouts(self.policy, self.reference, sampled, self.vocabulary.pad_token_id, rewards)
         numerics, config = self.source, self.reference_config
         is_first = batch_idx == 0 and self.trainer.global_step == 0
         if is_first and config is not None and starts_at_reference(numerics, config):
@@ -151,7 +150,7 @@ class OnlineModule(AlignmentModule):
             for source in (prompt("train", row_id) for row_id in batch.row_ids.tolist())
             for _ in range(sampled.num_responses)
         ]
-        texts = [self._decode(response.token_ids) for response in sampled.responses]
+        texts = [self.vocabulary.decode(response.token_ids) for response in sampled.responses]
         finished = [response.finished for response in sampled.responses]
         scores = score(self.reward, sources, texts, finished, option="model.reward")
         return [

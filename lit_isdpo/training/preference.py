@@ -153,7 +153,7 @@ class PreferenceModule(AlignmentModule):
         losses = self._losses(pairs, weights, batch)
         if config is not None and sampled is not None:
             assert self.reference is not None
-            kl = on_policy_kl(score_rollouts(self.policy, self.reference, sampled, self.pad_token_id))
+            kl = on_policy_kl(score_rollouts(self.policy, self.reference, sampled, self.vocabulary.pad_token_id))
             self._sampled_kl.append(kl.detach().mean())
             losses = losses + batch.pair_weights * config.weight * kl
         self.train_metrics.update(losses, pairs, weights, batch.num_counted)

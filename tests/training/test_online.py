@@ -113,6 +113,13 @@ def module(model_dir: str) -> OnlineModule:
     return module
 
 
+class Data(PreferenceDataModule):
+    """Without rows."""
+
+    def __init__(self, **known: Any) -> None:
+        self.__dict__.update(known)
+
+
 def at(module: OnlineModule | PreferenceModule, *, seed: int = 0, step: int = 0, rank: int = 0) -> None:
     """Puts it there in a run."""
 
@@ -121,7 +128,7 @@ def at(module: OnlineModule | PreferenceModule, *, seed: int = 0, step: int = 0,
 
     module.trainer = trainer = There(accelerator="cpu", max_steps=1, **QUIET)
     splits = SimpleNamespace(prompt=lambda split, row_id: f"{split} prompt {row_id}")
-    trainer.datamodule = SimpleNamespace(
+    trainer.datamodule = Data(
         seed=seed, splits=splits, packing_length=None, row_name=lambda split, row_id: f"row {row_id}"
     )
 
@@ -194,7 +201,7 @@ def test_scores_are_the_models_own_on_the_same_tokens(module: OnlineModule) -> N
     sampled = sample_rollouts(module, batch, 0, RolloutConfig(num_responses=3, max_new_tokens=5))
     assert sampled.prompts == [[1, 5, 7]] * 3 + [[1]] * 3
     rewards = [float(number) for number in range(6)]
-    rollouts = score_rollouts(module.policy, module.reference, sampled, module.pad_token_id, rewards)
+    rollouts = score_rollouts(module.policy, module.reference, sampled, module.vocabulary.pad_token_id, rewards)
     assert rollouts.rewards.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert rollouts.per_token_logps.requires_grad
     assert not rollouts.ref_per_token_logps.requires_grad

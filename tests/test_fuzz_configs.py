@@ -18,7 +18,6 @@ from lit_isdpo.cli import main
 from lit_isdpo.cli.options import _numbers, check
 from lit_isdpo.commands.label import PreferenceLabels
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.evaluation.sampling import Sampling
 from lit_isdpo.objective import losses, weights
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
@@ -41,7 +40,7 @@ SECTIONS: dict[str, type] = {
     "model": PreferenceModule,
     "model.policy": PolicyConfig,
     "model.schedule": Schedule,
-    "model.sampling": Sampling,
+    "model.sampling": PredictSampling,
     "data": PreferenceDataModule,
     "probe": SamplingProbe,
     "evaluation": Evaluation,
@@ -79,7 +78,7 @@ def test_the_options_are_found() -> None:
     assert "loss ChiPOLoss reward_bound" in METHODS
 
 
-CONSTRUCTED = [*LOSSES, *WEIGHTINGS, Schedule, Sampling, PreferenceDataModule, SamplingProbe, Evaluation]
+CONSTRUCTED = [*LOSSES, *WEIGHTINGS, Schedule, PredictSampling, PreferenceDataModule, SamplingProbe, Evaluation]
 CONSTRUCTED += [PreferenceLabels, LastCheckpoint, PolicyConfig]
 REQUIRED = {"logratio": "sum"}
 

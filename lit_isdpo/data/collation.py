@@ -21,7 +21,6 @@ import torch
 
 from lit_isdpo.types import (
     PreferenceBatch,
-    PromptBatch,
     SFTBatch,
     TokenBatch,
     TokenizedExample,
@@ -226,21 +225,6 @@ def _num_counted(row_ids: Sequence[int]) -> int:
     number = sum(row_id >= 0 for row_id in row_ids)
     assert all(row_id < 0 for row_id in row_ids[number:]), "what fills up a batch stands at its end"
     return number
-
-
-def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptBatch:
-    """Pads P prompts on the left, where generation wants it.
-
-    >>> collate_prompts([[1, 5], [1]], pad_token_id=0).input_ids.tolist()
-    [[1, 5], [0, 1]]
-    """
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad_token_id)
-    attention_mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, length - len(prompt) :] = True
-    return PromptBatch(input_ids, attention_mask)
 
 
 def batch_prompts(batch: PreferenceBatch | SFTBatch) -> list[tuple[int, list[int]]]:

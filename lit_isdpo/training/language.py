@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -21,10 +21,9 @@ from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import Layout, batch_prompts
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.tokenization import load_tokenizer, pad_token_id, terminator_ids
-from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.evaluation.sampling import Sampling, sample_many
 from lit_isdpo.objective.metrics import LOG_WEIGHTS, Columns, PairMetrics, RowMetrics
 from lit_isdpo.policy.adapters import check_same_tensors
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
 from lit_isdpo.policy.reference import Reference, ResidentReference
@@ -42,7 +41,7 @@ from lit_isdpo.training.guards import (
 )
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
 from lit_isdpo.training.reference_cache import cached_logps
-from lit_isdpo.types import InputError, PreferenceBatch, Ranks, SFTBatch
+from lit_isdpo.types import InputError, PreferenceBatch, Ranks, Reward, SFTBatch
 
 SKIPPED_KEY = "skipped_steps"  # of a checkpoint
 WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
@@ -55,6 +54,21 @@ Stage = Literal["train", "val", "test", "plan"]
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The default optimizer."""
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSampling(Sampling):
+    """How ``predict`` samples responses; rows with the same prompt get responses of their own.
+
+    Args:
+        num_responses: to each row's prompt, drawn independently.
+        max_new_tokens: longer responses are cut.
+        temperature: divides the logits, above 0.
+        top_p: nucleus, above 0 and at most 1.
+        seed: the responses are a function of it, the weights and the data's batch size.
+    """
+
+    batch_size: int = field(default=1, init=False)  # a batch's prompts: memory does not grow with the responses
 
 
 class Prediction(NamedTuple):
@@ -111,7 +125,7 @@ class LanguageModule(LightningModule, ABC):
         architecture: PretrainedConfig,
         *,
         comparison: Comparison | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+        sampling: PredictSampling = PredictSampling(),
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),  # noqa: B008 - immutable
         decay_norms_and_biases: bool = False,
@@ -490,46 +504,26 @@ class LanguageModule(LightningModule, ABC):
     # Responses
 
     @property
-    def eos_token_ids(self) -> list[int]:
-        """Every token that ends a response: the tokenizer's, and what the model's generation config adds."""
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer; a response also ends at the tokens that the model's generation config names."""
         generation_config = self.policy.model.generation_config
         own = generation_config.eos_token_id if generation_config is not None else None
         others = own if isinstance(own, list) else [own]
-        return sorted({*terminator_ids(self.tokenizer), *(token for token in others if token is not None)})
+        ends = {*terminator_ids(self.tokenizer), *(token for token in others if token is not None)}
 
-    @property
-    def pad_token_id(self) -> int:
-        """Fills rows; masks say what is padding."""
-        return pad_token_id(self.tokenizer)
+        def decode(token_ids: list[int]) -> str:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Text without special tokens."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return Vocabulary(decode, sorted(ends), pad_token_id(self.tokenizer))
 
     def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
         """Samples responses to each prompt of the batch; the batch's own responses are not looked at."""
-        prompts = [(row_id, prompt) for row_id, prompt in batch_prompts(batch) if row_id >= 0]
-        responses = sample_many(
-            self.policy,
-            [prompt for _, prompt in prompts],
-            num_responses=self.sampling.num_responses,
-            max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            batch_size=max(1, len(prompts)),  # so that memory does not grow with the number of responses
-            seed=self.sampling.seed * 100_003 + batch_idx * self.trainer.world_size + self.global_rank,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-        )
+        rows = [(row_id, prompt) for row_id, prompt in batch_prompts(batch) if row_id >= 0]
+        prompts, vocabulary = [prompt for _, prompt in rows], self.vocabulary
+        sampling = Sampling(**asdict(self.sampling) | {"batch_size": max(1, len(prompts))})
+        responses = sample(self.policy, prompts, sampling, vocabulary, "predict", batch_idx, self.global_rank)
         return [
-            Prediction(
-                row_id,
-                self.decode(prompt),
-                self.decode(response.token_ids),
-                response.finished,
-                prompt,
-                response.token_ids,
-            )
-            for (row_id, prompt), drawn in zip(prompts, responses, strict=True)
-            for response in drawn
+            Prediction(row_id, vocabulary.decode(prompt), vocabulary.decode(ids), finished, prompt, ids)
+            for (row_id, prompt), drawn in zip(rows, responses, strict=True)
+            for ids, finished in drawn
         ]

@@ -7,7 +7,6 @@ from jsonargparse.typing import lazy_instance
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.evaluation.rewards import Reward, score
 from lit_isdpo.objective.metrics import Columns, PairMetrics
 from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, rollout_columns
 from lit_isdpo.objective.weights import ImportanceWeighting
@@ -23,7 +22,7 @@ from lit_isdpo.training.rollouts import (
     sample_rollouts,
     score_rollouts,
 )
-from lit_isdpo.types import InputError, PreferenceBatch
+from lit_isdpo.types import InputError, PreferenceBatch, Reward, score
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class OnlineModule(LanguageModule):
         sampled = sample_rollouts(self, batch, self.micro_batch, self.rollout)
         # Together, or the others would wait for one whose reward fails.
         rewards = self.ranks.agree(lambda: self._rewards(batch, sampled))[self.ranks.rank]
-        rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id, rewards)
+        rollouts = score_rollouts(self.policy, self.reference, sampled, self.vocabulary.pad_token_id, rewards)
         if self.is_first_micro_batch:
             largest = rollouts.logratios.abs().amax(dim=1)
             self.comparison.check_start(largest, rollouts.num_tokens.amax(dim=1), batch, self.trainer)
@@ -146,7 +145,7 @@ class OnlineModule(LanguageModule):
         """Of each response, to its prompt as the data has it."""
         prompts = [self.data.splits.prompt("train", row_id) for row_id in batch.row_ids.tolist()]
         sources = [prompt for prompt in prompts for _ in range(sampled.num_responses)]
-        texts = [self.decode(response.token_ids) for response in sampled.responses]
+        texts = [self.vocabulary.decode(response.token_ids) for response in sampled.responses]
         finished = [response.finished for response in sampled.responses]
         scores = score(self.judge.reward, sources, texts, finished, option="model.reward")
         penalty = self.judge.missing_eos_penalty

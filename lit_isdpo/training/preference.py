@@ -132,7 +132,7 @@ class PreferenceModule(LanguageModule):
         if sampled is None:
             rollouts = imitate_rollouts(self.policy, self.reference, batch, config)
         else:
-            rollouts = score_rollouts(self.policy, self.reference, sampled, self.pad_token_id)
+            rollouts = score_rollouts(self.policy, self.reference, sampled, self.vocabulary.pad_token_id)
         kl = on_policy_kl(rollouts)
         losses = losses + batch.pair_weights * config.weight * kl
         return losses, self.comparison.columns(losses, pairs, weights) | {"kl/k1": kl.detach()}

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.data.tokenization import terminator_ids
-from lit_isdpo.evaluation.sampling import Sampling
 from lit_isdpo.objective.losses import bradley_terry_losses
 from lit_isdpo.objective.metrics import Columns, score_columns
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_config, read_config
@@ -20,7 +19,7 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.training.language import LanguageModule, Stage
+from lit_isdpo.training.language import LanguageModule, PredictSampling, Stage
 from lit_isdpo.types import InputError, PreferenceBatch
 
 REWARD_WEIGHTS_PREFIX = "reward_model.model."  # of the model's tensors in a checkpoint
@@ -60,7 +59,7 @@ class RewardModule(LanguageModule):
         config = read_config(policy, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(policy, option=option)
-        super().__init__(policy, config.get_text_config(), sampling=Sampling(), **options)
+        super().__init__(policy, config.get_text_config(), sampling=PredictSampling(), **options)
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from torch.utils.tensorboard.summary import hparams
 
 from lit_isdpo.data import accounts
-from lit_isdpo.evaluation.files import write_text
+from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.code import copy_code
 from lit_isdpo.policy.loading import read_config
 from lit_isdpo.policy.rope import switch_length, unpin_rope

@@ -164,7 +164,7 @@ def test_wpo_weighs_by_the_policys_own_distribution(module: PreferenceModule) ->
     module.comparison.weighting = WPOWeighting()
     batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
     weights = module.comparison.weighting(module.comparison.pair_logps(module.policy, batch, "train")).log_weights
-    logps = module.policy.completion_logits(batch.tokens).log_softmax(dim=1)  # (N, V)
+    logps = module.policy.token_logits(module.policy.completion_states(batch.tokens)).log_softmax(dim=1)  # (N, V)
     targets = batch.tokens.completion_ids[batch.tokens.completion_mask]
     aligned = logps.gather(1, targets[:, None])[:, 0] - (2 * logps).exp().sum(dim=1).log()
     means = [part.mean() for part in aligned.split([2, 2, 3, 2])]  # chosen of 2 and 2 tokens, rejected of 3 and 2

@@ -1,25 +1,27 @@
 """Shows the data as a fit will see it, before anything is trained: what is masked, what is learned, what is odd."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data import accounts
-from lit_isdpo.data.accounts import Split
+from lit_isdpo.data import outcomes
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.encoding import special_ids
-from lit_isdpo.data.profile import num_shared_prompts, profile_labels
-from lit_isdpo.data.rows import PAIRS, Rows
-from lit_isdpo.data.tokenization import terminator_ids
+from lit_isdpo.data.encoding import special_ids, terminator_ids
+from lit_isdpo.data.outcomes import Split
+from lit_isdpo.data.tokenized_rows import PAIRS, Rows
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -67,13 +69,13 @@ def inspect_data(
     module.trainer = datamodule.trainer = trainer
     splits = datamodule.splits
     splits.max_dropped_fraction = None
-    console = accounts.console()
+    console = outcomes.console()
     splits.load("train" if datamodule.sources["train"] else split)
     if len(splits.rows.get("train", ())):
         splits.load("val")
     if splits.parts("test"):
         splits.load("test")
-    console.print(accounts.table(splits.counts, unit=splits.row_type.kind), markup=False)
+    console.print(outcomes.table(splits.counts, unit=splits.row_type.kind), markup=False)
     if listing is not None:
         _write_listing(Path(listing), [row for name in splits.counts for row in _noted(datamodule, name)], console)
     if split not in splits.rows:
@@ -180,6 +182,78 @@ def _print_labels(datamodule: TextDataModule, split: Split, console: Console) ->
         ),
         soft_wrap=True,
     )
+
+
+class LabelProfile(NamedTuple):
+    """What the labels of N pairs prefer, besides what they mean.
+
+    Attributes:
+        chosen_longer: pairs whose chosen response has more tokens.
+        rejected_longer: pairs whose rejected response has.
+        mean_difference: tokens, chosen minus rejected, mean over pairs.
+        chosen_cut: pairs whose chosen response has no terminator, as it was cut.
+        rejected_cut: likewise.
+        num_prompts: different prompts.
+        most_pairs: of one prompt.
+        both_ways: responses that are chosen in one pair and rejected in another of the same prompt.
+        contradicted: pairs whose two responses stand in another one the other way round.
+    """
+
+    chosen_longer: int
+    rejected_longer: int
+    mean_difference: float
+    chosen_cut: int
+    rejected_cut: int
+    num_prompts: int
+    most_pairs: int
+    both_ways: int
+    contradicted: int
+
+
+def profile_labels(rows: Rows, terminator_ids: list[int]) -> LabelProfile:
+    """Reads all pairs of a split once.
+
+    Args:
+        rows: at least one pair.
+        terminator_ids: tokens that end a response.
+    """
+    lengths = rows.num_tokens()
+    difference = (lengths["chosen"] - lengths["rejected"]).double()
+    prompts = rows.prompt_keys().tolist()
+    sides = [list(_responses(rows, f"{name}_ids")) for name in ("chosen", "rejected")]
+    cut = [sum(last not in terminator_ids for _, last in side) for side in sides]
+    texts = ([key for key, _ in side] for side in sides)
+    pairs = list(zip(prompts, *texts, strict=True))
+    known = set(pairs)
+    return LabelProfile(
+        chosen_longer=int((difference > 0).sum()),
+        rejected_longer=int((difference < 0).sum()),
+        mean_difference=float(difference.mean()),
+        chosen_cut=cut[0],
+        rejected_cut=cut[1],
+        num_prompts=len(set(prompts)),
+        most_pairs=max(Counter(prompts).values()),
+        both_ways=len({(prompt, text) for prompt, text, _ in pairs} & {(prompt, text) for prompt, _, text in pairs}),
+        contradicted=sum((prompt, worse, better) in known for prompt, better, worse in pairs),
+    )
+
+
+def num_shared_prompts(rows: Rows, others: Rows) -> int:
+    """Rows of a split whose prompt is one of another split's."""
+    return int(torch.isin(rows.prompt_keys(), others.prompt_keys()).sum())
+
+
+def _responses(rows: Rows, column: str) -> Iterator[tuple[bytes, int]]:
+    """A hash of each row's tokens, and the last one."""
+    start = 0
+    for chunk in rows.table.data.column(column).chunks:  # one by one: a table may hold more tokens than one array can
+        values: NDArray[np.int32] = chunk.values.to_numpy()
+        offsets = chunk.offsets.to_numpy()
+        inside = rows.positions[(rows.positions >= start) & (rows.positions < start + len(chunk))] - start
+        for at in inside.tolist():
+            tokens = values[offsets[at] : offsets[at + 1]]
+            yield hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), int(tokens[-1])
+        start += len(chunk)
 
 
 def _chosen_rows(datamodule: TextDataModule, split: Split, number: int, wanted: Sequence[int] | None) -> list[int]:

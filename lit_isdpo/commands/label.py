@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_isdpo.data.pairing import Pairing
+from lit_isdpo.data.examples import Pairing
 from lit_isdpo.evaluation.files import write_text
 from lit_isdpo.evaluation.labelling import LabelledPair, Labeller, SampledRow, sampled_logps, to_rows
 from lit_isdpo.evaluation.rewards import Reward

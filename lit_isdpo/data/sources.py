@@ -6,6 +6,8 @@ they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parqu
 """
 
 import glob
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.files import READERS, is_one_object, read_files, reader_of, rows_in_memory, suffixes
-from lit_isdpo.data.hub import open_hub
-from lit_isdpo.data.records import Records
+from lit_isdpo.data.file_readers import READERS, first_line, is_one_object, quiet, read_files, reader_of, suffixes
+from lit_isdpo.data.raw_rows import RawRows, cache_file, rows_in_memory
 from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError
 
@@ -30,8 +33,11 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_OTHERS = "other files"  # a split of those that no word tells, beside several splits for training
+_OTHERS = "other files"  # the split of files without such a word, beside several splits for training
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+_HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)")
+# Options of the readers of `datasets` in a data set's card, and the values that leave a file what its suffix says.
+_PLAIN = {"sep": (",", None), "delimiter": (",", None), "names": (None,), "column_names": (None,), "field": (None,)}
 
 
 @dataclass
@@ -173,7 +179,7 @@ class OpenSource:
             )
         return found
 
-    def records(self, split: str, columns: Mapping[str, str | None] | None = None) -> Records:
+    def read(self, split: str, columns: Mapping[str, str | None] | None = None) -> RawRows:
         """Reads a split.
 
         Args:
@@ -183,14 +189,14 @@ class OpenSource:
         Raises:
             InputError: a file cannot be read, or there are no rows.
         """
-        if self.tables:
-            records = rows_in_memory(self.tables[split], self.option)
+        if split in self.tables:
+            rows = rows_in_memory(self.tables[split], self.option)
         else:
-            records = read_files(self.files[split], self.option)
-        if not len(records):
+            rows = read_files(self.files[split], self.option)
+        if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
-        records.renamed = {**(columns or {}), **(self.source.columns or {})}
-        return records if self.source.first is None else records.first(self.source.first)
+        rows.renamed = {**(columns or {}), **(self.source.columns or {})}
+        return rows if self.source.first is None else rows.first(self.source.first)
 
 
 def open_source(source: DataSource, option: str) -> OpenSource:
@@ -214,13 +220,77 @@ def open_source(source: DataSource, option: str) -> OpenSource:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
     if not files:
-        named, tables = open_hub(source.path, source.name, source.revision, option)
+        named, tables = _open_hub(source.path, source.name, source.revision, option)
         return OpenSource(source, option, files=named, tables=tables)
     if source.name or source.revision:
         raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
     for file in files:
         reader_of(file, option)
     return OpenSource(source, option, files=_by_split(files, folder))
+
+
+def _open_hub(
+    path: str, name: str | None, revision: str | None, option: str
+) -> tuple[dict[str, list[Path]], Mapping[str, Any]]:
+    """Finds a data set of the hub and downloads all of its splits.
+
+    ``datasets`` would guess the types of the columns of JSON and CSV files. So it only says which files make up which
+    split; they are downloaded, and read as local ones are.
+
+    Returns:
+        The files of each split, if they are text; else no files, and a table of each split.
+
+    Raises:
+        InputError: there is no such data set, the hub cannot be asked, or the data set cannot be loaded.
+    """
+    nothing = f"{option}: no such file, folder, glob or hub data set: {path!r}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) or suffixes(Path(path))[0] in READERS:
+        raise InputError(nothing)
+    is_offline = False
+    try:
+        HfApi().dataset_info(path, revision=revision, timeout=20)
+    except OfflineModeIsEnabled:
+        is_offline = True  # `datasets` looks into its cache
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(f"{nothing} (or it is not open to you)") from error
+    except Exception as error:  # the kind of a network's failure depends on the HTTP library
+        # Asked here, because `datasets` would try for half a minute to tell a mistyped path from a lost network.
+        raise InputError(
+            f"{nothing} on this machine, and the hub cannot be asked; HF_HUB_OFFLINE=1 uses what it loaded before"
+        ) from error
+    try:
+        with quiet():
+            listed = _text_files(path, name, revision, is_offline)
+            files = {
+                split: [Path(hf_hub_download(repo, file, repo_type="dataset", revision=at)) for repo, at, file in some]
+                for split, some in listed.items()
+            }
+            return files, {} if files else datasets.load_dataset(path, name, revision=revision)
+    except Exception as error:
+        raise InputError(f"{option}: cannot load {path!r} from the hub: {first_line(error)}") from error
+
+
+def _text_files(
+    path: str, name: str | None, revision: str | None, is_offline: bool
+) -> dict[str, list[tuple[str, ...]]]:
+    """The files of each split as (data set, commit, file), kept for runs without the hub; none if not all are text."""
+    key = hashlib.blake2b(json.dumps([path, name, revision]).encode(), digest_size=16).hexdigest()
+    note = cache_file(f"hub-{key}").with_suffix(".json")
+    if is_offline:
+        return dict(json.loads(note.read_text())) if note.is_file() else {}
+    config = datasets.load_dataset_builder(path, name, revision=revision).config
+    split_files = (config.data_files or {}).items()
+    found = {str(split): [_HUB_FILE.fullmatch(str(file)) for file in files] for split, files in split_files}
+    is_plain = all(getattr(config, option, None) in plain for option, plain in _PLAIN.items())
+    if not is_plain or not all(_is_text(match) for matches in found.values() for match in matches):
+        found = {}
+    listed = {split: [match.groups() for match in matches if match] for split, matches in found.items()}
+    note.write_text(json.dumps(listed))
+    return listed
+
+
+def _is_text(match: re.Match[str] | None) -> bool:
+    return match is not None and READERS.get(suffixes(Path(match[3]))[0]) in ("json", "csv")
 
 
 def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:

@@ -14,12 +14,12 @@ import datasets
 import torch
 from torch import Tensor
 
-from lit_isdpo.data.accounts import SourceCounts, Split, check_dropped
-from lit_isdpo.data.formats import read_prompt
-from lit_isdpo.data.readers import Reason
-from lit_isdpo.data.records import Records
-from lit_isdpo.data.rows import Rows, RowType, TokenizedSource, hold_out
+from lit_isdpo.data.examples import read_prompt
+from lit_isdpo.data.outcomes import Reason, SourceCounts, Split, check_dropped
+from lit_isdpo.data.raw_rows import RawRows
+from lit_isdpo.data.sampling import permutation
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
+from lit_isdpo.data.tokenized_rows import Rows, RowType, TokenizedSource
 from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError, Prompt
 
@@ -33,7 +33,7 @@ class Splits:
     Args:
         sources: what was named for each split.
         row_type: whether rows are pairs or demonstrations.
-        val_size: how much is held out where there are no validation rows, as in :func:`~lit_isdpo.data.rows.hold_out`.
+        val_size: how much is held out where there are no validation rows, as in :func:`hold_out`.
         max_dropped_fraction: of a source's rows; where more must be left out, nothing is read. ``None``: read all the
             same, be there no row left.
         duplicates: what becomes of a row whose tokens are all those of an earlier one of its split.
@@ -60,7 +60,7 @@ class Splits:
         self.counts: dict[Split, list[SourceCounts]] = {}
         self.max_dropped_fraction, self.duplicates = max_dropped_fraction, duplicates
         self._read = read
-        self._raw: dict[Split, list[Records]] = {}
+        self._raw: dict[Split, list[RawRows]] = {}
         self._opened: dict[Split, list[OpenSource]] = {}
         self._repeated: dict[Split, Tensor] = {}  # row ids
 
@@ -197,7 +197,7 @@ class Splits:
         """The split that its rows were read with, which is that of training where they were held out."""
         return split if split in self._raw else "train"
 
-    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, Records]:
+    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, RawRows]:
         """The source of a row, the row's place in it, and the source's rows."""
         read_as = self._read_as(split)
         ends = list(accumulate(source.lines for source in self.counts[read_as]))
@@ -226,3 +226,33 @@ class Splits:
                 f"data.{split}: model.mu is 'data', but {len(missing)} pairs have no behavior log-probs, the first of "
                 f"them {self.row_name(split, int(missing[0]))}."
             )
+
+
+def hold_out(prompt_keys: Tensor, size: int | float) -> Tensor:
+    """Chooses rows to validate on. Rows with the same prompt stay together: a prompt that was trained on tells little.
+
+    The choice depends on the data alone, not on a seed: a later ``validate`` must never see rows that were trained on.
+
+    Args:
+        prompt_keys: ``(N,)`` int64, one a row.
+        size: fraction of the rows, or (``int``) number of rows; whole prompts are taken until it is reached.
+
+    Returns:
+        ``(N,)`` bool, true where a row is held out.
+
+    Raises:
+        InputError: nothing is left to train on.
+
+    >>> hold_out(torch.tensor([7, 7, 8, 9]), 1).sum() in (1, 2)
+    True
+    """
+    prompts, prompt_of_row, num_rows = prompt_keys.unique(return_inverse=True, return_counts=True)
+    order = permutation(len(prompts), "held out")
+    wanted = size if isinstance(size, int) else max(1, round(size * len(prompt_keys)))
+    num_prompts = int((num_rows[order].cumsum(0) < wanted).sum()) + 1
+    if num_prompts >= len(prompts):
+        raise InputError(
+            f"data.val_size: no rows are left to train on when {size} of the {len(prompt_keys)} rows, which have "
+            f"{len(prompts)} different prompt(s), are held out; name validation rows with data.val"
+        )
+    return torch.isin(prompt_of_row, order[:num_prompts])

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.data.pairing import Pairing, choose_pairs
-from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_example
+from lit_isdpo.data.examples import Pairing, choose_pairs
+from lit_isdpo.data.outcomes import RowError
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example
 from lit_isdpo.evaluation.kl import LOGITS_BUDGET
 from lit_isdpo.evaluation.rewards import Reward, score
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response, SFTExample
 
-_WHOLE = 2**31  # tokens: nothing is cut
+_WHOLE = Limits(2**31, 2**31 - 1)  # nothing is cut
 
 
 class UnusableError(Exception):
@@ -87,7 +87,7 @@ class Labeller:
     Attributes:
         reward: scores each response that can be used, once.
         encoder: writes text as training does, with the policy's tokenizer.
-        pairing: which responses to a prompt become pairs, see :func:`~lit_isdpo.data.pairing.choose_pairs`.
+        pairing: which responses to a prompt become pairs, see :func:`~lit_isdpo.data.examples.choose_pairs`.
         noise_temperature: labels follow Bradley-Terry: the response with the higher score is chosen with probability
             ``sigmoid(difference of the scores / noise_temperature)``; 0 chooses it always.
         seed: of the labels' noise, which is a function of it, the row's id and the scores.
@@ -150,12 +150,7 @@ class Labeller:
         # Conversations without a chat template, and some templates, put a blank before the response by themselves.
         for text in dict.fromkeys((decoded, decoded.removeprefix(" "))):
             try:
-                example = tokenize_example(
-                    SFTExample(row.prompt, text),
-                    self.encoder,
-                    max_length=_WHOLE,
-                    max_prompt_length=_WHOLE - 1,
-                )
+                example = tokenize_example(SFTExample(row.prompt, text), self.encoder, _WHOLE)
             except RowError as error:
                 raise UnusableError(f"responses left out as {error.reason.value}") from error
             except InputError:  # a template that shows some responses otherwise than others

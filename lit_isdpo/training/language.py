@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.tokenization import load_tokenizer
+from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel

@@ -4,9 +4,9 @@ from abc import ABC
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import batch_prompts
-from lit_isdpo.data.tokenization import pad_token_id, terminator_ids
+from lit_isdpo.data.encoding import pad_token_id, terminator_ids
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.evaluation.rewards import Reward
 from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.policy.loading import PolicyConfig, load_config

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.data.tokenization import terminator_ids
+from lit_isdpo.data.encoding import terminator_ids
 from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_config, read_config
 from lit_isdpo.policy.reward_model import (

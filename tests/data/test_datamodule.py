@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lit_isdpo.data import rows as rows_module
+from lit_isdpo.data import tokenized_rows as rows_module
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedPair

@@ -1,7 +1,7 @@
 import pytest
 
-from lit_isdpo.data.formats import check_format, check_pairing, detect_format, to_examples, to_pairs
-from lit_isdpo.data.readers import Reason, RowError
+from lit_isdpo.data.examples import check_format, check_pairing, detect_format, to_examples, to_pairs
+from lit_isdpo.data.outcomes import Reason, RowError
 from lit_isdpo.types import InputError, PreferenceExample, SFTExample
 
 USER, FOUR, FIVE = (

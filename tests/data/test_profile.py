@@ -1,6 +1,6 @@
 """Label statistics of a few pairs, counted by hand."""
 
-from lit_isdpo.data.profile import LabelProfile, num_shared_prompts, profile_labels
+from lit_isdpo.commands.inspect import LabelProfile, num_shared_prompts, profile_labels
 
 
 def test_labels_are_profiled(make, tmp_path, write_rows):

@@ -2,7 +2,7 @@
 
 The table keeps a line for every row that was read, also for one that is dropped; where a row holds several responses,
 a line for each pair that is made of it. A row's or pair's id is its line, and ``row`` is its place in the data. For the
-rows of ``strings`` in formats.py, of which the second has an empty response:
+rows of ``strings`` in formats.py and one with an empty response:
 
     prompt_ids        chosen_ids  rejected_ids  weight  margin  changes  dropped         prompt_key            row
     [1, 17, 10, 17]   [19, 2]     [20, 2]       1.0     0.0     []       None            -8054872367124087219  0
@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 from array import array
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,10 +30,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import collate_examples, collate_pairs
-from lit_isdpo.data.files import cache_file
-from lit_isdpo.data.formats import (
+from lit_isdpo.data.examples import (
     OF_ANY_FORMAT,
-    Kind,
     check_format,
     check_pairing,
     detect_format,
@@ -40,10 +39,12 @@ from lit_isdpo.data.formats import (
     to_examples,
     to_pairs,
 )
-from lit_isdpo.data.readers import Row, RowError, counted
-from lit_isdpo.data.records import BrokenRowError, Records
-from lit_isdpo.data.sampling import permutation
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_example, tokenize_pair
+from lit_isdpo.data.file_readers import quiet
+from lit_isdpo.data.formats import Kind
+from lit_isdpo.data.outcomes import RowError, count_notes, words_of
+from lit_isdpo.data.raw_rows import RawRows, cache_file
+from lit_isdpo.data.row_fields import Row
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example, tokenize_pair
 from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 # Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
@@ -141,50 +142,42 @@ class TokenizedSource(NamedTuple):
 
     table: Any
     format: str
-    rows: Records
+    rows: RawRows
     kept: Tensor
     dropped: dict[str, int]
     example: str
 
     def changes(self, lines: Tensor) -> dict[str, int]:
         """Number of these ``(N,)`` lines by what was changed in them, the commonest first."""
-        return _counted(pc.list_flatten(self.table.data.column("changes").take(lines.numpy())))
-
-
-def _counted(notes: Any) -> dict[str, int]:
-    """Notes by the words that they are counted by; what single rows show need not be looked at twice."""
-    counts: Counter[str] = Counter()
-    for note, number in Counter(notes.to_pylist()).items():
-        counts[counted(note)] += number
-    return dict(counts.most_common())
+        return count_notes(pc.list_flatten(self.table.data.column("changes").take(lines.numpy())).to_pylist())
 
 
 def tokenize_rows(
-    rows: Records,
+    rows: RawRows,
     row_type: RowType,
     format: str,
     encoder: TextEncoder,
+    limits: Limits,
     *,
     name: str,
     num_proc: int | None = None,
     read_options: Mapping[str, Any] | None = None,
-    **limits: Any,
 ) -> TokenizedSource:
     """Tokenizes the rows of one source, or finds them tokenized by an earlier run.
 
     Args:
-        rows: of the source.
-        row_type: what to make of a row.
+        rows: those of the source.
+        row_type: pairs or demonstrations.
         format: a key of ``formats.FORMATS``, or auto.
-        encoder: writes what the rows say.
+        encoder: writes the text of the rows.
+        limits: the largest lengths.
         name: the source, for messages.
-        num_proc: number of processes; by default one for so many rows as ``_ROWS_PER_PROCESS``, up to one a core.
+        num_proc: number of processes; by default one for every ``_ROWS_PER_PROCESS`` rows, up to one per core.
         read_options: for pairs, those of ``to_pairs``.
-        **limits: those of ``tokenize_pair``.
 
     Raises:
-        InputError: the format or the chat template does not fit, a column that was named is not there, a row is not
-            JSON, or all weights are 0.
+        InputError: the format or the chat template does not fit, a column that was named is not there, or all weights
+            are 0.
     """
     read_options = read_options or {}
     columns = rows.column_names()
@@ -198,15 +191,12 @@ def tokenize_rows(
         column = read_options.get(option)
         if column is not None and not rows.has(column):
             raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(columns)}")
-    try:
-        table = _map(rows, row_type, format, encoder, num_proc, read_options, limits)
-    except BrokenRowError as error:
-        rows.refuse(error)
+    table = _map(rows, row_type, format, encoder, limits, num_proc, read_options)
     reasons = table.data.column("dropped")
     kept = torch.from_numpy(pc.is_null(reasons).to_numpy().nonzero()[0])
-    notes = reasons.drop_null()
-    dropped = _counted(notes)
-    example = next((note.as_py() for note in notes if counted(note.as_py()) == next(iter(dropped))), "")
+    notes = reasons.drop_null().to_pylist()
+    dropped = count_notes(notes)
+    example = next((note for note in notes if words_of(note) == next(iter(dropped))), "")
     if len(kept) and read_options.get("weight_column") and not pc.max(table.data.column("weight")).as_py():
         raise InputError(
             f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
@@ -216,34 +206,32 @@ def tokenize_rows(
 
 
 def _map(
-    rows: Records,
+    rows: RawRows,
     row_type: RowType,
     format: str,
     encoder: TextEncoder,
+    limits: Limits,
     num_proc: int | None,
     read_options: Mapping[str, Any],
-    limits: dict[str, Any],
 ) -> Any:
     num_proc = num_proc or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
-    how = [row_type.kind, format, sorted(read_options.items()), sorted(rows.renamed.items())]
+    how: list[Any] = [row_type.kind, format, sorted(read_options.items()), sorted(rows.renamed.items())]
     how += [_tokenizer_key(encoder.tokenizer), encoder.chat_template, sorted(encoder.template_options.items())]
-    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, *how, encoder.first_without_row, sorted(limits.items())])
+    how += [encoder.first_without_row, sorted(asdict(limits).items())]
+    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, *how])
     fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     ids, number, words = (datasets.List(datasets.Value("int32")), datasets.Value("float64"), datasets.Value("string"))
     features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
     features |= {"changes": datasets.List(words), "dropped": words} | dict.fromkeys(_NUMBERS, datasets.Value("int64"))
     named = {*OF_ANY_FORMAT, *(column for column in read_options.values() if column)}
     table = rows.needed(named.union(required_columns(format, row_type.kind, rows.column_names())))
-    silence = len(rows) < _SHOW_PROGRESS_FROM and not datasets.are_progress_bars_disabled()
-    if silence:
-        datasets.disable_progress_bars()
-    try:
+    with quiet() if len(rows) < _SHOW_PROGRESS_FROM else nullcontext():
         return table.map(
             partial(
                 _lines,
                 parse=rows.parser(),
                 read=partial(row_type.read, format=format, **read_options),
-                tokenize=partial(row_type.tokenize, encoder=encoder, **limits),
+                tokenize=partial(row_type.tokenize, encoder=encoder, limits=limits),
                 fields=row_type.item._fields,
             ),
             batched=True,  # a row may become several lines; few rows, as Nectar's 21 pairs a row are many tokens
@@ -256,46 +244,13 @@ def _map(
             new_fingerprint=fingerprint,
             desc="Tokenizing",
         )
-    finally:
-        if silence:
-            datasets.enable_progress_bars()
-
-
-def hold_out(prompt_keys: Tensor, size: int | float) -> Tensor:
-    """Chooses rows to validate on. Rows with the same prompt stay together: a prompt that was trained on tells little.
-
-    The choice depends on the data alone, not on a seed: a later ``validate`` must never see rows that were trained on.
-
-    Args:
-        prompt_keys: ``(N,)`` int64, one a row.
-        size: fraction of the rows, or (``int``) number of rows; whole prompts are taken until it is reached.
-
-    Returns:
-        ``(N,)`` bool, true where a row is held out.
-
-    Raises:
-        InputError: nothing is left to train on.
-
-    >>> hold_out(torch.tensor([7, 7, 8, 9]), 1).sum() in (1, 2)
-    True
-    """
-    prompts, prompt_of_row, num_rows = prompt_keys.unique(return_inverse=True, return_counts=True)
-    order = permutation(len(prompts), "held out")
-    wanted = size if isinstance(size, int) else max(1, round(size * len(prompt_keys)))
-    num_prompts = int((num_rows[order].cumsum(0) < wanted).sum()) + 1
-    if num_prompts >= len(prompts):
-        raise InputError(
-            f"data.val_size: no rows are left to train on when {size} of the {len(prompt_keys)} rows, which have "
-            f"{len(prompts)} different prompt(s), are held out; name validation rows with data.val"
-        )
-    return torch.isin(prompt_of_row, order[:num_prompts])
 
 
 def _lines(
     batch: Mapping[str, list[Any]],
     indices: Sequence[int],
     *,
-    parse: Callable[[Mapping[str, Any], int], Row],
+    parse: Callable[[Mapping[str, Any]], Row],
     read: Callable[[Row], Sequence[Any]],
     tokenize: Callable[[Any], Any],
     fields: Sequence[str],
@@ -303,39 +258,31 @@ def _lines(
     """The lines of the table that some rows become, column by column."""
     lines = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        row = parse(dict(zip(batch, values, strict=True)), index)
         try:
-            examples = read(row)
+            examples = read(parse(dict(zip(batch, values, strict=True))))
         except RowError as error:
-            lines.append(_dropped(error, fields) | {"row": index})
-            continue
+            examples = [error]
         lines += [_line(example, tokenize, fields) | {"row": index} for example in examples]
     return {column: [line[column] for line in lines] for column in (*fields, "dropped", *_NUMBERS)}
 
 
 def _line(example: Any, tokenize: Callable[[Any], Any], fields: Sequence[str]) -> dict[str, Any]:
     try:
+        if isinstance(example, RowError):
+            raise example
         item = tokenize(example)
     except RowError as error:
-        return _dropped(error, fields)
-    line: dict[str, Any] = item._asdict()
-    ids = [line[field] for field in fields if field.endswith("_ids")]
-    return line | {
-        "dropped": None,
-        "prompt_key": _key(ids[0]),
-        "row_key": _key([n for part in ids for n in (*part, -1)]),
-    }
+        line: dict[str, Any] = {name: [] if name.endswith("_ids") or name == "changes" else None for name in fields}
+        return line | {"dropped": str(error), "prompt_key": 0, "row_key": 0}
+    ids = [getattr(item, name) for name in fields if name.endswith("_ids")]
+    keys = {"prompt_key": _key(ids[0]), "row_key": _key([n for part in ids for n in (*part, -1)])}
+    return {**item._asdict(), "dropped": None, **keys}
 
 
 def _key(numbers: Sequence[int]) -> int:
-    """64 bits that tell token ids from others."""
+    """64 bits that differ for other token ids."""
     digest = hashlib.blake2b(array("q", numbers).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _dropped(error: RowError, fields: Sequence[str]) -> dict[str, Any]:
-    blank: dict[str, Any] = {field: [] if field.endswith("_ids") or field == "changes" else None for field in fields}
-    return blank | {"dropped": str(error), "prompt_key": 0, "row_key": 0}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Literal, cast
 
-from lit_isdpo.data.formats import FORMATS, Kind
+from lit_isdpo.data.formats import FORMATS, Kind, Scored
 from lit_isdpo.data.outcomes import Change, Reason, RowError
 from lit_isdpo.data.row_fields import Row, number, text_in, tools_in
 from lit_isdpo.types import Answer, Conversation, InputError, Message, PreferenceExample, Prompt, SFTExample
@@ -98,15 +98,6 @@ def check_pairing(pairing: Pairing, format: str, *, name: str = "") -> None:
         )
 
 
-class _Responses(NamedTuple):
-    """The responses of a row to one prompt, and their scores; of a pair, 1 and 0."""
-
-    prompt: Prompt
-    responses: list[Answer]
-    scores: list[float]
-    changes: tuple[str, ...] = ()
-
-
 def to_examples(row: Row, format: str) -> list[SFTExample]:
     """Reads a row as one demonstration: the chosen response of a preference pair, the best one of several.
 
@@ -184,15 +175,18 @@ def read_prompt(row: Row, format: str, kind: Kind) -> Prompt:
     return _in_context(_read(row, format, kind).prompt, row)
 
 
-def _read(row: Row, format: str, kind: Kind) -> _Responses:
+def _read(row: Row, format: str, kind: Kind) -> Scored:
+    """The responses of a row; of a pair, the scores are 1 and 0."""
     known = FORMATS[format]
+    columns: tuple[str, ...] = ("chosen", "rejected")
     if known.is_ranked:
-        return _Responses(*known.read(row))
-    columns = ("chosen", "rejected") if kind == "pairs" else (required_columns(format, kind, row)[-1],)
+        return cast(Scored, known.read(row))
+    if kind == "demonstrations":
+        columns = (required_columns(format, kind, row)[-1],)
     prompts, responses, changes = zip(*(known.read(row, column) for column in columns), strict=True)
     if prompts[-1] != prompts[0]:
         raise RowError(Reason.TWO_PROMPTS)
-    return _Responses(prompts[0], list(responses), [1.0, 0.0], tuple(dict.fromkeys(sum(changes, ()))))
+    return Scored(prompts[0], responses, (1.0, 0.0), tuple(dict.fromkeys(sum(changes, ()))))
 
 
 def _in_context(prompt: Prompt, row: Row) -> Prompt:

@@ -10,9 +10,10 @@ import importlib.util
 import io
 import json
 import lzma
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -67,6 +68,26 @@ def reader_of(file: Path, option: str) -> Reader:
     if compression == ".zst" and importlib.util.find_spec("zstandard") is None:
         raise InputError(f"{option}: {str(file)!r} needs `pip install zstandard` to be read")
     return READERS[suffix]
+
+
+def missing_shards(names: Sequence[str]) -> list[str]:
+    """The files that are not there of sets such as ``train-00000-of-00003.parquet``.
+
+    >>> missing_shards(["train-00001-of-00003.jsonl", "test.jsonl"])
+    ['train-00000-of-00003.jsonl', 'train-00002-of-00003.jsonl']
+    """
+    sets: dict[tuple[str, str, str], dict[int, int]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(.*)", name, re.DOTALL):
+            before, number, total, after = match.groups()
+            sets.setdefault((before, total, after), {})[int(number)] = len(number)
+    missing = []
+    for (before, total, after), widths in sets.items():
+        first = int(int(total) in widths and 0 not in widths)  # some count from 1
+        width = max(widths.values())
+        expected = range(first, min(int(total), 100_000) + first)
+        missing += [f"{before}{number:0{width}}-of-{total}{after}" for number in expected if number not in widths]
+    return missing
 
 
 def read_files(files: list[Path], option: str) -> RawRows:

@@ -12,7 +12,7 @@ A function that reads several scored responses gives them all. The result is onl
 a response is empty or equals the other one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from lit_isdpo.data.outcomes import Change
@@ -35,17 +35,18 @@ from lit_isdpo.data.row_fields import (
     transcript_turns,
     turns_in,
 )
-from lit_isdpo.types import Message, Prompt, SFTExample
+from lit_isdpo.types import Answer, Message, Prompt, SFTExample
 
 Kind = Literal["pairs", "demonstrations"]
 
 
 class Scored(NamedTuple):
-    """Several responses to one prompt; of two, the one with the higher score is the better one."""
+    """Responses to one prompt; of two, the one with the higher score is the better one."""
 
     prompt: Prompt
-    responses: list[str]
-    scores: list[float]
+    responses: Sequence[Answer]
+    scores: Sequence[float]
+    changes: tuple[str, ...] = ()
 
 
 # A prompt and the response in one column
@@ -156,7 +157,7 @@ def read_ranked(row: Row) -> Scored:
     A ``prompt`` is used as it stands or is a list of messages; a ``question`` or an ``instruction`` is a user turn.
 
     >>> read_ranked({"question": "2 + 2?", "responses": ["4", "5"], "ranks": [1, 2]})
-    Scored(prompt=[{'role': 'user', 'content': '2 + 2?'}], responses=['4', '5'], scores=[-1.0, -2.0])
+    Scored(prompt=[{'role': 'user', 'content': '2 + 2?'}], responses=['4', '5'], scores=[-1.0, -2.0], changes=())
     """
     if "prompt" in row:
         prompt = prompt_in(row, "prompt")

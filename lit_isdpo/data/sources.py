@@ -20,7 +20,16 @@ import datasets
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.file_readers import READERS, first_line, is_one_object, quiet, read_files, reader_of, suffixes
+from lit_isdpo.data.file_readers import (
+    READERS,
+    first_line,
+    is_one_object,
+    missing_shards,
+    quiet,
+    read_files,
+    reader_of,
+    suffixes,
+)
 from lit_isdpo.data.raw_rows import RawRows, cache_file, rows_in_memory
 from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError
@@ -209,21 +218,22 @@ def open_source(source: DataSource, option: str) -> OpenSource:
     Raises:
         InputError: there is nothing of that name, or nothing that can be read.
     """
+    files: list[Path] = []
+    if source.rows is None:
+        try:
+            files, folder = _find(Path(named_path(source.path, "pairs")).expanduser(), source.path, option)
+        except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
+        if not files:
+            named, tables = _open_hub(source.path, source.name, source.revision, option)
+            return OpenSource(source, option, files=named, tables=tables)
+    if source.name or source.revision:
+        kind = "a local path" if files else "none"
+        raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is {kind}")
     if source.rows is not None:
-        if source.name or source.revision:
-            raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is none")
         tables = source.rows if isinstance(source.rows, datasets.DatasetDict) else {"train": source.rows}
         return OpenSource(source, option, tables=tables)
-    try:
-        files, folder = _find(Path(named_path(source.path, "pairs")).expanduser(), source.path, option)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
-    if not files:
-        named, tables = _open_hub(source.path, source.name, source.revision, option)
-        return OpenSource(source, option, files=named, tables=tables)
-    if source.name or source.revision:
-        raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
     for file in files:
         reader_of(file, option)
     return OpenSource(source, option, files=_by_split(files, folder))
@@ -232,13 +242,9 @@ def open_source(source: DataSource, option: str) -> OpenSource:
 def _open_hub(
     path: str, name: str | None, revision: str | None, option: str
 ) -> tuple[dict[str, list[Path]], Mapping[str, Any]]:
-    """Finds a data set of the hub and downloads all of its splits.
+    """Downloads a data set of the hub: the files of each split if they are text, else a table of each split.
 
-    ``datasets`` would guess the types of the columns of JSON and CSV files. So it only says which files make up which
-    split; they are downloaded, and read as local ones are.
-
-    Returns:
-        The files of each split, if they are text; else no files, and a table of each split.
+    ``datasets`` would guess the types of the columns of JSON and CSV files. It only says which files are which split.
 
     Raises:
         InputError: there is no such data set, the hub cannot be asked, or the data set cannot be loaded.
@@ -328,26 +334,6 @@ def _is_data(file: Path, folder: Path) -> bool:
     return named_so and not file.is_dir()
 
 
-def missing_shards(names: Sequence[str]) -> list[str]:
-    """The files that are not there of sets such as ``train-00000-of-00003.parquet``.
-
-    >>> missing_shards(["train-00001-of-00003.jsonl", "test.jsonl"])
-    ['train-00000-of-00003.jsonl', 'train-00002-of-00003.jsonl']
-    """
-    sets: dict[tuple[str, str, str], dict[int, int]] = {}
-    for name in names:
-        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(.*)", name, re.DOTALL):
-            before, number, total, after = match.groups()
-            sets.setdefault((before, total, after), {})[int(number)] = len(number)
-    missing = []
-    for (before, total, after), widths in sets.items():
-        first = int(int(total) in widths and 0 not in widths)  # some count from 1
-        width = max(widths.values())
-        expected = range(first, min(int(total), 100_000) + first)
-        missing += [f"{before}{number:0{width}}-of-{total}{after}" for number in expected if number not in widths]
-    return missing
-
-
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or their folders, ``train/0.jsonl``.
 
@@ -373,10 +359,7 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for split, groups in named.items():
         splits |= {split: next(iter(groups.values()))} if len(groups) == 1 else groups
-    if others and ("train" in splits or "train" not in named):
-        splits = {"train": sorted([*splits.get("train", []), *others])} | {
-            name: part for name, part in splits.items() if name != "train"
-        }
-    elif others:
-        splits[_OTHERS] = others
+    if others:
+        name = "train" if "train" in splits or "train" not in named else _OTHERS
+        splits[name] = sorted([*splits.get(name, []), *others])
     return splits

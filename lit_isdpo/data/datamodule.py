@@ -39,7 +39,7 @@ from lit_isdpo.data.sampling import (
 from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
 from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode
-from lit_isdpo.data.tokenized_rows import DEMONSTRATIONS, PAIRS, Rows, RowType, TokenizedSource, tokenize_rows
+from lit_isdpo.data.tokenized_rows import DEMONSTRATIONS, PAIRS, Recipe, Rows, RowType, TokenizedSource, tokenize_rows
 from lit_isdpo.types import InputError, ProbePrompt
 
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -307,16 +307,9 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
         """A split of a source, tokenized; messages call it ``label``."""
-        return tokenize_rows(
-            source.read(name, self.columns),
-            self.row_type,
-            self.format,
-            self.encoder,
-            Limits(self.max_length, self.max_prompt_length, self.truncation_mode),
-            name=label,
-            num_proc=self.num_proc,
-            read_options=self.read_options,
-        )
+        limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
+        recipe = Recipe(self.row_type, self.format, self.encoder, limits, self.read_options)
+        return tokenize_rows(source.read(name, self.columns), recipe, name=label, num_proc=self.num_proc)
 
     @rank_zero_only
     def _print_counts(self, splits: Sequence[Split]) -> None:

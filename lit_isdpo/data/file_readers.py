@@ -70,23 +70,25 @@ def reader_of(file: Path, option: str) -> Reader:
     return READERS[suffix]
 
 
-def missing_shards(names: Sequence[str]) -> list[str]:
-    """The files that are not there of sets such as ``train-00000-of-00003.parquet``.
+def missing_shards(files: Sequence[Path]) -> list[Path]:
+    """The files that are missing in sets such as ``train-00000-of-00003.parquet``.
 
-    >>> missing_shards(["train-00001-of-00003.jsonl", "test.jsonl"])
+    >>> [file.name for file in missing_shards([Path("train-00001-of-00003.jsonl"), Path("test.jsonl")])]
     ['train-00000-of-00003.jsonl', 'train-00002-of-00003.jsonl']
     """
-    sets: dict[tuple[str, str, str], dict[int, int]] = {}
-    for name in names:
-        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(.*)", name, re.DOTALL):
+    sets: dict[tuple[Path, str, str, str], dict[int, int]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(.*)", file.name, re.DOTALL):
             before, number, total, after = match.groups()
-            sets.setdefault((before, total, after), {})[int(number)] = len(number)
+            sets.setdefault((file.parent, before, total, after), {})[int(number)] = len(number)
     missing = []
-    for (before, total, after), widths in sets.items():
+    for (parent, before, total, after), widths in sets.items():
         first = int(int(total) in widths and 0 not in widths)  # some count from 1
         width = max(widths.values())
         expected = range(first, min(int(total), 100_000) + first)
-        missing += [f"{before}{number:0{width}}-of-{total}{after}" for number in expected if number not in widths]
+        missing += [
+            parent / f"{before}{number:0{width}}-of-{total}{after}" for number in expected if number not in widths
+        ]
     return missing
 
 

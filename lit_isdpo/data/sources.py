@@ -1,8 +1,8 @@
 """Where rows come from: local files, folders, globs and hub data sets, and which of their splits is read.
 
-A path that is there is read from disk; ``owner/name`` is otherwise a data set on the hub. Files are told apart by what
-they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parquet`` those are the splits ``train`` and
-``validation``; a file that is not named after a split is ``train`` too. In Python a source may also be rows in memory.
+A path that exists is read from disk; ``owner/name`` is otherwise a data set on the hub. The names of files tell their
+split: in a folder, ``train.jsonl`` and ``val-00000-of-00002.parquet`` are the splits ``train`` and ``validation``; a
+file that is not named after a split is ``train`` too. In Python a source may also be rows in memory.
 """
 
 import glob
@@ -80,7 +80,7 @@ class DataSource:
 
 _OPTIONS = [option.name for option in fields(DataSource) if option.name != "rows"]
 Sources = str | dict[str, Any] | list[str | dict[str, Any]]
-if TYPE_CHECKING:  # what Python may give besides, which the command line cannot write
+if TYPE_CHECKING:  # Python may also give these, which the command line cannot write
     Given = Sources | datasets.Dataset | datasets.DatasetDict | pd.DataFrame | Sequence[Mapping[str, Any]] | Path
 else:
     Given = Sources
@@ -90,9 +90,8 @@ def as_sources(value: Any, option: str) -> list[DataSource]:
     """Puts what a user may write for ``data.train`` into one form.
 
     Args:
-        value: path, source, or a list of either; a mapping stands for a source. Or rows in memory: a
-            ``datasets.Dataset`` or ``DatasetDict``, a ``DataFrame``, or a list of mappings that are rows.
-        option: what it was written for, for the messages.
+        value: path, source, or a list of either; a mapping stands for a source. Or rows in memory.
+        option: the option's name, for messages.
 
     Raises:
         InputError: a path or a weight that cannot be.
@@ -189,11 +188,7 @@ class OpenSource:
         return found
 
     def read(self, split: str, columns: Mapping[str, str | None] | None = None) -> RawRows:
-        """Reads a split.
-
-        Args:
-            split: its name.
-            columns: what the user calls a column -> its name in the data; the source's own come first.
+        """Reads a split; ``columns`` has the user's names of columns -> names in the data, and the source's come first.
 
         Raises:
             InputError: a file cannot be read, or there are no rows.
@@ -209,11 +204,7 @@ class OpenSource:
 
 
 def open_source(source: DataSource, option: str) -> OpenSource:
-    """Finds a source and its splits; local files are not read yet.
-
-    Args:
-        source: what to look for.
-        option: what it was written for (``data.train``), for the messages.
+    """Finds a source and its splits; local files are not read yet. Messages name its option (``data.train``).
 
     Raises:
         InputError: there is nothing of that name, or nothing that can be read.
@@ -276,9 +267,7 @@ def _open_hub(
         raise InputError(f"{option}: cannot load {path!r} from the hub: {first_line(error)}") from error
 
 
-def _text_files(
-    path: str, name: str | None, revision: str | None, is_offline: bool
-) -> dict[str, list[tuple[str, ...]]]:
+def _text_files(path: str, name: str | None, revision: str | None, is_offline: bool) -> dict[str, list[Any]]:
     """The files of each split as (data set, commit, file), kept for runs without the hub; none if not all are text."""
     key = hashlib.blake2b(json.dumps([path, name, revision]).encode(), digest_size=16).hexdigest()
     note = cache_file(f"hub-{key}").with_suffix(".json")
@@ -288,15 +277,12 @@ def _text_files(
     split_files = (config.data_files or {}).items()
     found = {str(split): [_HUB_FILE.fullmatch(str(file)) for file in files] for split, files in split_files}
     is_plain = all(getattr(config, option, None) in plain for option, plain in _PLAIN.items())
-    if not is_plain or not all(_is_text(match) for matches in found.values() for match in matches):
+    files = [match and Path(match[3]) for matches in found.values() for match in matches]
+    if not is_plain or not all(file and READERS.get(suffixes(file)[0]) in ("json", "csv") for file in files):
         found = {}
     listed = {split: [match.groups() for match in matches if match] for split, matches in found.items()}
     note.write_text(json.dumps(listed))
     return listed
-
-
-def _is_text(match: re.Match[str] | None) -> bool:
-    return match is not None and READERS.get(suffixes(Path(match[3]))[0]) in ("json", "csv")
 
 
 def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
@@ -315,15 +301,13 @@ def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
         # A link to a folder above would give each file many times.
         files = list({file.parent.resolve() / file.name: file for file in matches if file.is_file()}.values())
         folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-    by_folder: dict[Path, list[str]] = {}
-    for file in files:
-        by_folder.setdefault(file.parent, []).append(file.name)
-    for parent, names in by_folder.items():
-        if missing := missing_shards(names):
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise InputError(
-                f"{option}: {str(parent)!r} lacks {some}; to read a part of the data, name its files in a list"
-            )
+    if missing := missing_shards(files):
+        parent = missing[0].parent
+        names = [file.name for file in missing if file.parent == parent]
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise InputError(
+            f"{option}: {str(parent)!r} lacks {some}; to read a part of the data, name its files in a list"
+        )
     return files, folder
 
 

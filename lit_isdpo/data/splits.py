@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.data.examples import read_prompt
-from lit_isdpo.data.outcomes import Reason, SourceCounts, Split, check_dropped
+from lit_isdpo.data.outcomes import Reason, SourceCounts, Split, check_dropped, count_notes, words_of
 from lit_isdpo.data.raw_rows import RawRows
 from lit_isdpo.data.sampling import permutation
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
@@ -62,6 +62,7 @@ class Splits:
         self._read = read
         self._raw: dict[Split, list[RawRows]] = {}
         self._opened: dict[Split, list[OpenSource]] = {}
+        self._ends: dict[Split, list[int]] = {}  # of each source's lines in the table
         self._repeated: dict[Split, Tensor] = {}  # row ids
 
     def parts(self, split: Split) -> list[tuple[OpenSource, str]]:
@@ -101,41 +102,40 @@ class Splits:
         if not parts:  # and split == "val"
             self._hold_out()
             return
-        sources = []
+        names, sources = [], []
         for source, name in parts:
-            path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
-            sources.append((path, self._read(source, name, f"data.{split}: {path}")))
-        tables = [source.table for _, source in sources]
+            names.append(source.source.path + (f" [{name}]" if len(source.splits) > 1 else ""))
+            sources.append(self._read(source, name, f"data.{split}: {names[-1]}"))
+        tables = [source.table for source in sources]
         table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-        offsets = accumulate((len(part) for part in tables[:-1]), initial=0)
-        positions = [source.kept + offset for (_, source), offset in zip(sources, offsets, strict=True)]
-        rows = Rows(table, torch.cat(positions), self.row_type)
+        ends = list(accumulate((len(part) for part in tables), initial=0))
+        kept = [source.kept() for source in sources]
+        rows = Rows(table, torch.cat([part + end for part, end in zip(kept, ends, strict=False)]), self.row_type)
         repeated = rows.repeated()
         counts = [
-            self._count(path, source, part)
-            for (path, source), part in zip(sources, repeated.split([len(part) for part in positions]), strict=True)
+            self._count(name, source, lines, part)
+            for name, source, lines, part in zip(
+                names, sources, kept, repeated.split([len(lines) for lines in kept]), strict=True
+            )
         ]
         if self.max_dropped_fraction is not None:
             for part in counts:
                 check_dropped(part, split, self.max_dropped_fraction)
-        self._raw[split] = [source.rows for _, source in sources]
+        self._raw[split], self._ends[split] = [source.rows for source in sources], ends[1:]
         self._repeated[split] = rows.positions[repeated]
         self.counts[split] = counts
-        if self.duplicates == "drop":
-            rows = Rows(table, rows.positions[~repeated], self.row_type)
-        self.rows[split] = rows
+        self.rows[split] = Rows(table, rows.positions[~repeated], self.row_type) if self.duplicates == "drop" else rows
 
-    def _count(self, path: str, source: TokenizedSource, repeated: Tensor) -> SourceCounts:
+    def _count(self, name: str, source: TokenizedSource, kept: Tensor, repeated: Tensor) -> SourceCounts:
         """Counts what became of a source, of whose ``(N,)`` kept lines some repeat others."""
-        number = int(repeated.sum())
-        counted = {Reason.DUPLICATE.value: number} if number else {}
-        if self.duplicates == "drop":
-            kept = source.kept[~repeated]
-            dropped, changed = source.dropped | counted, source.changes(kept)
-        else:
-            kept = source.kept
-            dropped, changed = source.dropped, source.changes(kept) | counted
-        return SourceCounts(path, source.format, len(source.rows), len(kept), 0, dropped, changed, source.example)
+        notes = source.dropped()
+        dropped = count_notes(notes)
+        example = next((note for note in notes if words_of(note) == next(iter(dropped))), "").partition("\n")[2]
+        kept = kept[~repeated] if self.duplicates == "drop" else kept
+        changed = count_notes(source.changes(kept))
+        if number := int(repeated.sum()):
+            (dropped if self.duplicates == "drop" else changed)[Reason.DUPLICATE.value] = number
+        return SourceCounts(name, source.format, len(source.rows), len(kept), 0, dropped, changed, example)
 
     def _hold_out(self) -> None:
         """Moves a part of the training rows to the validation rows."""
@@ -188,10 +188,8 @@ class Splits:
 
     def first_rows(self, split: Split) -> list[int]:
         """The id of the first row of each source that the split has rows of."""
-        ends = list(accumulate(source.lines for source in self.counts[self._read_as(split)]))
-        positions = self.rows[split].positions.tolist()
-        firsts = {bisect_right(ends, row_id): row_id for row_id in reversed(positions)}
-        return sorted(firsts.values())
+        ends, positions = self._ends[self._read_as(split)], self.rows[split].positions.tolist()
+        return sorted({bisect_right(ends, row_id): row_id for row_id in reversed(positions)}.values())
 
     def _read_as(self, split: Split) -> Split:
         """The split that its rows were read with, which is that of training where they were held out."""
@@ -200,8 +198,7 @@ class Splits:
     def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, RawRows]:
         """The source of a row, the row's place in it, and the source's rows."""
         read_as = self._read_as(split)
-        ends = list(accumulate(source.lines for source in self.counts[read_as]))
-        number = bisect_right(ends, row_id)
+        number = bisect_right(self._ends[read_as], row_id)
         return self.counts[read_as][number], self.rows[split].table[row_id]["row"], self._raw[read_as][number]
 
     def folders(self, split: Split) -> list[Path]:
@@ -220,7 +217,8 @@ class Splits:
         Raises:
             InputError: says how many have none, and names the first.
         """
-        missing = self.rows[split].without_behavior_logps()
+        rows = self.rows[split]
+        missing = rows.positions[rows.numbers("chosen_behavior_logps").isnan()]
         if len(missing):
             raise InputError(
                 f"data.{split}: model.mu is 'data', but {len(missing)} pairs have no behavior log-probs, the first of "

@@ -128,8 +128,7 @@ class TextEncoder:
             prefix = split_prefix(prompt)[1]
             return encode_inside(_OPENING + (f" {prefix}" if prefix else ""), self.tokenizer)
         turns, prefix = split_prefix(messages)
-        opened = self._rendered(turns, add_generation_prompt=True)
-        before = self._rendered(turns, add_generation_prompt=False)
+        opened, before = (self._rendered(turns, add_generation_prompt=added) for added in (True, False))
         text = (opened[len(before) :] if opened.startswith(before) else "") + prefix
         return encode_inside(text, self.tokenizer) if text else []
 
@@ -154,9 +153,8 @@ class TextEncoder:
         texts = [response if isinstance(response, str) else response["content"] for response in responses]
         if not all(isinstance(response, str) for response in responses):
             rewritten = RowError(Reason.REWRITTEN, "a plain transcript has no place for thoughts and tool calls")
-        if not isinstance(prompt, str) and (
-            any(has_more_than_text(turn) for turn in prompt) or (isinstance(prompt, Conversation) and prompt.tools)
-        ):
+        has_tools = isinstance(prompt, Conversation) and bool(prompt.tools)
+        if has_tools or (not isinstance(prompt, str) and any(map(has_more_than_text, prompt))):
             changes.append(Change.PROMPT_REWRITTEN)
         return Encoded(
             encode_prompt(self.render(prompt), tokenizer),
@@ -193,12 +191,7 @@ def transcript(messages: Sequence[Message]) -> str:
     >>> transcript([{"role": "user", "content": "2 + 2?"}])
     '\n\nHuman: 2 + 2?\n\nAssistant:'
     """
-    names = {
-        "user": "\n\nHuman: ",
-        "assistant": "\n\nAssistant: ",
-        "tool": "\n\nTool: ",
-        "function": "\n\nTool: ",
-    }
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", **dict.fromkeys(("tool", "function"), "\n\nTool: ")}
     text = "".join(names.get(turn["role"], "\n\n" if i else "") + turn["content"] for i, turn in enumerate(messages))
     return text if messages[-1].get("prefix") else text + _OPENING
 

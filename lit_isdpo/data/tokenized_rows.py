@@ -17,7 +17,7 @@ import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,15 +41,15 @@ from lit_isdpo.data.examples import (
 )
 from lit_isdpo.data.file_readers import quiet
 from lit_isdpo.data.formats import Kind
-from lit_isdpo.data.outcomes import RowError, count_notes, words_of
+from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.raw_rows import RawRows, cache_file
 from lit_isdpo.data.row_fields import Row
 from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example, tokenize_pair
 from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 # Part of the cache's key: raise it with every change to how rows are read, paired or tokenized that changes the table.
-_TOKENS_VERSION = 5
-_NUMBERS = ("prompt_key", "row_key", "row")
+_TOKENS_VERSION = 6
+_OTHERS = ("dropped", "prompt_key", "row_key", "row")  # columns besides those of an item
 _ROWS_PER_PROCESS = 25_000  # fewer are tokenized before another process has begun
 _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clutters the terminal
 
@@ -95,13 +95,17 @@ class Rows(Dataset[tuple[int, Any]]):
         ids = [position if index >= 0 else -1 for index, position in zip(indices, positions, strict=True)]
         return list(zip(ids, map(item._make, values), strict=True))
 
+    def numbers(self, column: str) -> Tensor:
+        """``(N,)`` values of a column of numbers."""
+        return torch.tensor(self.table.data.column(column).to_numpy())[self.positions]
+
     def prompt_keys(self) -> Tensor:
         """``(N,)`` int64; rows have the same key when they have the same prompt tokens."""
-        return torch.tensor(self.table.data.column("prompt_key").to_numpy())[self.positions]
+        return self.numbers("prompt_key")
 
     def keys(self) -> Tensor:
         """``(N,)`` int64; rows have the same key when all of their tokens are the same, prompt and responses."""
-        return torch.tensor(self.table.data.column("row_key").to_numpy())[self.positions]
+        return self.numbers("row_key")
 
     def repeated(self) -> Tensor:
         """``(N,)`` bool, true at rows whose tokens are all those of an earlier row."""
@@ -115,17 +119,12 @@ class Rows(Dataset[tuple[int, Any]]):
 
     def num_tokens(self) -> dict[str, Tensor]:
         """``(N,)`` int64 tokens of each part of the rows: prompt, chosen and rejected, or prompt and completion."""
-        parts = [name for name in self.row_type.item._fields if name.endswith("_ids")]
-        counts = {name: pc.list_value_length(self.table.data.column(name)).to_numpy() for name in parts}
-        return {
-            name.removesuffix("_ids"): torch.from_numpy(count.astype("int64"))[self.positions]
-            for name, count in counts.items()
-        }
-
-    def without_behavior_logps(self) -> Tensor:
-        """Ids of the pairs whose behavior log-probs are not known, int64."""
-        known = torch.tensor(self.table.data.column("chosen_behavior_logps").to_numpy())[self.positions]
-        return self.positions[known.isnan()]
+        counts = {}
+        for name in self.row_type.item._fields:
+            if name.endswith("_ids"):
+                lengths = pc.list_value_length(self.table.data.column(name)).to_numpy().astype("int64")
+                counts[name.removesuffix("_ids")] = torch.from_numpy(lengths)[self.positions]
+        return counts
 
 
 class TokenizedSource(NamedTuple):
@@ -135,105 +134,128 @@ class TokenizedSource(NamedTuple):
         table: a ``datasets.Dataset`` with a line for every row or pair, as shown at the head of this file.
         format: the format that the rows were read in.
         rows: the rows that were read.
-        kept: ``(N,)`` int64, the positions of the lines that are not dropped.
-        dropped: number of dropped lines by reason, the commonest first.
-        example: what the first dropped row of the commonest reason shows; empty if it shows nothing.
     """
 
     table: Any
     format: str
     rows: RawRows
-    kept: Tensor
-    dropped: dict[str, int]
-    example: str
 
-    def changes(self, lines: Tensor) -> dict[str, int]:
-        """Number of these ``(N,)`` lines by what was changed in them, the commonest first."""
-        return count_notes(pc.list_flatten(self.table.data.column("changes").take(lines.numpy())).to_pylist())
+    def kept(self) -> Tensor:
+        """``(N,)`` int64, the positions of the lines that are not dropped."""
+        return torch.from_numpy(pc.is_null(self.table.data.column("dropped")).to_numpy().nonzero()[0])
+
+    def dropped(self) -> list[str]:
+        """The notes of the lines that are dropped."""
+        notes: list[str] = self.table.data.column("dropped").drop_null().to_pylist()
+        return notes
+
+    def changes(self, lines: Tensor) -> list[str]:
+        """The notes of ``(N,)`` lines that are not dropped."""
+        notes: list[str] = pc.list_flatten(self.table.data.column("changes").take(lines.numpy())).to_pylist()
+        return notes
 
 
-def tokenize_rows(
-    rows: RawRows,
-    row_type: RowType,
-    format: str,
-    encoder: TextEncoder,
-    limits: Limits,
-    *,
-    name: str,
-    num_proc: int | None = None,
-    read_options: Mapping[str, Any] | None = None,
-) -> TokenizedSource:
-    """Tokenizes the rows of one source, or finds them tokenized by an earlier run.
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become items.
 
     Args:
-        rows: those of the source.
         row_type: pairs or demonstrations.
         format: a key of ``formats.FORMATS``, or auto.
         encoder: writes the text of the rows.
         limits: the largest lengths.
+        read_options: for pairs, those of ``to_pairs``.
+    """
+
+    row_type: RowType
+    format: str
+    encoder: TextEncoder
+    limits: Limits
+    read_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def fitted(self, rows: RawRows, name: str) -> "Recipe":
+        """The recipe with the format of some rows.
+
+        Raises:
+            InputError: the format does not fit, or a column that was named is not there.
+        """
+        columns, kind, format = rows.column_names(), self.row_type.kind, self.format
+        rows.check_renamed(name)
+        if format == "auto":
+            format = detect_format(columns, rows.start(), kind=kind, name=name)
+        check_format(format, columns, kind=kind, name=name)
+        check_pairing(self.read_options.get("pairing", "best_worst"), format, name=name)
+        for option in ("weight_column", "margin_column"):
+            column = self.read_options.get(option)
+            if column is not None and not rows.has(column):
+                raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(columns)}")
+        return replace(self, format=format)
+
+    def key(self) -> list[Any]:
+        """All that decides about the items of a row, in plain types."""
+        encoder = self.encoder
+        return [
+            *(self.row_type.kind, self.format, sorted(self.read_options.items()), _tokenizer_key(encoder.tokenizer)),
+            *(encoder.chat_template, sorted(encoder.template_options.items()), encoder.first_without_row),
+            sorted(asdict(self.limits).items()),
+        ]
+
+    def lines(
+        self, batch: Mapping[str, list[Any]], indices: Sequence[int], *, parse: Callable[[Mapping[str, Any]], Row]
+    ) -> dict[str, list[Any]]:
+        """The lines of the table that some rows become, column by column."""
+        lines: list[dict[str, Any]] = []
+        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            row = parse(dict(zip(batch, values, strict=True)))
+            try:
+                examples = self.row_type.read(row, format=self.format, **self.read_options)
+            except RowError as error:
+                lines.append(self._dropped(error) | {"row": index})
+            else:
+                lines += [self._line(example) | {"row": index} for example in examples]
+        return {column: [line[column] for line in lines] for column in (*self.row_type.item._fields, *_OTHERS)}
+
+    def _line(self, example: Any) -> dict[str, Any]:
+        try:
+            item = self.row_type.tokenize(example, self.encoder, self.limits)
+        except RowError as error:
+            return self._dropped(error)
+        ids = [getattr(item, name) for name in item._fields if name.endswith("_ids")]
+        keys = {"prompt_key": _key(ids[0]), "row_key": _key([n for part in ids for n in (*part, -1)])}
+        return {**item._asdict(), "dropped": None, **keys}
+
+    def _dropped(self, error: RowError) -> dict[str, Any]:
+        fields = self.row_type.item._fields
+        blank: dict[str, Any] = {name: [] if name.endswith("_ids") or name == "changes" else None for name in fields}
+        return {**blank, "dropped": str(error), "prompt_key": 0, "row_key": 0}
+
+
+def tokenize_rows(rows: RawRows, recipe: Recipe, *, name: str, num_proc: int | None = None) -> TokenizedSource:
+    """Tokenizes the rows of one source, or finds them tokenized by an earlier run.
+
+    Args:
+        rows: those of the source.
+        recipe: how they become items.
         name: the source, for messages.
         num_proc: number of processes; by default one for every ``_ROWS_PER_PROCESS`` rows, up to one per core.
-        read_options: for pairs, those of ``to_pairs``.
 
     Raises:
         InputError: the format or the chat template does not fit, a column that was named is not there, or all weights
             are 0.
     """
-    read_options = read_options or {}
-    columns = rows.column_names()
-    rows.check_renamed(name)
-    if format == "auto":
-        format = detect_format(columns, rows.start(), kind=row_type.kind, name=name)
-    else:
-        check_format(format, columns, kind=row_type.kind, name=name)
-    check_pairing(read_options.get("pairing", "best_worst"), format, name=name)
-    for option in ("weight_column", "margin_column"):
-        column = read_options.get(option)
-        if column is not None and not rows.has(column):
-            raise InputError(f"{name}: data.{option}: no column {column!r}; it has {', '.join(columns)}")
-    table = _map(rows, row_type, format, encoder, limits, num_proc, read_options)
-    reasons = table.data.column("dropped")
-    kept = torch.from_numpy(pc.is_null(reasons).to_numpy().nonzero()[0])
-    notes = reasons.drop_null().to_pylist()
-    dropped = count_notes(notes)
-    example = next((note for note in notes if words_of(note) == next(iter(dropped))), "")
-    if len(kept) and read_options.get("weight_column") and not pc.max(table.data.column("weight")).as_py():
-        raise InputError(
-            f"{name}: data.weight_column: all weights in {read_options['weight_column']!r} are 0, so that there is "
-            "nothing to learn"
-        )
-    return TokenizedSource(table, format, rows, kept, dropped, example.partition("\n")[2])
-
-
-def _map(
-    rows: RawRows,
-    row_type: RowType,
-    format: str,
-    encoder: TextEncoder,
-    limits: Limits,
-    num_proc: int | None,
-    read_options: Mapping[str, Any],
-) -> Any:
-    num_proc = num_proc or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
-    how: list[Any] = [row_type.kind, format, sorted(read_options.items()), sorted(rows.renamed.items())]
-    how += [_tokenizer_key(encoder.tokenizer), encoder.chat_template, sorted(encoder.template_options.items())]
-    how += [encoder.first_without_row, sorted(asdict(limits).items())]
-    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, *how])
+    recipe = recipe.fitted(rows, name)
+    fields, kind = recipe.row_type.item._fields, recipe.row_type.kind
+    key = json.dumps([_TOKENS_VERSION, rows.fingerprint, sorted(rows.renamed.items()), *recipe.key()])
     fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    ids, number, words = (datasets.List(datasets.Value("int32")), datasets.Value("float64"), datasets.Value("string"))
-    features = {field: ids if field.endswith("_ids") else number for field in row_type.item._fields}
-    features |= {"changes": datasets.List(words), "dropped": words} | dict.fromkeys(_NUMBERS, datasets.Value("int64"))
-    named = {*OF_ANY_FORMAT, *(column for column in read_options.values() if column)}
-    table = rows.needed(named.union(required_columns(format, row_type.kind, rows.column_names())))
+    ids, number, words = datasets.List(datasets.Value("int32")), datasets.Value("float64"), datasets.Value("string")
+    features = {field: ids if field.endswith("_ids") else number for field in fields}
+    features |= dict.fromkeys(_OTHERS, datasets.Value("int64")) | {"changes": datasets.List(words), "dropped": words}
+    named = {*OF_ANY_FORMAT, *(column for column in recipe.read_options.values() if column)}
+    table = rows.needed(named.union(required_columns(recipe.format, kind, rows.column_names())))
+    num_proc = num_proc or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     with quiet() if len(rows) < _SHOW_PROGRESS_FROM else nullcontext():
-        return table.map(
-            partial(
-                _lines,
-                parse=rows.parser(),
-                read=partial(row_type.read, format=format, **read_options),
-                tokenize=partial(row_type.tokenize, encoder=encoder, limits=limits),
-                fields=row_type.item._fields,
-            ),
+        table = table.map(
+            partial(recipe.lines, parse=rows.parser()),
             batched=True,  # a row may become several lines; few rows, as Nectar's 21 pairs a row are many tokens
             batch_size=100,
             with_indices=True,
@@ -244,39 +266,13 @@ def _map(
             new_fingerprint=fingerprint,
             desc="Tokenizing",
         )
-
-
-def _lines(
-    batch: Mapping[str, list[Any]],
-    indices: Sequence[int],
-    *,
-    parse: Callable[[Mapping[str, Any]], Row],
-    read: Callable[[Row], Sequence[Any]],
-    tokenize: Callable[[Any], Any],
-    fields: Sequence[str],
-) -> dict[str, list[Any]]:
-    """The lines of the table that some rows become, column by column."""
-    lines = []
-    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        try:
-            examples = read(parse(dict(zip(batch, values, strict=True))))
-        except RowError as error:
-            examples = [error]
-        lines += [_line(example, tokenize, fields) | {"row": index} for example in examples]
-    return {column: [line[column] for line in lines] for column in (*fields, "dropped", *_NUMBERS)}
-
-
-def _line(example: Any, tokenize: Callable[[Any], Any], fields: Sequence[str]) -> dict[str, Any]:
-    try:
-        if isinstance(example, RowError):
-            raise example
-        item = tokenize(example)
-    except RowError as error:
-        line: dict[str, Any] = {name: [] if name.endswith("_ids") or name == "changes" else None for name in fields}
-        return line | {"dropped": str(error), "prompt_key": 0, "row_key": 0}
-    ids = [getattr(item, name) for name in fields if name.endswith("_ids")]
-    keys = {"prompt_key": _key(ids[0]), "row_key": _key([n for part in ids for n in (*part, -1)])}
-    return {**item._asdict(), "dropped": None, **keys}
+    source = TokenizedSource(table, recipe.format, rows)
+    weight_column = recipe.read_options.get("weight_column")
+    if weight_column and pc.max(table.data.column("weight")).as_py() == 0:
+        raise InputError(
+            f"{name}: data.weight_column: all weights in {weight_column!r} are 0, so that there is nothing to learn"
+        )
+    return source
 
 
 def _key(numbers: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from lit_isdpo import __version__
-from lit_isdpo.data.tokenization import load_tokenizer
+from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.evaluation.store import naming
 from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, check_same_tensors, parse_adapter
 from lit_isdpo.policy.code import code_files, copy_code

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_isdpo.data.pairing import Pairing, choose_pairs
+from lit_isdpo.data.examples import Pairing, choose_pairs
 from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.lab.labelling import Labeller, PairRow, SampledRow, sampled_logps, to_rows
 from lit_isdpo.policy.generation import Sampling

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.commands.inspect import inspect_data
 from lit_isdpo.commands.plan import make_plan, print_plan
-from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.reference_cache import cache_folder

@@ -21,12 +21,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data import accounts
-from lit_isdpo.data.accounts import Split
+from lit_isdpo.data import outcomes
 from lit_isdpo.data.collation import Layout
-from lit_isdpo.data.formats import FORMATS, check_pairing
-from lit_isdpo.data.pairing import Pairing
-from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, TokenizedSource, tokenize_rows
+from lit_isdpo.data.encoding import check_template_options, load_tokenizer, pad_token_id
+from lit_isdpo.data.examples import Pairing, check_pairing
+from lit_isdpo.data.formats import FORMATS
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.data.sampling import (
     EvaluationOrder,
     TrainingLoader,
@@ -38,14 +38,8 @@ from lit_isdpo.data.sampling import (
 )
 from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
-from lit_isdpo.data.tokenization import (
-    ChatTemplate,
-    TextEncoder,
-    check_template_options,
-    load_tokenizer,
-    pad_token_id,
-)
-from lit_isdpo.data.truncation import TruncationMode
+from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode
+from lit_isdpo.data.tokenized_rows import DEMONSTRATIONS, PAIRS, Recipe, Rows, RowType, TokenizedSource, tokenize_rows
 from lit_isdpo.types import InputError, ProbePrompt
 
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -313,30 +307,21 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
         """A split of a source, tokenized; messages call it ``label``."""
-        return tokenize_rows(
-            source.records(name, self.columns),
-            self.row_type,
-            self.format,
-            self.encoder,
-            name=label,
-            num_proc=self.num_proc,
-            read_options=self.read_options,
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            truncation_mode=self.truncation_mode,
-        )
+        limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
+        recipe = Recipe(self.row_type, self.format, self.encoder, limits, self.read_options)
+        return tokenize_rows(source.read(name, self.columns), recipe, name=label, num_proc=self.num_proc)
 
     @rank_zero_only
     def _print_counts(self, splits: Sequence[Split]) -> None:
         counts = {split: self.splits.counts[split] for split in splits}
-        accounts.console().print(accounts.table(counts, unit=self.row_type.kind), markup=False)
+        outcomes.console().print(outcomes.table(counts, unit=self.row_type.kind), markup=False)
 
     @rank_zero_only
     def _print_notes(self, rows: Rows, order: TrainingOrder) -> None:
         unused = order.num_unused
-        items = [item for _, item in rows.__getitems__(list(range(min(len(rows), accounts.SPELLED_ROWS))))]
+        items = [item for _, item in rows.__getitems__(list(range(min(len(rows), outcomes.SPELLED_ROWS))))]
         texts = [ids for item in items for ids in item[:2]]  # prompts and responses
-        for note in accounts.notes(order.steps_per_epoch, self.batch_size, unused, texts, self.tokenizer.decode):
+        for note in outcomes.hints(order.steps_per_epoch, self.batch_size, unused, texts, self.tokenizer.decode):
             rank_zero_info(note)
 
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:

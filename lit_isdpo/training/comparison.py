@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import PairLoss
 from lit_isdpo.objective.metrics import pair_columns

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_isdpo.data.accounts import Split
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.evaluation.rewards import LabReward
 from lit_isdpo.lab.folder import exact_evaluation_for
 from lit_isdpo.training.language import LanguageModule

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.policy.adapters import Adapter
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.rope import switch_length

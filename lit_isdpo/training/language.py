@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.collation import Layout, batch_prompts
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.tokenization import load_tokenizer, pad_token_id, terminator_ids
+from lit_isdpo.data.encoding import load_tokenizer, pad_token_id, terminator_ids
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.objective.metrics import LOG_WEIGHTS, Columns, PairMetrics, RowMetrics
 from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.data.tokenization import terminator_ids
+from lit_isdpo.data.encoding import terminator_ids
 from lit_isdpo.objective.losses import bradley_terry_losses
 from lit_isdpo.objective.metrics import Columns, score_columns
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_config, read_config

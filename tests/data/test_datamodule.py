@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lit_isdpo.data import rows as rows_module
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
+from lit_isdpo.data.tokenized_rows import Recipe
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedPair
 from tests.data.conftest import RANKED, pairs
 
@@ -199,13 +199,13 @@ def test_text_that_is_not_utf8_is_an_error(make, tmp_path):
 
 def test_the_second_start_tokenizes_nothing(make, monkeypatch):
     make().setup("fit")
-    original, calls = rows_module._line, []
+    original, calls = Recipe._line, []
 
-    def line(example, *options):
+    def line(recipe, example):
         calls.append(example)
-        return original(example, *options)
+        return original(recipe, example)
 
-    monkeypatch.setattr(rows_module, "_line", line)
+    monkeypatch.setattr(Recipe, "_line", line)
     data = make()
     data.setup("fit")
     assert calls == []

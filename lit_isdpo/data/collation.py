@@ -14,8 +14,8 @@ layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is comp
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -233,3 +233,9 @@ def batch_prompts(batch: PreferenceBatch | SFTBatch) -> list[tuple[int, list[int
     # The last prompt token predicts the first response token.
     ends = (tokens.logit_positions[:, 0] % length + 1).tolist()
     return [(row_id, tokens.input_ids[row, : ends[row]].tolist()) for row, row_id in enumerate(batch.row_ids.tolist())]
+
+
+def stack_rows(rows: Sequence[tuple[int, Any]], *, collate: Callable[..., Any]) -> Any:
+    """The batch of ``(row id, item)``."""
+    row_ids, items = zip(*rows, strict=True)
+    return collate(items, row_ids)

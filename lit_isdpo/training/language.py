@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -40,6 +40,7 @@ from lit_isdpo.training.guards import (
     pin_rope,
 )
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
+from lit_isdpo.training.reading import Limits, hand_over, lift_limits, limit_epoch, steps_per_epoch
 from lit_isdpo.training.reference_cache import cached_logps
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks, Reward, SFTBatch
 
@@ -142,6 +143,7 @@ class LanguageModule(LightningModule, ABC):
         self.decay_norms_and_biases = decay_norms_and_biases
         self.samples = False
         self.micro_batch = 0
+        self._limits: Limits | None = None  # of the trainer, before they were made whole steps
         self.train_metrics, self.val_metrics, self.test_metrics = RowMetrics(), RowMetrics(), RowMetrics()
         self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(
@@ -193,11 +195,6 @@ class LanguageModule(LightningModule, ABC):
         return self.comparison is not None and self.comparison.shares_prompts
 
     @property
-    def mixes_pairs(self) -> bool:
-        """Whether a pair's weight depends on the others of its micro-batch; the data then keeps these random."""
-        return self.comparison is not None and self.comparison.weighting.mixes_pairs
-
-    @property
     def data(self) -> TextDataModule:
         """The trainer's data module.
 
@@ -220,6 +217,22 @@ class LanguageModule(LightningModule, ABC):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every > 0 and (self.trainer.global_step + 1) % every == 0)
 
+    def hand_over(self, data: TextDataModule) -> None:
+        """Tells a data module that this model reads its rows."""
+        hand_over(
+            self.trainer,
+            data,
+            tokenizer=self.tokenizer,
+            first_without_row=self.first_without_row,
+            mixes_pairs=self.comparison is not None and self.comparison.weighting.mixes_pairs,
+            shares_prompts=lambda: self.shares_prompts,
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds none: this is the first hook of a run, in which the data module hears of it."""
+        self.hand_over(self.data)
+        return []
+
     # Models
 
     def setup(self, stage: str) -> None:
@@ -238,11 +251,19 @@ class LanguageModule(LightningModule, ABC):
             )
         if self.data.tokenizer_path is not None:
             raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
+        if stage == "fit":
+            self._limits = limit_epoch(self.trainer, self.data)
         self.source = pin_rope(self.source, self.architecture, self.data.max_length)
         check_length(self.source, self.architecture, self.data.max_length)
         if stage == "predict":
             split, option = self.data.split_to_predict, "model.sampling.max_new_tokens"
             self.check_positions(split, self.sampling.max_new_tokens, option)
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the trainer as it was."""
+        if stage == "fit" and self._limits is not None:
+            lift_limits(self.trainer, self._limits)
+            self._limits = None
 
     def check_positions(self, split: Split, max_new_tokens: int, option: str, num_prompts: int | None = None) -> None:
         """Raises for responses beyond the positions that the model knows, as ``guards.check_positions``."""
@@ -438,7 +459,7 @@ class LanguageModule(LightningModule, ABC):
         if self.trainer.max_steps != -1:
             limits.append(self.trainer.max_steps)
         if self.trainer.max_epochs is not None and self.trainer.max_epochs != -1:
-            limits.append(self.trainer.max_epochs * self.data.steps_per_epoch)
+            limits.append(self.trainer.max_epochs * steps_per_epoch(self.trainer, self.data))
         if not limits:
             raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
         return min(limits)

@@ -220,7 +220,7 @@ def test_total_steps(
     limits: dict[str, int], total: int, module: PreferenceModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module.trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, **limits)
-    monkeypatch.setattr(PreferenceModule, "data", SimpleNamespace(steps_per_epoch=10))
+    monkeypatch.setattr(PreferenceModule, "data", SimpleNamespace(order=SimpleNamespace(steps_per_epoch=10)))
     assert module.total_steps == total
 
 

@@ -15,7 +15,8 @@ from lit_isdpo.data.examples import Pairing, choose_pairs
 from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.lab.labelling import Labeller, PairRow, SampledRow, sampled_logps, to_rows
 from lit_isdpo.policy.generation import Sampling
-from lit_isdpo.training.language import LanguageModule, Prediction
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Response, Reward
 

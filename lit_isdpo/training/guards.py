@@ -1,20 +1,15 @@
-"""What stops a run that would go wrong: steps that are not finite, positions beyond the model's, another base."""
+"""What stops a fit before a step that would put NaN into the weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from lightning import pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.outcomes import Split
-from lit_isdpo.policy.adapters import Adapter
-from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError, Ranks
 
@@ -143,103 +138,3 @@ def row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
         return "training rows of another rank"
     names = ", ".join(data.row_name("train", row_id) for row_id in some)
     return f"{names} and {others} more" if others > 0 else names
-
-
-def longest_input(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> int | None:
-    """The longest input, in tokens, that a model computes as it was trained to; ``None`` has no limit.
-
-    Args:
-        source: the model; without a ``rope_length``, LongRoPE goes by ``max_length``.
-        architecture: its configuration.
-        max_length: of the run's rows.
-    """
-    switch = switch_length(architecture)
-    if switch is not None and (source.rope_length or max_length) <= switch:  # frequencies for short inputs
-        return switch
-    positions: int | None = getattr(architecture, "max_position_embeddings", None)
-    return positions
-
-
-def pin_rope(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> PolicyConfig:
-    """Decides which of its frequencies LongRoPE has in a run; arguments as of ``longest_input``."""
-    if source.rope_length is not None:
-        return source
-    switch = switch_length(architecture)
-    if switch is not None:
-        kind = "long" if max_length > switch else "short"
-        rank_zero_info(
-            f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
-            f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
-            "model.policy.rope_length can say otherwise."
-        )
-    return replace(source, rope_length=max_length)
-
-
-def check_length(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> None:
-    """Raises for rows that are longer than the model's positions; arguments as of ``longest_input``."""
-    positions, switch = longest_input(source, architecture, max_length), switch_length(architecture)
-    if positions is not None and max_length > positions:
-        why = "" if positions != switch else f", as rope_length is {source.rope_length}"
-        raise InputError(f"data.max_length: {max_length} tokens are more than the model's {positions}{why}.")
-
-
-def check_positions(
-    source: PolicyConfig,
-    architecture: PretrainedConfig,
-    data: TextDataModule,
-    split: Split,
-    max_new_tokens: int,
-    option: str,
-    num_prompts: int | None = None,
-) -> None:
-    """Raises for responses that may grow beyond the positions that the model knows.
-
-    Learned positions end there with an index error, and rotary ones go on to values that were never trained.
-
-    Args:
-        source: the model.
-        architecture: its configuration.
-        data: has the prompts.
-        split: whose prompts are answered; its rows were read.
-        max_new_tokens: of a response.
-        option: has that limit, for the message.
-        num_prompts: the first ones of the split are answered; ``None`` stands for all.
-
-    Raises:
-        InputError: the longest prompt and a response of that length are more.
-    """
-    positions = longest_input(source, architecture, data.max_length)
-    if num_prompts is None:
-        longest = int(data.splits.rows[split].num_tokens()["prompt"].max())
-    else:
-        longest = max(len(prompt.prompt_ids) for prompt in data.prompts(split, num_prompts))
-    if positions is not None and longest + max_new_tokens > positions:
-        raise InputError(
-            f"{option}: {max_new_tokens} tokens behind a prompt of {longest}, the longest {split} prompt in use, "
-            f"are more than the model's {positions} positions; lower it or data.max_prompt_length."
-        )
-
-
-def check_base(adapter: Adapter | None, base: str | None, path: str) -> None:
-    """Raises for a checkpoint of another kind, or of an adapter on another base.
-
-    Args:
-        adapter: of the model that is trained.
-        base: the fingerprint that a checkpoint's adapter has of its base; ``None`` in one of a whole model.
-        path: of the model, for the message.
-
-    Raises:
-        InputError: an adapter meets a whole model, or another base than its own.
-    """
-    if adapter is None and base is not None:
-        raise InputError("ckpt_path: the checkpoint holds an adapter alone; set model.policy.peft as its run did.")
-    if adapter is not None and base is None:
-        raise InputError(
-            "ckpt_path: the checkpoint holds a whole model and no adapter; leave model.policy.peft out, or begin "
-            "anew from what `lit-isdpo export` makes of it."
-        )
-    if adapter is not None and base != adapter.base_fingerprint:
-        raise InputError(
-            f"model.policy.path: {path!r} has other weights than the model that the checkpoint's adapter was trained "
-            "on (or other ones in this dtype); name that one."
-        )

@@ -3,8 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -15,29 +14,37 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from lit_isdpo.data.collation import Layout, batch_prompts
+from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.encoding import load_tokenizer, pad_token_id, terminator_ids
+from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.data.outcomes import Split
 from lit_isdpo.objective.metrics import LOG_WEIGHTS, Columns, PairMetrics, RowMetrics
-from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
-from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
+from lit_isdpo.policy.generation import Vocabulary
+from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import Reference, ResidentReference
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.policy.sharding import all_ranks, whole
-from lit_isdpo.policy.vocabulary import check_rows, first_without_row, num_tokens
+from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.comparison import Comparison
-from lit_isdpo.training.guards import (
-    NonFinite,
-    StepGuard,
+from lit_isdpo.training.guards import NonFinite, StepGuard
+from lit_isdpo.training.models import (
+    BASE_KEY,
+    Prediction,
+    PredictSampling,
     check_base,
     check_length,
     check_positions,
+    check_tensors,
+    load_policy,
+    of_adapter,
+    outline_policy,
+    outline_source,
     pin_rope,
+    predict,
+    vocabulary_of,
 )
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
 from lit_isdpo.training.reading import Limits, hand_over, lift_limits, limit_epoch, steps_per_epoch
@@ -45,8 +52,6 @@ from lit_isdpo.training.reference_cache import cached_logps
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks, Reward, SFTBatch
 
 SKIPPED_KEY = "skipped_steps"  # of a checkpoint
-WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
-BASE_KEY = "base_fingerprint"  # of a checkpoint that holds only an adapter
 
 Stage = Literal["train", "val", "test", "plan"]
 """What a step is for; a plan of memory and time asks for the losses of a training step without values."""
@@ -55,41 +60,6 @@ Stage = Literal["train", "val", "test", "plan"]
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The default optimizer."""
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictSampling(Sampling):
-    """How ``predict`` samples responses; rows with the same prompt get responses of their own.
-
-    Args:
-        num_responses: to each row's prompt, drawn independently.
-        max_new_tokens: longer responses are cut.
-        temperature: divides the logits, above 0.
-        top_p: nucleus, above 0 and at most 1.
-        seed: the responses are a function of it, the weights and the data's batch size.
-    """
-
-    batch_size: int = field(default=1, init=False)  # a batch's prompts: memory does not grow with the responses
-
-
-class Prediction(NamedTuple):
-    """A sampled response.
-
-    Attributes:
-        row_id: the row whose prompt it answers.
-        prompt: as text, without special tokens.
-        response: likewise.
-        finished: false where the token limit cut it.
-        prompt_ids: the prompt's tokens.
-        token_ids: its own, EOS included where it is finished.
-    """
-
-    row_id: int
-    prompt: str
-    response: str
-    finished: bool
-    prompt_ids: list[int]
-    token_ids: list[int]
 
 
 class LanguageModule(LightningModule, ABC):
@@ -126,7 +96,7 @@ class LanguageModule(LightningModule, ABC):
         architecture: PretrainedConfig,
         *,
         comparison: Comparison | None = None,
-        sampling: PredictSampling = PredictSampling(),
+        sampling: PredictSampling = PredictSampling(),  # noqa: B008 - immutable
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),  # noqa: B008 - immutable
         decay_norms_and_biases: bool = False,
@@ -266,7 +236,7 @@ class LanguageModule(LightningModule, ABC):
             self._limits = None
 
     def check_positions(self, split: Split, max_new_tokens: int, option: str, num_prompts: int | None = None) -> None:
-        """Raises for responses beyond the positions that the model knows, as ``guards.check_positions``."""
+        """Raises for responses beyond the positions that the model knows, as ``models.check_positions``."""
         check_positions(self.source, self.architecture, self.data, split, max_new_tokens, option, num_prompts)
 
     def configure_model(self) -> None:
@@ -282,24 +252,16 @@ class LanguageModule(LightningModule, ABC):
         """Does as ``configure_model``, without weights: all that is in memory in a fit is there, on the meta device."""
         setattr(self, self.network_name, self.load_network(outline=True).train())
         if self.comparison is not None:
-            self.comparison.outline(self._outline_source, self.policy)
+            self.comparison.outline(outline_source(self.source), self.policy)
 
     def load_network(self, *, outline: bool = False) -> LogProbModel | ScoreModel:
         """What is trained; an outline has no weights."""
-        return outline_logprob_model(self._outline_source) if outline else self.load_model(self.source)
+        return outline_policy(self.source) if outline else self.load_model(self.source, option="model.policy.path")
 
-    def load_model(self, config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
+    def load_model(self, config: PolicyConfig, *, option: str) -> LogProbModel:
         """A model as the trainer's strategy holds it: whole, or this rank's part of it."""
         sharding = getattr(self.trainer.strategy, "sharding", None)
-        model: LogProbModel = (load_logprob_model if sharding is None else sharding.load)(config, option=option)
-        model.num_tokens = num_tokens(self.tokenizer)
-        self.say_attention(model.model, option)
-        return model
-
-    @property
-    def _outline_source(self) -> PolicyConfig:
-        """FlexAttention needs values, so sdpa takes its place."""
-        return replace(self.source, attn_implementation="sdpa")
+        return load_policy(config, self.tokenizer, load_logprob_model if sharding is None else sharding.load, option)
 
     def _cached_logps(self, reference: Reference, layout: Layout) -> dict[str, Tensor]:
         """The reference's log-probs of all rows, by split."""
@@ -310,14 +272,6 @@ class LanguageModule(LightningModule, ABC):
             self.policy.to(self.trainer.strategy.root_device)
         with_test = self.comparison.caches_test_rows
         return cached_logps(self.trainer, self.comparison.config, reference, self.ranks, layout, with_test=with_test)
-
-    def say_attention(self, model: PreTrainedModel, option: str) -> None:
-        """Names the attention of a model that has not the one that was asked for."""
-        if (kernel := attention_of(model)) != self.source.attn_implementation:
-            rank_zero_info(
-                f"{option}: {type(model).__name__} has no {self.source.attn_implementation} attention, so its "
-                f"attn_implementation is {kernel}."
-            )
 
     # The reference is not a submodule, so Lightning does not move it.
 
@@ -477,10 +431,7 @@ class LanguageModule(LightningModule, ABC):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds: of a policy with an adapter, only the adapter."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        if self.network.adapter is None:
-            return state
-        names = self.network.adapter.names
-        return {key: value for key, value in state.items() if key.removeprefix(WEIGHTS_PREFIX) in names}
+        return state if self.network.adapter is None else of_adapter(state, self.network.adapter)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes back what ``state_dict`` gave, all of it and nothing else, whatever ``strict`` says.
@@ -497,14 +448,7 @@ class LanguageModule(LightningModule, ABC):
         Raises:
             InputError: the checkpoint is of another model.
         """
-        option = "path" if self.network.adapter is None else "peft"
-        try:
-            check_same_tensors(self.state_dict(), tensors)
-        except ValueError as error:
-            raise InputError(
-                f"ckpt_path: the checkpoint's tensors are not those of model.policy.{option} ({error}); use the "
-                "config.yaml of its own run."
-            ) from error
+        check_tensors(self.state_dict(), tensors, self.network.adapter)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps how many steps were skipped and, beside an adapter, what tells its base from others."""
@@ -527,24 +471,8 @@ class LanguageModule(LightningModule, ABC):
     @property
     def vocabulary(self) -> Vocabulary:
         """Of the tokenizer; a response also ends at the tokens that the model's generation config names."""
-        generation_config = self.policy.model.generation_config
-        own = generation_config.eos_token_id if generation_config is not None else None
-        others = own if isinstance(own, list) else [own]
-        ends = {*terminator_ids(self.tokenizer), *(token for token in others if token is not None)}
-
-        def decode(token_ids: list[int]) -> str:
-            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-
-        return Vocabulary(decode, sorted(ends), pad_token_id(self.tokenizer))
+        return vocabulary_of(self.policy, self.tokenizer)
 
     def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
         """Samples responses to each prompt of the batch; the batch's own responses are not looked at."""
-        rows = [(row_id, prompt) for row_id, prompt in batch_prompts(batch) if row_id >= 0]
-        prompts, vocabulary = [prompt for _, prompt in rows], self.vocabulary
-        sampling = Sampling(**asdict(self.sampling) | {"batch_size": max(1, len(prompts))})
-        responses = sample(self.policy, prompts, sampling, vocabulary, "predict", batch_idx, self.global_rank)
-        return [
-            Prediction(row_id, vocabulary.decode(prompt), vocabulary.decode(ids), finished, prompt, ids)
-            for (row_id, prompt), drawn in zip(rows, responses, strict=True)
-            for ids, finished in drawn
-        ]
+        return predict(self.policy, batch, self.sampling, self.vocabulary, batch_idx, self.global_rank)

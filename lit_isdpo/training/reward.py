@@ -19,7 +19,8 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.training.language import LanguageModule, PredictSampling, Stage
+from lit_isdpo.training.language import LanguageModule, Stage
+from lit_isdpo.training.models import PredictSampling, say_attention
 from lit_isdpo.types import InputError, PreferenceBatch
 
 REWARD_WEIGHTS_PREFIX = "reward_model.model."  # of the model's tensors in a checkpoint
@@ -100,7 +101,7 @@ class RewardModule(LanguageModule):
         model = (outline_score_model if outline else load_score_model)(self.source)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         if not outline:
-            self.say_attention(model, "model.policy.path")
+            say_attention(model, self.source, "model.policy.path")
         return ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
 
     def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:

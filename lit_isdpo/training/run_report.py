@@ -25,7 +25,8 @@ from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.code import copy_code
 from lit_isdpo.policy.loading import read_config
 from lit_isdpo.policy.rope import switch_length, unpin_rope
-from lit_isdpo.training.language import LanguageModule, Prediction
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.run_folder import run_dir
 

@@ -23,7 +23,7 @@ from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import AdapterOffReference, ReferenceConfig, ResidentReference
-from lit_isdpo.training.language import BASE_KEY
+from lit_isdpo.training.models import BASE_KEY
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.run_report import write_model_folder
 from lit_isdpo.types import InputError, TokenizedPair

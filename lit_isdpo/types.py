@@ -102,7 +102,8 @@ class SFTExample(NamedTuple):
 class TokenizedPair(NamedTuple):
     """A pair as token ids. The prompt is one list shared by both responses, so that they cannot disagree about it.
 
-    Between the ids and the changes are numbers, which a batch holds under the same names. ``changes`` says what was cut of the text, in the words of ``data.truncation.Change``.
+    Between the ids and the changes are numbers, which a batch holds under the same names. ``changes`` says what was cut
+    of the text, in words.
     """
 
     prompt_ids: list[int]

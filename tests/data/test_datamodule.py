@@ -403,9 +403,8 @@ def test_a_number_of_pairs_is_declared_once_more_and_is_in_the_batch():
         agreement: float | None = None
         changes: tuple[str, ...] = ()
 
-    batch = collate_pairs(
-        [JudgedPair([1], [2], [3], agreement=0.75), JudgedPair([1], [2], [3])], [0, 1], pad_token_id=0
-    )
+    items = [JudgedPair([1], [2], [3], agreement=0.75), JudgedPair([1], [2], [3])]
+    batch = collate_pairs(items, [0, 1], pad_token_id=0)
     assert batch.numbers.keys() == {"weight", "agreement"}
     assert batch.pair_weights.tolist() == [1, 1]
     assert batch.numbers["agreement"][0] == 0.75

@@ -67,9 +67,8 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     pairs = module.comparison.pair_logps(module.policy, plain, "train")
     behavior = [pairs.chosen_logps - 0.5, pairs.rejected_logps + 0.2]  # mu likes the chosen ones less, the others more
     names = ("chosen_behavior_logps", "rejected_behavior_logps")
-    known = plain._replace(
-        numbers=plain.numbers | {name: part.detach() for name, part in zip(names, behavior, strict=True)}
-    )
+    of_data = {name: part.detach() for name, part in zip(names, behavior, strict=True)}
+    known = plain._replace(numbers=plain.numbers | of_data)
 
     def log_weights(batch: PreferenceBatch) -> Tensor:
         return module.comparison.weighting(module.comparison.pair_logps(module.policy, batch, "train")).log_weights

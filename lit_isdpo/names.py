@@ -20,8 +20,8 @@ NAMES: dict[str, Callable[[str, Part], Path]] = {}
 """By prefix, what makes a folder of a name: given the whole name, and the part that a name without one means."""
 PACKAGE = __name__.partition(".")[0]
 CLASS_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+\.[A-Z]\w*(?![\w/])")
-RENAMED: dict[str, str] = {}
-"""Bare names of classes before and after they were renamed. A class that only moved is not in here."""
+RENAMED = {"lit_isdpo.training.module.Sampling": "PredictSampling"}
+"""By former path, the bare names that classes have now. A class that only moved is not in here."""
 
 
 def named_path(path: str, part: Part) -> str:
@@ -56,8 +56,7 @@ def with_present_classes(text: str) -> str:
 def _present_path(path: str) -> str:
     if locate(path) is not None:
         return path
-    name = path.rpartition(".")[2]
-    name = RENAMED.get(name, name)
+    name = RENAMED.get(path, path.rpartition(".")[2])
     package = importlib.import_module(PACKAGE)
     for module in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
         if not module.name.endswith(".__main__"):

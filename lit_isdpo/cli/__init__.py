@@ -34,13 +34,11 @@ from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextD
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.names import with_present_classes
-from lit_isdpo.objective import remedies
 from lit_isdpo.study.study import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
@@ -52,7 +50,7 @@ from lit_isdpo.training.throughput import Throughput
 from lit_isdpo.types import InputError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
-NAMED = (PreferenceModule, OnlineModule, SFTModule, RewardModule, SFTDataModule, remedies)  # by their bare names
+NAMED = (PreferenceModule, OnlineModule, SFTModule, RewardModule, SFTDataModule)  # by their bare names
 SECTIONS = {
     "probe": SamplingProbe,
     "evaluation": Evaluation,
@@ -182,7 +180,7 @@ class IsdpoCLI(LightningCLI):
             rank_zero_info("No --ckpt_path is given: the model is the one that it names, untrained here.")
             if self.model.random_start:
                 rank_zero_info(self.model.random_start)
-        if self.verb == "predict" and not isinstance(self.model, PolicyModule):
+        if self.verb == "predict" and not self.model.writes:
             raise InputError(
                 "predict: responses are sampled from a policy, and model is a reward model; give it to an evaluation."
             )

@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_isdpo.data.rows import Rows
 from lit_isdpo.evaluation.files import read_table, write_table, write_text
 from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
-from lit_isdpo.policy.loading import attention_of
+from lit_isdpo.policy.attention import kernel_of
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks
@@ -50,7 +50,7 @@ class ReferenceLogps:
         about = {
             "weights": weights_fingerprint(model, with_adapter=False),
             "compute_dtype": str(model.compute_dtype),
-            "attention": attention_of(model.model),
+            "attention": kernel_of(model.model.config),
             "device": device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lit_isdpo.policy.generation import autocast
+from lit_isdpo.policy.attention import autocast
 from lit_isdpo.policy.logprob_model import LogProbModel
 
 _CROWN = 100  # most tokens of a row that share its stem: larger wastes attention, smaller computes stems more often

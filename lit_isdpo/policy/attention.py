@@ -1,4 +1,4 @@
-"""Which token may look at which, in rows that hold more than one sequence.
+"""How a decoder computes its rows: the numerics, the attention kernel, and which token may look at which.
 
 A row [prompt | chosen | rejected] computes a prompt once for both of its responses: positions restart after the
 prompt, and no response sees the other. A packed row holds several such pairs, none of which sees another.
@@ -11,19 +11,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lit_isdpo.types import TokenBatch
 
-KERNELS = ("sdpa", "flex_attention")
+SDPA, FLEX = "sdpa", "flex_attention"
 """Attention implementations that take such a mask as it is; an eager one would add a boolean mask to the scores."""
+IN_PARTS = "lit_isdpo_sdpa_in_parts"
+"""Our name for :func:`sdpa_in_parts` in transformers' tables; models that others load keep ``sdpa`` as it is."""
 FLEX_BLOCK = 128  # positions; FlexAttention skips blocks of so many
 SPLIT_FROM = 128  # positions of a prompt; a shorter one is quicker under the mask of its responses
 # In the names of windows that no mask's positions measure: GPT-Neo, Doge, RecurrentGemma, ModernBERT's decoder.
 OTHER_WINDOWS = ("window_size", "window_len", "local_attention")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_PROMPT = "num_prompt_positions"  # attribute of a mask
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: bool = False) -> torch.autocast:
+    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy.
+
+    Args:
+        device: of the model.
+        compute_dtype: of its matrix products.
+        keep_weights: keeps the weights in ``compute_dtype`` until the context ends, for a loop of forwards. A single
+            one uses each weight once, and would hold a second copy of the model for nothing.
+    """
+    enabled = compute_dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_weights)
+
+
+def kernel_of(config: PretrainedConfig) -> str:
+    """The attention kernel that a model has, which may be another than the one that was asked for."""
+    kernel = str(config.get_text_config()._attn_implementation)
+    return SDPA if kernel == IN_PARTS else kernel
+
+
+def takes_parts(config: PretrainedConfig) -> bool:
+    """Whether a model's attention is :func:`sdpa_in_parts`."""
+    return bool(config.get_text_config()._attn_implementation == IN_PARTS)
+
+
+def set_kernel(config: PretrainedConfig, kernel: str) -> None:
+    """Gives the layers of a decoder another attention; transformers looks the name up at each call."""
+    if kernel == IN_PARTS:
+        AttentionInterface.register(IN_PARTS, sdpa_in_parts)
+        AttentionMaskInterface.register(IN_PARTS, sdpa_mask)
+    config.get_text_config()._attn_implementation = kernel
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
@@ -67,66 +101,65 @@ def visible(segment_ids: Tensor, position_ids: Tensor, window: int | None) -> Ca
     return rule
 
 
-def attention_masks(tokens: TokenBatch, config: PretrainedConfig) -> Any:
+def attention_masks(tokens: TokenBatch, config: PretrainedConfig, split_from: int) -> Any:
     """What a model takes for ``attention_mask`` to read rows of several segments.
 
     Args:
         tokens: with segment ids.
         config: of the decoder.
+        split_from: positions of the shortest prompt that :func:`sdpa_in_parts` attends to without a mask.
 
     Returns:
-        A boolean ``(R, 1, T, T)`` mask for sdpa, or FlexAttention's ``BlockMask``, whose empty blocks cost nothing; a
-        dictionary of them by kind of layer where there are several.
+        A boolean ``(R, 1, Q, T)`` mask for sdpa, whose Q queries are the last ones of T, or FlexAttention's
+        ``BlockMask``, whose empty blocks cost nothing; a dictionary of them by kind of layer if there are several.
     """
     assert tokens.segment_ids is not None
     masks: dict[str, Any] = {}
     for kind, window in layer_windows(config).items():
         rule = visible(tokens.segment_ids, tokens.position_ids, window)
         num_rows, length = tokens.input_ids.shape
-        if config._attn_implementation == "flex_attention":
+        if kernel_of(config) == FLEX:
             device = tokens.input_ids.device
             create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
             masks[kind] = create(rule, num_rows, None, length, length, device=str(device))
         else:
             rows = torch.arange(num_rows, device=tokens.input_ids.device)[:, None, None]
             at = torch.arange(length, device=tokens.input_ids.device)
-            masks[kind] = rule(rows, None, at[:, None], at)[:, None]
             end = tokens.num_prompt_positions
-            if end >= SPLIT_FROM and (window is None or end <= window):
-                setattr(masks[kind], _PROMPT, end)
+            is_split = takes_parts(config) and end >= split_from and (window is None or end <= window)
+            masks[kind] = rule(rows, None, at[end if is_split else 0 :, None], at)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def sdpa_in_parts(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The sdpa of transformers, but under masks of :func:`attention_masks` long prompts are attended to without one.
+    """The sdpa of transformers, but queries before those of the mask are attended to causally, without a mask.
 
-    Kernels compute all that a boolean mask hides and skip what a causal one does. A prompt sees itself alone, so that
-    its part is causal; the responses' part sees all keys.
+    Kernels compute all that a boolean mask hides and skip what a causal one does. A prompt sees only itself, so its
+    part is causal; the responses' part sees all keys.
 
     Args:
         module: the attention layer.
         query: ``(R, heads, T, D)``.
         key: ``(R, key-value heads, T, D)``.
-        value: likewise.
-        attention_mask: boolean ``(R, 1, T, T)``, or what the model makes of its own.
+        value: as ``key``.
+        attention_mask: boolean ``(R, 1, Q, T)`` for the last Q > 1 queries; sdpa itself takes no such mask, unless Q
+            is T.
         **options: transformers' own.
 
     Returns:
         ``(R, T, heads, D)``, and no attention weights.
     """
-    end = getattr(attention_mask, _PROMPT, 0)
-    if attention_mask is None or not end or options.get("position_bias") is not None or torch.compiler.is_compiling():
+    length = query.shape[2]
+    if attention_mask is None or not 1 < attention_mask.shape[2] < length:
         whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return whole
+    end = length - attention_mask.shape[2]
     own = query[:, :, :end], key[:, :, :end], value[:, :, :end]
     prompts, _ = sdpa_attention_forward(module, *own, None, **options | {"is_causal": True})
-    responses, _ = sdpa_attention_forward(module, query[:, :, end:], key, value, attention_mask[:, :, end:], **options)
+    responses, _ = sdpa_attention_forward(module, query[:, :, end:], key, value, attention_mask, **options)
     return torch.cat((prompts, responses), dim=1), None
-
-
-AttentionInterface.register("sdpa", sdpa_in_parts)  # to masks without that attribute it is what it was
 
 
 @cache

@@ -9,21 +9,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head
+from lit_isdpo.policy.attention import autocast
 from lit_isdpo.policy.loading import eagerly, in_mode
 from lit_isdpo.types import InputError, PromptBatch, Response
-
-
-def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: bool = False) -> torch.autocast:
-    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy.
-
-    Args:
-        device: of the model.
-        compute_dtype: of its matrix products.
-        keep_weights: keeps the weights in ``compute_dtype`` until the context ends, for a loop of forwards. A single
-            one uses each weight once, and would hold a second copy of the model for nothing.
-    """
-    enabled = compute_dtype == torch.bfloat16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_weights)
 
 
 @contextmanager

@@ -230,11 +230,6 @@ def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
     return load(attn_implementation="eager")
 
 
-def attention_of(model: PreTrainedModel) -> str:
-    """The attention kernel that a model has, which may be another than the one that was asked for."""
-    return str(model.config.get_text_config()._attn_implementation)
-
-
 def note_own_head(model: PreTrainedModel) -> None:
     """Has the configuration say so if the weights have a head of their own, although it ties them to the embeddings.
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head, completion_hidden_states, sequence_logps
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
-from lit_isdpo.policy.attention import FLEX_BLOCK, attention_masks
-from lit_isdpo.policy.generation import autocast
+from lit_isdpo.policy.attention import FLEX, FLEX_BLOCK, SPLIT_FROM, attention_masks, autocast, kernel_of
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
 from lit_isdpo.policy.trial import HowToSample, check_model, how_to_sample
 from lit_isdpo.types import SequenceLogps, TokenBatch
@@ -59,6 +58,7 @@ class LogProbModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.chunk_size = chunk_size
         self.num_tokens: int | None = None
+        self.split_from = SPLIT_FROM
         self.computes_on: torch.device | None = None  # where that is not where the weights are
         text_config = model.config.get_text_config()
         # The three ways in which published families change their logits: Cohere, Granite, Gemma.
@@ -140,9 +140,10 @@ class LogProbModel(nn.Module):
         # and has faster kernels than attention under a mask.
         if tokens.segment_ids is not None:
             config = self.model.config.get_text_config()
-            if config._attn_implementation == "flex_attention":
+            if kernel_of(config) == FLEX:
                 tokens = _pad(tokens, -length % FLEX_BLOCK)
-            layout = {"attention_mask": attention_masks(tokens, config), "position_ids": tokens.position_ids}
+            masks = attention_masks(tokens, config, self.split_from)
+            layout = {"attention_mask": masks, "position_ids": tokens.position_ids}
         with autocast(tokens.input_ids.device, self.compute_dtype):
             output = self.model.base_model(
                 input_ids=tokens.input_ids,

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lit_isdpo.policy.generation import autocast
+from lit_isdpo.policy.attention import autocast
 from lit_isdpo.policy.loading import (
     DTYPES,
     LOADING_ERRORS,

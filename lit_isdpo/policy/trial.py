@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lit_isdpo.policy.attention import KERNELS, layer_windows
-from lit_isdpo.policy.generation import autocast, head_as_scored, ready_to_generate
+from lit_isdpo.policy.attention import FLEX, IN_PARTS, SDPA, autocast, kernel_of, layer_windows, set_kernel
+from lit_isdpo.policy.generation import head_as_scored, ready_to_generate
 from lit_isdpo.policy.loading import in_mode
 from lit_isdpo.types import InputError, TokenBatch
 
@@ -82,18 +82,17 @@ def why_not_shared(model: "LogProbModel") -> str | None:
     """Why rows cannot hold a prompt with both of its responses, or ``None`` if they can.
 
     A few tokens in one row and in two must give the same. Windows are made short for it, because those of published
-    models are longer than what is tried: a model that takes no notice of the configuration's window is found out.
+    models are longer than what is tried: a model that takes no notice of the configuration's window is found out. A
+    model whose sdpa takes its masks in parts gets that attention for good. Without weights, only shapes are tried.
     """
     config = model.model.config.get_text_config()
-    kernel = config._attn_implementation
-    if kernel not in KERNELS:
-        return f"attn_implementation {kernel!r} does not take such masks ({' and '.join(KERNELS)} do)"
+    kernel, split_from, window = kernel_of(config), model.split_from, getattr(config, "sliding_window", None)
+    if kernel not in (SDPA, FLEX):
+        return f"attn_implementation {kernel!r} does not take such masks ({SDPA} and {FLEX} do)"
     try:
         windows = layer_windows(config)
     except ValueError as error:
         return str(error)
-    if model.model.device.type == "meta":
-        return None
     device, vocabulary = model.device, model.vocabulary_size
     prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
     shared = TokenBatch(
@@ -105,27 +104,33 @@ def why_not_shared(model: "LogProbModel") -> str | None:
         logit_positions=torch.empty(0, device=device),
         completion_index=torch.empty(0, device=device),
         segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device),
+        num_prompt_positions=len(prompt),
     )
     plain = torch.tensor([[*prompt, *rejected]], device=device)
-    # The architecture is on trial here; FlexAttention would be compiled first.
-    changes: dict[str, Any] = {"_attn_implementation": "sdpa"}
-    if any(window is not None for window in windows.values()):
-        changes["sliding_window"] = WINDOW
-    before = {name: getattr(config, name) for name in changes}
+    tolerance, why = _tolerance(model.model.dtype, model.compute_dtype), ""
     try:
-        for name, value in changes.items():
-            setattr(config, name, value)
-        together = model.decode(shared)[0, [0, 1, 2, 5, 6, 7]]
-        with autocast(device, model.compute_dtype):
-            apart = model.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0]
-    except Exception as error:  # whatever an architecture says to a mask that it does not know
-        return f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        model.split_from = len(prompt)
+        if any(each is not None for each in windows.values()):
+            config.sliding_window = WINDOW
+        for tried in (IN_PARTS, SDPA):  # the architecture is on trial here; FlexAttention would be compiled first
+            set_kernel(config, tried)
+            try:
+                together = model.decode(shared)[0, [0, 1, 2, 5, 6, 7]]
+                with autocast(device, model.compute_dtype):
+                    apart = model.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0]
+            except Exception as error:  # whatever an architecture says to a mask that it does not know
+                why = f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
+                continue
+            if device.type == "meta" or _equal(apart, together, tolerance):
+                kernel = tried if kernel == SDPA else kernel
+                return None
+            why = "the tokens of a row depend on more than their mask"
+        return None if device.type == "meta" else why
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
-    if not _equal(apart, together, _tolerance(model.model.dtype, model.compute_dtype)):
-        return "the tokens of a row depend on more than their mask"
-    return None
+        set_kernel(config, kernel)
+        model.split_from = split_from
+        if window is not None:
+            config.sliding_window = window
 
 
 @torch.no_grad()

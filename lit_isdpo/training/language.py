@@ -19,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
+from lit_isdpo.policy.attention import kernel_of
+from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
@@ -173,7 +174,7 @@ class LanguageModule(LightningModule, ABC):
 
     def say_attention(self, model: PreTrainedModel, option: str) -> None:
         """Names the attention of a model that has not the one that was asked for."""
-        if (kernel := attention_of(model)) != self.source.attn_implementation:
+        if (kernel := kernel_of(model.config)) != self.source.attn_implementation:
             rank_zero_info(
                 f"{option}: {type(model).__name__} has no {self.source.attn_implementation} attention, so its "
                 f"attn_implementation is {kernel}."

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from math import isfinite
@@ -16,6 +17,7 @@ from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenize
 from lit_isdpo.data.truncation import TruncationMode
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.adapters import fingerprint
+from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import (
     ScoreModel,
     choose_pad_token_id,
@@ -170,10 +172,15 @@ class RewardModel(Reward):
         trust_remote_code: bool = False,
         rope_length: int | None = None,
     ) -> None:
-        self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
-        self.compute_dtype = self.dtype = dtype
-        self.attn_implementation = attn_implementation
-        config = read_score_config(self, option="reward.path")
+        self.path, self.dtype = path, dtype
+        source = PolicyConfig(
+            path=path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        config = read_score_config(source, option="reward.path")
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if max_length is None:
             max_length = min(1024, positions or 1024)
@@ -183,7 +190,12 @@ class RewardModel(Reward):
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+        least_values = (
+            ("batch_size", batch_size, 1),
+            ("max_length", max_length, 2),
+            ("rope_length", self.rope_length, 1),
+        )
+        for name, value, least in least_values:
             if value < least:
                 raise InputError(f"reward.{name} must be at least {least}, not {value}.")
         if not 1 <= self.max_prompt_length < max_length:
@@ -195,7 +207,8 @@ class RewardModel(Reward):
             raise InputError("reward.device: there is no GPU here; use cpu.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
-        check_rows(self, config, self.tokenizer, option="reward.path")
+        check_rows(source, config, self.tokenizer, option="reward.path")
+        self.source = replace(source, rope_length=self.rope_length)
         self.encoder = TextEncoder(
             self.tokenizer, chat_template, first_without_row=first_without_row(config, self.tokenizer)
         )
@@ -224,9 +237,7 @@ class RewardModel(Reward):
     @cached_property
     def model(self) -> ScoreModel:
         """The weights, loaded when they are first needed."""
-        model = load_sequence_classifier(
-            self, attn_implementation=self.attn_implementation, dtype=self.dtype, option="reward.path"
-        )
+        model = load_sequence_classifier(self.source, option="reward.path")
         model.config.get_text_config().pad_token_id = self.pad_token_id
         return ScoreModel(model).requires_grad_(False).to(self.device)
 

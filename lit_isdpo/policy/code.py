@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.hub import cached_file
 
-from lit_isdpo.policy.loading import ModelSource, model_path
+from lit_isdpo.policy.loading import PolicyConfig, model_path
 
 CONFIG_FILE = "config.json"
 
@@ -37,7 +37,7 @@ def code_files(folder: Path, kinds: Collection[str] | None = None) -> list[str]:
     return list(dict.fromkeys(map(str, inside)))
 
 
-def copy_code(source: ModelSource, folder: Path) -> None:
+def copy_code(source: PolicyConfig, folder: Path) -> None:
     """Copies the files that ``folder`` names from the model that it was made of, as far as they are there.
 
     A file that is not there is none that the model was loaded with, so nothing is downloaded.
@@ -45,15 +45,7 @@ def copy_code(source: ModelSource, folder: Path) -> None:
     path = model_path(source)
     for name in code_files(folder):
         with suppress(OSError):
-            found = cached_file(
-                path,
-                name,
-                revision=source.revision,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-            )
-            if found is None:
-                continue
+            found = str(cached_file(path, name, revision=source.revision, local_files_only=True))
             place = Path(found).parent
             for file in (found, *get_relative_import_files(found)):
                 target = (folder / name).parent / Path(file).relative_to(place)

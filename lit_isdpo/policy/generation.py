@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head
 from lit_isdpo.policy.attention import autocast
-from lit_isdpo.policy.loading import eagerly, in_mode
+from lit_isdpo.policy.loading import in_mode
 from lit_isdpo.types import InputError, PromptBatch, Response
 
 
@@ -24,7 +24,7 @@ def ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Itera
     """
     own_config, model.generation_config = model.generation_config, config
     try:
-        with in_mode(model, training=False), eagerly(model):
+        with in_mode(model, training=False), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.generation_config = own_config

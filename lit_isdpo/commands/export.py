@@ -25,8 +25,8 @@ from lit_isdpo.policy.code import code_files, copy_code
 from lit_isdpo.policy.loading import LOADING_ERRORS, PolicyConfig, load_causal_lm, read_config, why_not_loaded
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.module import BASE_KEY, WEIGHTS_PREFIX
-from lit_isdpo.training.resumption import saved_config
 from lit_isdpo.training.reward import REWARD_WEIGHTS_PREFIX
+from lit_isdpo.training.run_folder import saved_config
 from lit_isdpo.types import InputError
 
 CARD = """---

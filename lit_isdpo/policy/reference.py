@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, Self
 
 import torch
@@ -30,6 +31,10 @@ class ReferenceConfig:
     revision: str | None = None
     cache: bool = False
     cache_dir: str | None = None
+
+    def folder(self, root_dir: str) -> Path:
+        """Where cached log-probs lie, given the trainer's ``default_root_dir``."""
+        return Path(self.cache_dir or Path(root_dir) / "reference_logps")
 
 
 class Load(Protocol):

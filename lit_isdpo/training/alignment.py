@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.data.collation import Layout
+from lit_isdpo.evaluation.reference_logps import cached_logps
 from lit_isdpo.objective.losses import PreferenceLoss
 from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
@@ -31,7 +32,6 @@ from lit_isdpo.policy.reference import (
 from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.policy.vocabulary import check_vocabulary
 from lit_isdpo.training.module import PolicyModule
-from lit_isdpo.training.reference_cache import cached_logps
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
 
 Mu = Literal["auto", "reference", "data"]
@@ -123,7 +123,15 @@ class AlignmentModule(PolicyModule):
             # Where an adapter's base is; else it goes there soon anyway.
             self.policy.to(self.trainer.strategy.root_device)
         layout: Layout = "shared" if self.shares_prompts else "plain"
-        logps = cached_logps(self.trainer, config, reference, self.ranks, layout, with_test=self.caches_test_rows)
+        logps = cached_logps(
+            self.data,
+            reference,
+            config.folder(self.trainer.default_root_dir),
+            device=self.trainer.strategy.root_device,
+            ranks=self.ranks,
+            layout=layout,
+            with_test=self.caches_test_rows,
+        )
         return CachedReference(logps, load)
 
     def setup(self, stage: str) -> None:

@@ -6,7 +6,7 @@ prompt, and no response sees the other. A packed row holds several such pairs, n
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ from transformers.masking_utils import sdpa_mask
 
 from lit_isdpo.types import TokenBatch
 
+if TYPE_CHECKING:
+    from lit_isdpo.policy.logprob_model import LogProbModel
+
 SDPA, FLEX = "sdpa", "flex_attention"
 """Attention implementations that take such a mask as it is; an eager one would add a boolean mask to the scores."""
 IN_PARTS = "lit_isdpo_sdpa_in_parts"
 """Our name for :func:`sdpa_in_parts` in transformers' tables; models that others load keep ``sdpa`` as it is."""
 FLEX_BLOCK = 128  # positions; FlexAttention skips blocks of so many
+WINDOW = 3  # positions: less than what is tried, so that a window is seen to hide something
 SPLIT_FROM = 128  # positions of a prompt; a shorter one is quicker under the mask of its responses
 # In the names of windows that no mask's positions measure: GPT-Neo, Doge, RecurrentGemma, ModernBERT's decoder.
 OTHER_WINDOWS = ("window_size", "window_len", "local_attention")
@@ -167,3 +171,71 @@ def _compiled_create_block_mask() -> Callable[..., Any]:
     """Compiled, it needs no T x T intermediates."""
     compiled: Callable[..., Any] = torch.compile(create_block_mask)
     return compiled
+
+
+@torch.no_grad()
+def why_not_shared(model: "LogProbModel") -> str | None:
+    """Why rows cannot hold a prompt with both of its responses, or ``None`` if they can.
+
+    A few tokens in one row and in two must give the same. Windows are made short for it, because those of published
+    models are longer than what is tried: a model that takes no notice of the configuration's window is found out. A
+    model whose sdpa takes its masks in parts gets that attention for good. Without weights, only shapes are tried.
+    """
+    config = model.model.config.get_text_config()
+    kernel, split_from, window = kernel_of(config), model.split_from, getattr(config, "sliding_window", None)
+    if kernel not in (SDPA, FLEX):
+        return f"attn_implementation {kernel!r} does not take such masks ({SDPA} and {FLEX} do)"
+    try:
+        windows = layer_windows(config)
+    except ValueError as error:
+        return str(error)
+    device, vocabulary = model.device, model.vocabulary_size
+    prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
+    shared = TokenBatch(
+        input_ids=torch.tensor([[*prompt, *chosen, *rejected]], device=device),
+        attention_mask=torch.ones(1, 8, dtype=torch.bool, device=device),
+        position_ids=torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device),
+        completion_ids=torch.empty(0, device=device),
+        completion_mask=torch.empty(0, device=device),
+        logit_positions=torch.empty(0, device=device),
+        completion_index=torch.empty(0, device=device),
+        segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device),
+        num_prompt_positions=len(prompt),
+    )
+    plain = torch.tensor([[*prompt, *rejected]], device=device)
+    tolerance, why = tolerance_of(model.model.dtype, model.compute_dtype), ""
+    try:
+        model.split_from = len(prompt)
+        if any(each is not None for each in windows.values()):
+            config.sliding_window = WINDOW
+        for tried in (IN_PARTS, SDPA):  # the architecture is on trial here; FlexAttention would be compiled first
+            set_kernel(config, tried)
+            try:
+                together = model.decode(shared)[0, [0, 1, 2, 5, 6, 7]]
+                with autocast(device, model.compute_dtype):
+                    apart = model.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0]
+            except Exception as error:  # whatever an architecture says to a mask that it does not know
+                why = f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
+                continue
+            if device.type == "meta" or equal_within(apart, together, tolerance):
+                kernel = tried if kernel == SDPA else kernel
+                return None
+            why = "the tokens of a row depend on more than their mask"
+        return None if device.type == "meta" else why
+    finally:
+        set_kernel(config, kernel)
+        model.split_from = split_from
+        if window is not None:
+            config.sliding_window = window
+
+
+def tolerance_of(*dtypes: torch.dtype) -> float:
+    """Share of the largest value. Narrow numerics round; a fault of an architecture is off by far more."""
+    is_exact = torch.get_float32_matmul_precision() == "highest" and all(dtype == torch.float32 for dtype in dtypes)
+    return 1e-3 if is_exact else 0.05
+
+
+def equal_within(expected: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether no value differs by more than ``tolerance`` times the largest one."""
+    expected, other = expected.float(), other.float()
+    return torch.allclose(expected, other, atol=tolerance * float(expected.abs().max()) + 1e-6, rtol=0)

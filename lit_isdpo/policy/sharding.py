@@ -38,8 +38,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lit_isdpo.policy.loading import PolicyConfig, decoder_layers, model_path
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
-from lit_isdpo.policy.trial import check_model
+from lit_isdpo.policy.logprob_model import LogProbModel, check_model, load_logprob_model, outline_logprob_model
 from lit_isdpo.types import InputError, Ranks
 
 

@@ -16,11 +16,11 @@ from lit_isdpo.objective.losses import PreferenceLoss
 from lit_isdpo.objective.metrics import OF_BEHAVIOR, OF_REFERENCE, PairMetrics
 from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import PairWeighting, PairWeights
+from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig, compile_layers, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import (
     CachedReference,
-    LiveReference,
     Reference,
     ReferenceConfig,
     ResidentReference,
@@ -29,7 +29,6 @@ from lit_isdpo.policy.reference import (
     reference_as_policy,
     starts_at_reference,
 )
-from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.policy.vocabulary import check_vocabulary
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
@@ -114,7 +113,7 @@ class AlignmentModule(PolicyModule):
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
         untrained = is_new and starts_at_reference(self.source, config)
         is_policy = config.cache and self.policy.adapter is None and untrained
-        reference = LiveReference(self.policy) if is_policy else load()
+        reference = Reference(self.policy) if is_policy else load()
         with reference.scoring() as model:
             self.shares_prompts = _share_prompts(self.prefix_sharing, self.policy, model)
         if not config.cache:

@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.policy import attention
+from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.types import PreferenceBatch, SequenceLogps, TokenizedPair
 
 PAIRS = [

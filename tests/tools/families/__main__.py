@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lit_isdpo.policy.attention import kernel_of
+from lit_isdpo.policy.attention import kernel_of, why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function, with_attention
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.types import InputError
 
 SECONDS, GIB = 60, 10  # that a family may take

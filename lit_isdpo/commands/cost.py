@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lit_isdpo.policy.sharding import own_part
+from lit_isdpo.policy.logprob_model import own_part
 
 ACTIVATIONS, GATHERED = "activations", "gathered weights"
 SENT = {"allgather": 1, "reduce_scatter": 1, "allreduce": 2}

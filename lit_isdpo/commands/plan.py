@@ -23,8 +23,9 @@ from transformers import masking_utils
 from lit_isdpo.commands.cost import ACTIVATIONS, GATHERED, CostRecorder
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.loading import DTYPES
+from lit_isdpo.policy.logprob_model import own_part
 from lit_isdpo.policy.reference import CachedReference, ResidentReference
-from lit_isdpo.policy.sharding import Sharding, own_part
+from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.strategy import FSDP2Strategy
 from lit_isdpo.training.throughput import GIB, matmul_rate

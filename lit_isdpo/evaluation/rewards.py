@@ -15,8 +15,8 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.readers import RowError
 from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, terminator_ids, tokenize_response
 from lit_isdpo.data.truncation import TruncationMode
+from lit_isdpo.evaluation.fingerprints import weights_fingerprint
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
-from lit_isdpo.policy.adapters import fingerprint
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import (
     ScoreModel,
@@ -252,7 +252,7 @@ class RewardModel(Reward):
             self.pad_token_id,
         ]
         reads += [self.tokenizer.chat_template, self.dtype]
-        return blake2b(f"{fingerprint(self.model.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
+        return blake2b(f"{weights_fingerprint(self.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
 
     @property
     def identity(self) -> str:

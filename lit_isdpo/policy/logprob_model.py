@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -242,3 +243,13 @@ def _wrapped(model: PreTrainedModel, config: PolicyConfig) -> LogProbModel:
     adapter = None if config.peft is None else Adapter(model, parse_adapter(config.peft), revision=config.revision)
     compute_dtype = DTYPES[config.compute_dtype]
     return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of a model, of which a rank may hold a shard; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -180,16 +180,6 @@ def all_ranks() -> Ranks:
     return Ranks(dist.get_rank(), size, gather)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which a rank may hold a shard; every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def read_tensors(tensors: dict[str, Any], reader: StorageReader) -> None:
     """Fills tensors by name, in place, or what of them is on this rank.
 

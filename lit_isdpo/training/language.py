@@ -21,10 +21,10 @@ from lit_isdpo.data.tokenization import load_tokenizer
 from lit_isdpo.policy.adapters import check_same_tensors
 from lit_isdpo.policy.attention import kernel_of
 from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path, switch_length
-from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.logprob_model import LogProbModel, whole
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.reward_model import ScoreModel
-from lit_isdpo.policy.sharding import all_ranks, whole
+from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.guards import NonFinite, StepGuard
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options

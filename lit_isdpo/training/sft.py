@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_isdpo.policy.sharding import own_part
+from lit_isdpo.policy.logprob_model import own_part
 from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.types import SequenceLogps, SFTBatch
 

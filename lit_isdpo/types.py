@@ -5,7 +5,8 @@ input, T positions of a row, C positions of the longest completion, V vocabulary
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from math import isfinite
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ class InputError(Exception):
 
     The command line prints it without a traceback and exits with status 2. Programming errors are ``assert``s.
     """
+
+
+def check_least(option: str, value: float | None, least: int) -> None:
+    """Raises for an option's value that is below ``least``; ``None`` is not checked.
+
+    Raises:
+        InputError: it is.
+    """
+    if value is not None and not value >= least:
+        raise InputError(f"{option} must be at least {least}, not {value}.")
 
 
 NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."
@@ -211,18 +222,6 @@ class SFTBatch(NamedTuple):
     num_counted: int
 
 
-class PromptBatch(NamedTuple):
-    """P prompts for generation, padded on the left.
-
-    Attributes:
-        input_ids: ``(P, T)`` int64.
-        attention_mask: ``(P, T)`` bool, true at tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-
-
 class SequenceLogps(NamedTuple):
     """Log-probabilities of S completions given their prompts, in nats, fp32.
 
@@ -245,6 +244,65 @@ class Response(NamedTuple):
 
     token_ids: list[int]
     finished: bool
+
+
+class Reward(Protocol):
+    """Scores responses. A class of yours works by its import path if it has these members, with these types."""
+
+    @property
+    def identity(self) -> str:
+        """Names what scored, the same in every process and run: scores in files are keyed by it."""
+        ...
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
+    ) -> Sequence[float]:
+        """Scores N responses.
+
+        Args:
+            prompts: each response's prompt as the data has it, before any chat template.
+            responses: text, special tokens left out.
+            finished: false where the token limit cut a response.
+
+        Returns:
+            One number a response, higher is better.
+        """
+        ...
+
+
+def score(
+    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool], *, option: str
+) -> list[float]:
+    """The scores that a reward gives to N responses, one finite number each; every caller of a reward asks here.
+
+    Args:
+        reward: may be a class of the user's.
+        prompts: as for :class:`Reward`.
+        responses: as for :class:`Reward`.
+        finished: as for :class:`Reward`.
+        option: names the reward in messages.
+
+    Raises:
+        InputError: the reward gives something else.
+    """
+    given = reward(prompts, responses, finished)
+    name, number = type(reward).__name__, len(responses)
+    rule = f"{option}: {name} must give a finite number to each of {number} responses, and gave"
+    try:
+        values = list(given)
+    except TypeError as error:
+        raise InputError(f"{rule} {given!r}.") from error
+    if len(values) != len(responses):
+        raise InputError(f"{rule} {len(values)}.")
+    scores = []
+    for value, response in zip(values, responses, strict=True):
+        try:
+            scores.append(float(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{rule} {value!r} for {response!r}.") from error
+        if not isfinite(scores[-1]):
+            raise InputError(f"{rule} {scores[-1]} for {response!r}.")
+    return scores
 
 
 class Ranks(NamedTuple):

@@ -46,7 +46,6 @@ PARTS = {
     "_subcommand_method_arguments": "the options of a verb",
     "_get": "an option of a verb",
     "_parser": "the parser of a verb",
-    "_foreach_mul_": "scales all gradients at once",
 }
 """Why each is used. The versions are those that the tests below were last looked at with."""
 

@@ -14,14 +14,13 @@ layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is comp
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
 from lit_isdpo.types import (
     PreferenceBatch,
-    PromptBatch,
     SFTBatch,
     TokenBatch,
     TokenizedExample,
@@ -228,24 +227,15 @@ def _num_counted(row_ids: Sequence[int]) -> int:
     return number
 
 
-def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptBatch:
-    """Pads P prompts on the left, where generation wants it.
-
-    >>> collate_prompts([[1, 5], [1]], pad_token_id=0).input_ids.tolist()
-    [[1, 5], [0, 1]]
-    """
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad_token_id)
-    attention_mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, length - len(prompt) :] = True
-    return PromptBatch(input_ids, attention_mask)
-
-
 def batch_prompts(batch: PreferenceBatch | SFTBatch) -> list[tuple[int, list[int]]]:
     """Row id and prompt token ids of each row of a padded batch, padding and responses left out."""
     tokens, length = batch.tokens, batch.tokens.input_ids.shape[1]
     # The last prompt token predicts the first response token.
     ends = (tokens.logit_positions[:, 0] % length + 1).tolist()
     return [(row_id, tokens.input_ids[row, : ends[row]].tolist()) for row, row_id in enumerate(batch.row_ids.tolist())]
+
+
+def stack_rows(rows: Sequence[tuple[int, Any]], *, collate: Callable[..., Any]) -> Any:
+    """The batch of ``(row id, item)``."""
+    row_ids, items = zip(*rows, strict=True)
+    return collate(items, row_ids)

@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.hub import cached_file
 
-from lit_isdpo.evaluation.files import naming
+from lit_isdpo.evaluation.store import naming
 from lit_isdpo.policy.loading import PolicyConfig, model_path
 from lit_isdpo.types import InputError
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
-from lit_isdpo.evaluation.files import naming
+from lit_isdpo.evaluation.store import naming
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint, plain_values_only, unreadable

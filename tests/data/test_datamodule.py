@@ -1,6 +1,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import pytest
@@ -389,3 +390,22 @@ def test_lightning_moves_a_whole_batch_without_waiting_for_a_gpu():
     with Moves():
         assert move_data_to_device(batch, torch.device("cuda")).num_counted == 1
     assert moved == [{"non_blocking": True}] * 12
+
+
+def test_a_number_of_pairs_is_declared_once_more_and_is_in_the_batch():
+    """Whatever stands between the ids and the changes of an item; a number that the data has not is NaN."""
+
+    class JudgedPair(NamedTuple):
+        prompt_ids: list[int]
+        chosen_ids: list[int]
+        rejected_ids: list[int]
+        weight: float = 1.0
+        agreement: float | None = None
+        changes: tuple[str, ...] = ()
+
+    items = [JudgedPair([1], [2], [3], agreement=0.75), JudgedPair([1], [2], [3])]
+    batch = collate_pairs(items, [0, 1], pad_token_id=0)
+    assert batch.numbers.keys() == {"weight", "agreement"}
+    assert batch.pair_weights.tolist() == [1, 1]
+    assert batch.numbers["agreement"][0] == 0.75
+    assert batch.numbers["agreement"].isnan().tolist() == [False, True]

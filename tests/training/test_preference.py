@@ -66,7 +66,9 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     plain = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
     pairs = module.comparison.pair_logps(module.policy, plain, "train")
     behavior = [pairs.chosen_logps - 0.5, pairs.rejected_logps + 0.2]  # mu likes the chosen ones less, the others more
-    known = plain._replace(behavior_logps=torch.cat(behavior).detach())
+    names = ("chosen_behavior_logps", "rejected_behavior_logps")
+    of_data = {name: part.detach() for name, part in zip(names, behavior, strict=True)}
+    known = plain._replace(numbers=plain.numbers | of_data)
 
     def log_weights(batch: PreferenceBatch) -> Tensor:
         return module.comparison.weighting(module.comparison.pair_logps(module.policy, batch, "train")).log_weights
@@ -77,7 +79,7 @@ def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: Prefer
     torch.testing.assert_close(log_weights(known), torch.zeros(2))
     module.comparison.mu = "data"
     torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
-    known.behavior_logps[1] = torch.nan  # of the second pair's chosen response
+    known.numbers[names[0]][1] = torch.nan  # of the second pair's chosen response
     module.comparison.mu = "auto"
     torch.testing.assert_close(log_weights(known), torch.tensor([0.3, -0.2]))
 

@@ -138,15 +138,12 @@ def plan_runs(
         if variant.without:
             raise InputError(f"prepare.{name}.without: a preparation has no flag of the grid; leave it out.")
     _check_options(designs, methods, grid, options, prepare)
-    planner = _Planner(designs, methods, prepare, options, root.absolute())
-    short = _short_names(list(grid))
+    planner = _Planner(designs, prepare, options, root.absolute(), _short_names(list(grid)))
     runs = {}
     for seed, design, (method, by) in product(seeds, designs, methods.items()):
         flags = [flag for flag in grid if flag not in by.without]
         for values in product(*(grid[flag] for flag in flags)):
-            settings = dict(zip(flags, values, strict=True))
-            labels = {short[flag]: _label(value) for flag, value in settings.items()}
-            run = planner.run(design, method, by, seed, settings, labels)
+            run = planner.run(design, method, by, seed, dict(zip(flags, values, strict=True)))
             runs[run.folder] = run
     if unused := [name for name in prepare if all(name != made for made, _, _ in planner.preparations)]:
         raise InputError(
@@ -184,32 +181,28 @@ def find_run(runs: Sequence[Run], name: str) -> Run:
     raise InputError(f"show: the study has no run {name!r}; it has, for example, {cells}.")
 
 
+@dataclass(frozen=True)
 class _Planner:
-    """Makes runs of the study's variants, and the preparations that they mention."""
+    """Makes runs of the study's variants, and the preparations that they mention.
 
-    def __init__(
-        self,
-        designs: Mapping[str, Variant],
-        methods: Mapping[str, Variant],
-        prepare: Mapping[str, Variant],
-        options: Mapping[str, Any],
-        root: Path,
-    ) -> None:
-        self.designs, self.prepare, self.options, self.root = designs, prepare, options, root
-        self.preparations: dict[tuple[str, str, int], Run] = {}  # by name, design and seed
-        self._mention = re.compile("|".join(re.escape(f"{{{name}}}") for name in (SEED, *prepare)))
-        variants = (*designs.values(), *prepare.values(), *methods.values())
-        self._contents = {file: _read(file) for file in dict.fromkeys(file for one in variants for file in one.files)}
+    Attributes:
+        designs: as of :func:`plan_runs`, and so ``prepare`` and ``options``.
+        root: the folder of runs, absolute.
+        short: short names of the grid's flags.
+        preparations: those that were made, by name, design and seed.
+        contents: the contents of the config files that were read.
+    """
+
+    designs: Mapping[str, Variant]
+    prepare: Mapping[str, Variant]
+    options: Mapping[str, Any]
+    root: Path
+    short: Mapping[str, str]
+    preparations: dict[tuple[str, str, int], Run] = field(default_factory=dict)
+    contents: dict[str, Any] = field(default_factory=dict)
 
     def run(
-        self,
-        design: str,
-        name: str,
-        by: Variant,
-        seed: int,
-        settings: Mapping[str, Any],
-        labels: Mapping[str, Any],
-        exports: bool = False,
+        self, design: str, name: str, by: Variant, seed: int, settings: Mapping[str, Any], exports: bool = False
     ) -> Run:
         """The run of a method or a preparation on a design."""
         on = self.designs[design]
@@ -233,24 +226,28 @@ class _Planner:
             )
         words[f"{{{SEED}}}"] = str(seed)
 
+        mention = re.compile("|".join(map(re.escape, words)))
+
         def fill(part: Any) -> Any:  # all at once, as a folder's name may look like a mention
-            return self._mention.sub(lambda found: words[found[0]], part) if isinstance(part, str) else part
+            return mention.sub(lambda found: words[found[0]], part) if isinstance(part, str) else part
 
         arguments = [f"--config={file}" for file in files]
         arguments += [f"--{flag}={_dump(_changed(value, fill))}" for flag, value in given.items()]
         # The arguments have the root in them. Parts are appended only where there are some, as old runs lack them.
-        identity: list[Any] = [[self._contents[file] for file in files], given]
+        self.contents.update({file: _read(file) for file in files if file not in self.contents})
+        identity: list[Any] = [[self.contents[file] for file in files], given]
         if needs:
             identity.append({need.method: need.digest for need in needs})
         if exports:  # a run of the same options that is not exported is no preparation
             identity.append(EXPORTED)
         digest = sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        labels = {self.short[flag]: _label(value) for flag, value in settings.items()}
         return Run(design, name, labels, seed, tuple(arguments), digest, needs, exports)
 
     def _preparation(self, name: str, design: str, seed: int) -> Run:
         key = (name, design, seed)
         if key not in self.preparations:
-            self.preparations[key] = self.run(design, name, self.prepare[name], seed, {}, {}, exports=True)
+            self.preparations[key] = self.run(design, name, self.prepare[name], seed, {}, exports=True)
         return self.preparations[key]
 
     def _quoted(self, part: Any) -> Any:

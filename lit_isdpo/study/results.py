@@ -221,14 +221,11 @@ def across_designs(summary: pd.DataFrame, settings: Sequence[str]) -> pd.DataFra
 def _gold_at(curve: pd.DataFrame, kl: float) -> float:
     """Gold reward where a curve first reaches a KL; NaN if it never does, or between checkpoints that lie far apart."""
     kls, golds = curve["kl"].to_numpy(), curve["gold"].to_numpy()
-    for before in range(len(kls) - 1):
-        low, high = kls[before], kls[before + 1]
-        if low <= kl <= high:
-            if high - low > WIDEST_GAP:
-                return math.nan
-            share = 0.0 if high == low else (kl - low) / (high - low)
-            return float(golds[before] + share * (golds[before + 1] - golds[before]))
-    return math.nan
+    around = np.flatnonzero((kls[:-1] <= kl) & (kl <= kls[1:]))
+    if not len(around) or kls[around[0] + 1] - kls[around[0]] > WIDEST_GAP:
+        return math.nan
+    line = slice(around[0], around[0] + 2)
+    return float(np.interp(kl, kls[line], golds[line]))
 
 
 def fit_of(history: pd.DataFrame) -> tuple[float, float, float]:

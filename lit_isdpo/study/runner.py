@@ -93,11 +93,10 @@ def study(
     if unknown := set(highlight or ()) - set(methods):
         raise InputError(f"highlight: {sorted(unknown)} is not among the methods.")
     root, output = Path(runs_dir), Path(output_dir)
-    variants = (
+    on, by, before = (
         {name: Variant(config=value) if isinstance(value, str) else value for name, value in given.items()}
         for given in (designs, methods, prepare or {})
     )
-    on, by, before = variants
     runs = plan_runs(on, by, grid or {}, seeds, options or {}, before, root)
     if show is not None:
         print(_config(find_run(runs, show), root, CLI), end="")
@@ -181,7 +180,6 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
             if error:
                 pool.shutdown(cancel_futures=True)
                 raise InputError(f"{run.name}: {error.removeprefix('error: ')}")
-    threads = max(1, (os.cpu_count() or 1) // num_workers)
     working: dict[int, tuple[BaseProcess, Run, float]] = {}  # by worker
     failed: list[Run] = []
     console = Console(highlight=False, soft_wrap=True)
@@ -196,8 +194,8 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
                     if ready:
                         run = ready[0]
                         waiting.remove(run)
-                        share = (worker, num_workers)
-                        new = context.Process(target=_work, args=(run, root, threads, share, cli), name=run.name)
+                        arguments = (run, root, worker, num_workers, cli)
+                        new = context.Process(target=_work, args=arguments, name=run.name)
                         new.start()
                         working[worker] = (new, run, monotonic())
                 wait([process.sentinel for process, _, _ in working.values()])
@@ -266,7 +264,7 @@ def _mark(run: Run, root: Path, seconds: float) -> None:
     write_text(root / run.folder / DONE, json.dumps(done, indent=2) + "\n")
 
 
-def _work(run: Run, root: Path, threads: int, share: tuple[int, int], cli: str) -> None:
+def _work(run: Run, root: Path, worker: int, num_workers: int, cli: str) -> None:
     """The work of one process: a fit, its output in a file, and the export of a preparation."""
     _end_with_parent()
     folder = root / run.folder
@@ -278,10 +276,11 @@ def _work(run: Run, root: Path, threads: int, share: tuple[int, int], cli: str) 
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(log, stream)
+    threads = max(1, (os.cpu_count() or 1) // num_workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     if torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = _gpus(*share, torch.cuda.device_count(), os.environ)
+        os.environ["CUDA_VISIBLE_DEVICES"] = _gpus(worker, num_workers, torch.cuda.device_count(), os.environ)
     lock = (folder / "lock").open("w")  # held until the process ends, however it ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -465,6 +465,24 @@ def test_the_numbers_of_the_paper_s_runs(monkeypatch: pytest.MonkeyPatch, capsys
         assert config["last"]["every_n_steps"] == 100
 
 
+@pytest.mark.parametrize("verb", ["plan", "test"])
+def test_a_shown_run_is_a_config_of_every_verb(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    main(["study", f"--config={PAPER}", "--show=ultrafeedback/RPO, published eta"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as end:
+        main([verb, f"--config={tmp_path / 'run.yaml'}", "--print_config"])
+    assert end.value.code == 0
+    parsed, shown = yaml.safe_load(capsys.readouterr().out), yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert parsed["model"] == shown["model"]
+    assert parsed["data"] == shown["data"]
+    assert shown["model"]["init_args"]["loss"]["init_args"]["eta"] == 0.005
+    name = "runs/paper/ultrafeedback/RPO__published_eta-beta=0.05-seed=1-"
+    assert shown["trainer"]["default_root_dir"].startswith(name)
+
+
 def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
     dpo, is_dpo = (
         yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()) for name in ("dpo", "is_dpo")

@@ -232,7 +232,7 @@ def _missing(runs: Sequence[Run], root: Path) -> list[Run]:
 
 
 def _config(run: Run, root: Path, cli: str) -> str:
-    """The whole config of a run's ``fit``, as the command line makes it of the files and options.
+    """The whole config of a run's ``fit``, as the command line makes it of the files and options; for any verb.
 
     Raises:
         SystemExit: they cannot be parsed; the command line has printed why.
@@ -245,7 +245,8 @@ def _config(run: Run, root: Path, cli: str) -> str:
     except SystemExit as end:
         if end.code:
             raise
-    return printed.getvalue()
+    of_fit = ("ckpt_path: null\n", "weights_only: null\n")  # other verbs lack them, and take the rest
+    return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line not in of_fit)
 
 
 def _mistake(run: Run, root: Path, cli: str) -> str:

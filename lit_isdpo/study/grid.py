@@ -138,7 +138,9 @@ def plan_runs(
         if variant.without:
             raise InputError(f"prepare.{name}.without: a preparation has no flag of the grid; leave it out.")
     _check_options(designs, methods, grid, options, prepare)
-    planner = _Planner(designs, prepare, options, root.absolute(), _short_names(list(grid)))
+    files = [file for one in (*designs.values(), *prepare.values(), *methods.values()) for file in one.files]
+    contents = {file: _read(file) for file in dict.fromkeys(files)}
+    planner = _Planner(designs, prepare, options, root.absolute(), _short_names(list(grid)), contents)
     runs = {}
     for seed, design, (method, by) in product(seeds, designs, methods.items()):
         flags = [flag for flag in grid if flag not in by.without]
@@ -189,8 +191,8 @@ class _Planner:
         designs: as of :func:`plan_runs`, and so ``prepare`` and ``options``.
         root: the folder of runs, absolute.
         short: short names of the grid's flags.
+        contents: the contents of the config files.
         preparations: those that were made, by name, design and seed.
-        contents: the contents of the config files that were read.
     """
 
     designs: Mapping[str, Variant]
@@ -198,8 +200,8 @@ class _Planner:
     options: Mapping[str, Any]
     root: Path
     short: Mapping[str, str]
+    contents: Mapping[str, Any]
     preparations: dict[tuple[str, str, int], Run] = field(default_factory=dict)
-    contents: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self, design: str, name: str, by: Variant, seed: int, settings: Mapping[str, Any], exports: bool = False
@@ -234,7 +236,6 @@ class _Planner:
         arguments = [f"--config={file}" for file in files]
         arguments += [f"--{flag}={_dump(_changed(value, fill))}" for flag, value in given.items()]
         # The arguments have the root in them. Parts are appended only where there are some, as old runs lack them.
-        self.contents.update({file: _read(file) for file in files if file not in self.contents})
         identity: list[Any] = [[self.contents[file] for file in files], given]
         if needs:
             identity.append({need.method: need.digest for need in needs})

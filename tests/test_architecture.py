@@ -24,6 +24,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {
     "objective": {"lightning", "transformers", "datasets", "logging"},
     "data/formats": {"torch", "transformers"},
+    "data/row_fields": {"torch", "transformers"},
+    "data/examples": {"torch", "transformers"},
     "policy": {"lightning"},
     "lab": {"lightning"},
     "evaluation": {"lightning"},
@@ -60,6 +62,15 @@ def test_no_room_imports_upward_or_a_stranger(file: Path) -> None:
 def test_every_room_has_a_floor() -> None:
     rooms = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__") and path.suffix in ("", ".py")}
     assert rooms - {"py"} <= set(FLOOR) | {"__main__"}
+
+
+def test_supervised_training_needs_no_lab() -> None:
+    """The package itself knows the lab's names, and none of its files."""
+    script = "import sys, lit_isdpo.training.sft; print(*(name for name in sys.modules if 'lit_isdpo.lab.' in name))"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, check=True, capture_output=True, text=True
+    )
+    assert found.stdout.split() == []
 
 
 def test_no_installed_distribution_takes_the_name_of_the_tests(tmp_path: Path) -> None:

@@ -1,19 +1,18 @@
-"""Reward sources behind one interface: whatever gives a number to a prompt and a response to it."""
+"""The rewards that come with the package: the gold rewards of the lab, and reward models."""
 
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
-from math import isfinite
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, terminator_ids, tokenize_response
-from lit_isdpo.data.truncation import TruncationMode
+from lit_isdpo.data.encoding import load_tokenizer, terminator_ids
+from lit_isdpo.data.outcomes import RowError
+from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode, tokenize_response
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.adapters import fingerprint
 from lit_isdpo.policy.reward_model import (
@@ -24,69 +23,7 @@ from lit_isdpo.policy.reward_model import (
     read_score_config,
 )
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
-from lit_isdpo.types import InputError, Prompt, TokenizedExample
-
-
-class Reward(Protocol):
-    """Scores responses. Sources of your own work by their import path if they have these members, with these types."""
-
-    @property
-    def identity(self) -> str:
-        """Names what scored, the same in every process and run: scores in files are keyed by it."""
-        ...
-
-    def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
-    ) -> Sequence[float]:
-        """Scores N responses.
-
-        Args:
-            prompts: each response's prompt as the data has it, before any chat template.
-            responses: text, special tokens left out.
-            finished: false where the token limit cut a response.
-
-        Returns:
-            One number a response, higher is better.
-        """
-        ...
-
-
-def score(
-    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool], *, option: str
-) -> list[float]:
-    """What a reward gives to N responses; every caller of a reward asks here.
-
-    Args:
-        reward: one of the user's, perhaps.
-        prompts: as those of :class:`Reward`, and so are the others.
-        responses: to them, as text.
-        finished: whether each has ended by itself.
-        option: that names the reward, for messages.
-
-    Returns:
-        A finite number for each response.
-
-    Raises:
-        InputError: the reward gives something else.
-    """
-    given = reward(prompts, responses, finished)
-    name, number = type(reward).__name__, len(responses)
-    rule = f"{option}: {name} must give a finite number to each of {number} responses, and gave"
-    try:
-        values = list(given)
-    except TypeError as error:
-        raise InputError(f"{rule} {given!r}.") from error
-    if len(values) != len(responses):
-        raise InputError(f"{rule} {len(values)}.")
-    scores = []
-    for value, response in zip(values, responses, strict=True):
-        try:
-            scores.append(float(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{rule} {value!r} for {response!r}.") from error
-        if not isfinite(scores[-1]):
-            raise InputError(f"{rule} {scores[-1]} for {response!r}.")
-    return scores
+from lit_isdpo.types import InputError, Prompt, Reward, TokenizedExample
 
 
 class LabReward(Reward):
@@ -104,7 +41,7 @@ class LabReward(Reward):
         if name not in ENVIRONMENTS:
             known = ", ".join(f"{PREFIX}{name}" for name in ENVIRONMENTS)
             raise InputError(f"reward.task: the lab has no task {task!r}; it has {known}.")
-        self._name, self._environment = name, ENVIRONMENTS[name]
+        self._environment = ENVIRONMENTS[name]
 
     @classmethod
     def for_folder(cls, folder: Path) -> "LabReward | None":
@@ -115,16 +52,13 @@ class LabReward(Reward):
     @property
     def identity(self) -> str:
         """The task and the format of its files, which changes with the reward."""
-        return f"{PREFIX}{self._name} format {self._environment.format}"
+        return self._environment.identity
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
     ) -> Sequence[float]:
         """Scores responses to the task's own prompts, which are text."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if len(texts) < len(prompts):
-            raise InputError(f"The prompts of {PREFIX}{self._name} are text; its reward cannot read a conversation.")
-        return self._environment.gold_reward(texts, responses, finished)
+        return self._environment(prompts, responses, finished)
 
 
 class RewardModel(Reward):
@@ -270,14 +204,7 @@ class RewardModel(Reward):
 
     def _encode(self, prompt: Prompt, response: str, finished: bool) -> TokenizedExample:
         try:
-            return tokenize_response(
-                prompt,
-                response,
-                self.encoder,
-                finished=finished,
-                max_length=self.max_length,
-                max_prompt_length=self.max_prompt_length,
-                truncation_mode=self.truncation_mode,
-            )
+            limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
+            return tokenize_response(prompt, response, self.encoder, limits, finished=finished)
         except RowError as error:
             raise InputError(f"reward.path: {self.path!r} cannot score a response: {error.reason.value}.") from error

@@ -22,6 +22,7 @@ from lit_isdpo.policy.trial import HowToSample, check_model, how_to_sample
 from lit_isdpo.types import SequenceLogps, TokenBatch
 
 T = TypeVar("T")
+LOGITS_BUDGET = 2**26  # values: 0.25 GiB in fp32, which a KL of next tokens needs some six times over
 
 
 class LogProbModel(nn.Module):
@@ -74,9 +75,19 @@ class LogProbModel(nn.Module):
         return sequence_logps(self.decode(tokens), tokens, self.head, chunk_size=self.chunk_size, alignment=alignment)
 
     @torch.no_grad()
-    def completion_logits(self, tokens: TokenBatch) -> Tensor:
-        """Full fp32 logits of the N completion tokens, ``(N, V)``, in the numerics of ``forward``. Mind N * V."""
-        return self.head.logits(completion_hidden_states(self.decode(tokens), tokens))
+    def completion_states(self, tokens: TokenBatch) -> Tensor:
+        """Last hidden states that predict the N completion tokens, ``(N, H)``, in the numerics of ``forward``."""
+        return completion_hidden_states(self.decode(tokens), tokens)
+
+    @torch.no_grad()
+    def token_logits(self, states: Tensor) -> Tensor:
+        """Full fp32 logits of n of these states, ``(n, V)``, in the numerics of ``forward``. Mind n * V."""
+        return self.head.logits(states)
+
+    @property
+    def logits_at_a_time(self) -> int:
+        """For how many tokens full logits may exist at a time, within ``LOGITS_BUDGET``."""
+        return max(1, LOGITS_BUDGET // self.vocabulary_size)
 
     def tried(self, trial: Callable[[Self], T]) -> T:
         """The outcome of a trial, in here, so that what wraps this module sees it begin and end."""

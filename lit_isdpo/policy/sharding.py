@@ -107,7 +107,7 @@ class Sharding:
         else:
             self._receive(model, config, option)
         model.model.tie_weights()
-        for method in ("completion_logits", "generate", "generate_apart", "tried"):
+        for method in ("completion_states", "token_logits", "generate", "generate_apart", "tried"):
             register_fsdp_forward_method(model, method)  # each begins with gathered weights, as the forward does
         model.tried(check_model)
         return model

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lit_isdpo.policy.attention import KERNELS, layer_windows
-from lit_isdpo.policy.generation import autocast, head_as_scored, ready_to_generate
+from lit_isdpo.policy.generation import autocast, generating
 from lit_isdpo.policy.loading import in_mode
 from lit_isdpo.types import InputError, TokenBatch
 
@@ -163,8 +163,7 @@ def how_to_sample(model: "LogProbModel") -> HowToSample:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        is_ready, as_scored = ready_to_generate(model.model, config), head_as_scored(model.model, numerics)
-        with autocast(device, numerics, keep_weights=True), is_ready, as_scored:
+        with generating(model.model, config, device, numerics):
             generated: Any = model.generate_apart(
                 input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
             )

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lit_isdpo.evaluation.files import write_text
+from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.study.grid import EXPORTED, Run, Value, Variant, find_run, plan_runs, with_needs
 from lit_isdpo.types import InputError
 

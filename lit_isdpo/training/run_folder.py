@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lit_isdpo.evaluation.files import naming
+from lit_isdpo.evaluation.store import naming
 
 
 def run_dir(trainer: Trainer) -> Path:

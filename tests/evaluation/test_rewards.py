@@ -14,13 +14,14 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
-from lit_isdpo.evaluation.rewards import LabReward, Reward, RewardModel, score
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
+from lit_isdpo.evaluation.rewards import LabReward, RewardModel
+from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.folder import MARKER
-from lit_isdpo.lab.posts import GoldReward, render_prompt, sample_post
+from lit_isdpo.lab.posts import render_prompt, sample_post
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import load_score_model
-from lit_isdpo.types import InputError, PreferenceExample, Prompt
+from lit_isdpo.types import InputError, PreferenceExample, Prompt, Reward, score
 
 POST = render_prompt(sample_post(Random(0), "test"))
 
@@ -28,7 +29,7 @@ POST = render_prompt(sample_post(Random(0), "test"))
 def test_the_labs_reward_is_its_gold_reward() -> None:
     reward = LabReward("lab:posts")
     responses, finished = ["price good", "price bad", ""], [True, True, False]
-    assert reward([POST] * 3, responses, finished) == GoldReward()([POST] * 3, responses, finished)
+    assert reward([POST] * 3, responses, finished) == Posts()([POST] * 3, responses, finished)
     assert reward.identity == LabReward("posts").identity != LabReward("lab:verbosity").identity
 
 
@@ -119,9 +120,7 @@ def test_a_reward_model_scores_the_ids_of_training(scorer: Path) -> None:
         ids += [tokenizer.eos_token_id] * finished
         with torch.no_grad():
             assert given == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
-    pair = tokenize_pair(
-        PreferenceExample(POST, RESPONSES[0], "bad"), TextEncoder(tokenizer), max_length=99, max_prompt_length=60
-    )
+    pair = tokenize_pair(PreferenceExample(POST, RESPONSES[0], "bad"), TextEncoder(tokenizer), Limits(99, 60))
     with torch.no_grad():
         trained_on = model(torch.tensor([pair.prompt_ids + pair.chosen_ids])).logits.item()
     assert scores[0] == pytest.approx(trained_on, abs=1e-5)

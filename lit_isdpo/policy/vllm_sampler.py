@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from lit_isdpo.policy.generation import Sampling, Vocabulary, seed_of
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import InputError, Response
 
@@ -39,17 +40,9 @@ class VLLMSampler:
         self._engine: Any = None
 
     def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        num_responses: int,
-        max_new_tokens: int,
-        eos_token_ids: Sequence[int],
-        seed: int,
-        temperature: float,
-        top_p: float,
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, vocabulary: Vocabulary, *place: object
     ) -> list[list[Response]]:
-        """Draws ``num_responses`` to each of P prompts; arguments as those of ``sampling.sample_many``."""
+        """As :func:`~lit_isdpo.policy.generation.sample`, for the policy; vLLM makes its own batches."""
         from vllm import SamplingParams
 
         if self._engine is None:
@@ -58,12 +51,12 @@ class VLLMSampler:
         padding = range(self._policy.num_tokens or size, size)
         parameters = [
             SamplingParams(
-                n=num_responses,
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_new_tokens,
-                stop_token_ids=list(eos_token_ids),
-                seed=seed * 100_003 + number,
+                n=sampling.num_responses,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=vocabulary.eos_token_ids,
+                seed=seed_of(sampling.seed, *place, number),
                 detokenize=False,
                 logit_bias=dict.fromkeys(padding, -100.0) or None,  # vLLM's least
             )
@@ -71,7 +64,7 @@ class VLLMSampler:
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
-        return [[_response(drawn, eos_token_ids) for drawn in output.outputs] for output in outputs]
+        return [[_response(drawn, vocabulary.eos_token_ids) for drawn in output.outputs] for output in outputs]
 
     def close(self) -> None:
         """Gives its memory back."""
@@ -101,7 +94,7 @@ def write_plain_model(policy: LogProbModel, folder: Path, *, with_adapter: bool)
 
 
 def _response(drawn: Any, eos_token_ids: Sequence[int]) -> Response:
-    """As ``policy.generation`` gives it: with its EOS where it has ended, which vLLM may leave out."""
+    """A response with its EOS where it has ended; vLLM may leave that out."""
     ids = list(drawn.token_ids)
     if drawn.finish_reason != "stop":
         return Response(ids, False)

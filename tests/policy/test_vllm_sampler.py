@@ -1,6 +1,7 @@
 """vLLM as an engine, against a module of that name that keeps what it is given."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_isdpo.evaluation.vllm_sampler import VLLMSampler, check_vllm
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
+from lit_isdpo.policy.generation import Sampling, Vocabulary
 from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.vllm_sampler import VLLMSampler, check_vllm
 from lit_isdpo.types import InputError, Response
 
 OUTPUTS = [
@@ -45,13 +47,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return given
 
 
-SETTINGS = {"max_new_tokens": 4, "eos_token_ids": [2, 3], "seed": 5, "temperature": 0.7, "top_p": 0.9}
+SAMPLING = Sampling(num_responses=4, max_new_tokens=4, seed=5, temperature=0.7, top_p=0.9)
+VOCABULARY = Vocabulary(str, [2, 3], 0)
 
 
 def test_token_ids_in_and_responses_out(engine: dict[str, Any], tiny_llama: PreTrainedModel) -> None:
     sampler = VLLMSampler(LogProbModel(tiny_llama), options={"tensor_parallel_size": 2})
     assert engine["starts"] == 0, "nothing to sample, nothing to start"
-    first, second = sampler([[1, 5], [1]], num_responses=4, **SETTINGS)
+    first, second = sampler([[1, 5], [1]], SAMPLING, VOCABULARY)
     assert first == [
         Response([7, 8, 2], True),
         Response([7, 8, 2], True),
@@ -59,7 +62,7 @@ def test_token_ids_in_and_responses_out(engine: dict[str, Any], tiny_llama: PreT
         Response([7, 8, 9, 10], False),
     ]
     assert len(second) == 4
-    sampler([[1]], num_responses=1, **SETTINGS)
+    sampler([[1]], replace(SAMPLING, num_responses=1), VOCABULARY)
     assert engine["starts"] == 1
     assert engine["inputs"] == [{"prompt_token_ids": [1]}]
     parameters = vars(engine["parameters"][0])
@@ -83,7 +86,7 @@ def test_it_samples_the_policy_with_its_adapter_or_the_base_without(
         for parameter in trained.values():
             parameter.fill_(0.1)
     for with_adapter in (False, True):
-        VLLMSampler(model, with_adapter=with_adapter, options={})([[1]], num_responses=1, **SETTINGS)
+        VLLMSampler(model, with_adapter=with_adapter, options={})([[1]], replace(SAMPLING, num_responses=1), VOCABULARY)
         written = engine["weights"]
         assert set(written) == set(base)
         changed = [name for name, tensor in written.items() if not torch.equal(tensor, base[name])]
@@ -102,5 +105,5 @@ def test_what_only_pads_the_vocabulary_is_not_sampled(engine: dict[str, Any], ti
     policy = LogProbModel(tiny_llama)
     for num_tokens, bias in ((None, None), (50, None), (48, {48: -100.0, 49: -100.0})):
         policy.num_tokens = num_tokens
-        VLLMSampler(policy, options={})([[1]], num_responses=1, **SETTINGS)
+        VLLMSampler(policy, options={})([[1]], replace(SAMPLING, num_responses=1), VOCABULARY)
         assert engine["parameters"][0].logit_bias == bias

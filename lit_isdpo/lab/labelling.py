@@ -1,6 +1,6 @@
 """Gold labelling: from a policy's responses and a reward to preference pairs that can be trained on.
 
-A row of what comes out is one that the format ``strings`` reads or, where the prompt is a conversation, ``messages``:
+A row is one that the format ``strings`` reads or, where the prompt is a conversation, ``messages``:
 
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "chosen_behavior_logps": -0.3,
      "rejected_behavior_logps": -1.6, "chosen_score": 9.0, "rejected_score": 1.0}
@@ -11,24 +11,23 @@ other tokens, or cut.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.data.pairing import Pairing, choose_pairs
-from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_example
-from lit_isdpo.evaluation.kl import LOGITS_BUDGET
-from lit_isdpo.evaluation.rewards import Reward, score
+from lit_isdpo.data.outcomes import RowError
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example
+from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response, SFTExample
+from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response, Reward, SFTExample, score
 
-_WHOLE = 2**31  # tokens: nothing is cut
+_WHOLE = Limits(2**31, 2**31 - 1)  # nothing is cut
+PairRow = dict[str, Any]  # of a file of pairs; log-probs in nats, summed, EOS included, of the sampled distribution
 
 
 class UnusableError(Exception):
@@ -36,7 +35,7 @@ class UnusableError(Exception):
 
 
 class SampledRow(NamedTuple):
-    """A row of the data, and what a policy said to its prompt.
+    """A row of the data, and a policy's responses to its prompt.
 
     Attributes:
         row_id: the row.
@@ -67,19 +66,6 @@ class Preference(NamedTuple):
     rejected: Candidate
 
 
-class LabelledPair(TypedDict):
-    """A row of a file of pairs; log-probs in nats, summed, EOS included, of the distribution that was sampled."""
-
-    prompt: Prompt
-    chosen: str | list[Message]
-    rejected: str | list[Message]
-    chosen_behavior_logps: float
-    rejected_behavior_logps: float
-    chosen_score: float
-    rejected_score: float
-    tools: NotRequired[list[dict[str, Any]]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Labeller:
     """Makes preferences of sampled responses.
@@ -87,26 +73,26 @@ class Labeller:
     Attributes:
         reward: scores each response that can be used, once.
         encoder: writes text as training does, with the policy's tokenizer.
-        pairing: which responses to a prompt become pairs, see :func:`~lit_isdpo.data.pairing.choose_pairs`.
-        noise_temperature: labels follow Bradley-Terry: the response with the higher score is chosen with probability
-            ``sigmoid(difference of the scores / noise_temperature)``; 0 chooses it always.
-        seed: of the labels' noise, which is a function of it, the row's id and the scores.
+        choose: which responses to a prompt become pairs, given prompt, texts and scores.
+        noise_temperature: labels follow Bradley-Terry, see :func:`first_wins`; 0 makes the first of a pair the chosen
+            one.
+        noise: the random numbers for a row's labels, by its id.
         max_length: of a prompt with its response, in tokens, beyond which training cuts.
     """
 
     reward: Reward
     encoder: TextEncoder
-    pairing: Pairing
+    choose: Callable[[Prompt, Sequence[str], Sequence[float]], list[tuple[int, int]]]
     noise_temperature: float
-    seed: int
+    noise: Callable[[int], Random]
     max_length: int
 
     def __call__(self, rows: Sequence[SampledRow]) -> tuple[list[Preference], Counter[str]]:
         """Labels the responses to some prompts.
 
         Returns:
-            The preferences in the order of the rows; and counts, of responses that were left out and of prompts that
-            gave no pair, by reason.
+            The preferences in the order of the rows; and counts by reason, of responses that were left out and of
+            prompts that gave no pair.
 
         Raises:
             InputError: the reward gives a score that is no finite number.
@@ -128,14 +114,14 @@ class Labeller:
         preferences = []
         for row, texts in zip(rows, usable, strict=True):
             candidates = [Candidate(text, response.token_ids, next(scores)) for text, response in texts.items()]
-            pairs = choose_pairs(row.prompt, list(texts), [candidate.score for candidate in candidates], self.pairing)
+            pairs = self.choose(row.prompt, list(texts), [candidate.score for candidate in candidates])
             if not pairs:
                 few = len(candidates) < 2
                 left_out["prompts with fewer than two responses left" if few else "prompts with equal scores"] += 1
-            rng = Random(f"labels/{self.seed}/{row.row_id}")
-            for better, worse in pairs:
-                pair = candidates[better], candidates[worse]
-                preferences.append(Preference(row, *(pair if self._keeps(*pair, rng) else pair[::-1])))
+            rng = self.noise(row.row_id)
+            for first, second in ((candidates[i], candidates[j]) for i, j in pairs):
+                wins = self.noise_temperature == 0 or first_wins(rng, first.score, second.score, self.noise_temperature)
+                preferences.append(Preference(row, *((first, second) if wins else (second, first))))
         return preferences, left_out
 
     def read_back(self, row: SampledRow, response: Response) -> str:
@@ -149,20 +135,16 @@ class Labeller:
         decoded = str(self.encoder.tokenizer.decode(response.token_ids, skip_special_tokens=True))
         # Conversations without a chat template, and some templates, put a blank before the response by themselves.
         for text in dict.fromkeys((decoded, decoded.removeprefix(" "))):
+            example = SFTExample(row.prompt, text)
             try:
-                example = tokenize_example(
-                    SFTExample(row.prompt, text),
-                    self.encoder,
-                    max_length=_WHOLE,
-                    max_prompt_length=_WHOLE - 1,
-                )
+                read = tokenize_example(example, self.encoder, _WHOLE)
             except RowError as error:
                 raise UnusableError(f"responses left out as {error.reason.value}") from error
             except InputError:  # a template that shows some responses otherwise than others
                 continue
-            if example.prompt_ids != row.prompt_ids:
+            if read.prompt_ids != row.prompt_ids:
                 raise UnusableError("responses to a prompt that was cut")
-            if example.completion_ids == response.token_ids:
+            if read.completion_ids == response.token_ids:
                 if len(row.prompt_ids) + len(response.token_ids) > self.max_length:
                     raise UnusableError("responses longer than data.max_length allows")
                 return text
@@ -174,36 +156,37 @@ class Labeller:
         finished = [True] * len(responses)
         return score(self.reward, prompts, responses, finished, option="labels.reward") if responses else []
 
-    def _keeps(self, better: Candidate, worse: Candidate, rng: Random) -> bool:
-        """Whether the noise leaves the better response the chosen one."""
-        if self.noise_temperature == 0:
-            return True
-        return rng.random() < 1 / (1 + math.exp((worse.score - better.score) / self.noise_temperature))
+
+def first_wins(rng: Random, first: float, second: float, temperature: float) -> bool:
+    """A Bradley-Terry label of two scores: true with probability ``sigmoid((first - second) / temperature)``."""
+    logit = (first - second) / temperature
+    probability = 1 / (1 + math.exp(-logit)) if logit > 0 else math.exp(logit) / (1 + math.exp(logit))
+    return rng.random() < probability
 
 
-def to_rows(preferences: Sequence[Preference], logps: Sequence[float]) -> list[LabelledPair]:
+def to_rows(preferences: Sequence[Preference], logps: Sequence[float], score_name: str = "score") -> list[PairRow]:
     """Writes N preferences as rows of a file.
 
     Args:
         preferences: N of them.
         logps: ``2N``, of all chosen responses and then of all rejected ones.
+        score_name: of the columns ``chosen_...`` and ``rejected_...`` that hold the scores.
     """
 
     def shown(row: SampledRow, text: str) -> str | list[Message]:
         return text if isinstance(row.prompt, str) else [Message(role="assistant", content=text)]
 
-    chosen_logps, rejected_logps = logps[: len(preferences)], logps[len(preferences) :]
     rows = []
-    for (row, chosen, rejected), *pair_logps in zip(preferences, chosen_logps, rejected_logps, strict=True):
-        pair = LabelledPair(
-            prompt=row.prompt,
-            chosen=shown(row, chosen.text),
-            rejected=shown(row, rejected.text),
-            chosen_behavior_logps=pair_logps[0],
-            rejected_behavior_logps=pair_logps[1],
-            chosen_score=chosen.score,
-            rejected_score=rejected.score,
-        )
+    for number, (row, chosen, rejected) in enumerate(preferences):
+        pair: PairRow = {
+            "prompt": row.prompt,
+            "chosen": shown(row, chosen.text),
+            "rejected": shown(row, rejected.text),
+            "chosen_behavior_logps": logps[number],
+            "rejected_behavior_logps": logps[len(preferences) + number],
+            f"chosen_{score_name}": chosen.score,
+            f"rejected_{score_name}": rejected.score,
+        }
         if isinstance(row.prompt, Conversation) and row.prompt.tools:
             pair["tools"] = row.prompt.tools
         rows.append(pair)
@@ -215,11 +198,9 @@ def sampled_logps(
     policy: LogProbModel,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    temperature: float,
-    top_p: float,
     pad_token_id: int,
-    batch_size: int,
 ) -> list[float]:
     """Log-probs of S responses under the distribution that they were sampled from: nats, summed, EOS included.
 
@@ -231,32 +212,28 @@ def sampled_logps(
         policy: the model that was sampled.
         prompts: token ids of S prompts.
         responses: token ids of S responses.
-        temperature: that was sampled at.
-        top_p: nucleus that was sampled from.
+        sampling: temperature and nucleus that were sampled with, and the responses per forward.
         pad_token_id: padding.
-        batch_size: responses at a time.
     """
-    plain = temperature == 1 and top_p == 1
     logps: list[float] = []
-    start = 0
-    while start < len(responses):
-        longest = max(map(len, responses[start : start + batch_size]))
-        fit = batch_size if plain else max(1, LOGITS_BUDGET // (policy.vocabulary_size * longest))
-        rows = slice(start, start + min(batch_size, fit))
-        tokens = collate_completions(prompts[rows], responses[rows], pad_token_id=pad_token_id)
-        tokens = tokens.to(policy.model.device)
-        if plain:
+    for start in range(0, len(responses), sampling.batch_size):
+        rows = slice(start, start + sampling.batch_size)
+        tokens = collate_completions(prompts[rows], responses[rows], pad_token_id=pad_token_id).to(policy.device)
+        if sampling.is_plain:
             logps += policy(tokens).logps.tolist()
-        else:
-            targets = tokens.at_completions(tokens.completion_ids)
-            logits = policy.completion_logits(tokens)[:, : policy.num_tokens]
-            values = nucleus_logps(logits, targets, temperature=temperature, top_p=top_p)
-            logps += tokens.spread(values).sum(dim=1).tolist()
-        start = rows.stop
+            continue
+        targets, states = tokens.at_completions(tokens.completion_ids), policy.completion_states(tokens)
+        values = [
+            nucleus_logps(policy.token_logits(some)[:, : policy.num_tokens], picked, sampling)
+            for some, picked in zip(
+                states.split(policy.logits_at_a_time), targets.split(policy.logits_at_a_time), strict=True
+            )
+        ]
+        logps += tokens.spread(torch.cat(values)).sum(dim=1).tolist()
     return logps
 
 
-def nucleus_logps(logits: Tensor, targets: Tensor, *, temperature: float, top_p: float) -> Tensor:
+def nucleus_logps(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
     """Log-probs of N sampled tokens after temperature and nucleus, in nats.
 
     The nucleus (arXiv 1904.09751) is the fewest most likely tokens with a mass of at least ``top_p``. A token that was
@@ -265,18 +242,17 @@ def nucleus_logps(logits: Tensor, targets: Tensor, *, temperature: float, top_p:
     Args:
         logits: ``(N, V)``.
         targets: ``(N,)`` the sampled tokens.
-        temperature: divides the logits.
-        top_p: above 0 and at most 1.
+        sampling: temperature and nucleus.
 
     >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    >>> nucleus_logps(logits, torch.tensor([1]), temperature=1.0, top_p=0.6).exp()
+    >>> nucleus_logps(logits, torch.tensor([1]), Sampling(top_p=0.6)).exp()
     tensor([0.3750])
     """
-    logps = (logits / temperature).log_softmax(dim=1)
-    if top_p < 1:
+    logps = (logits / sampling.temperature).log_softmax(dim=1)
+    if sampling.top_p < 1:
         ordered, order = logps.sort(dim=1, descending=True)
         mass_before = ordered.exp().cumsum(dim=1) - ordered.exp()
-        inside = torch.zeros_like(logps, dtype=torch.bool).scatter(1, order, mass_before < top_p)
+        inside = torch.zeros_like(logps, dtype=torch.bool).scatter(1, order, mass_before < sampling.top_p)
         inside.scatter_(1, targets[:, None], True)
         logps = logps.masked_fill(~inside, -math.inf).log_softmax(dim=1)
     return logps.gather(1, targets[:, None])[:, 0]

@@ -4,15 +4,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from random import Random
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from lit_isdpo.data.formats import detect_format, to_pairs
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
-from lit_isdpo.evaluation.labelling import Labeller, SampledRow, nucleus_logps, sampled_logps, to_rows
+from lit_isdpo.data.examples import choose_pairs, detect_format, to_pairs
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
+from lit_isdpo.lab.labelling import Labeller, SampledRow, nucleus_logps, sampled_logps, to_rows
+from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response
 from tests.data.conftest import _make_tokenizer
@@ -40,9 +44,9 @@ def labeller(tokenizer: PreTrainedTokenizerBase, **options: object) -> Labeller:
     defaults: dict[str, object] = {
         "reward": Length(),
         "encoder": TextEncoder(tokenizer),
-        "pairing": "best_worst",
+        "choose": partial(choose_pairs, pairing="best_worst"),
         "noise_temperature": 0.0,
-        "seed": 0,
+        "noise": lambda row_id: Random(f"0/{row_id}"),
         "max_length": 100,
     }
     return Labeller(**(defaults | options))  # type: ignore[arg-type]
@@ -127,7 +131,7 @@ def test_conversations_are_written_as_messages_that_read_back_as_the_sampled_tok
     assert written["chosen"] == [{"role": "assistant", "content": "five"}]
     values = dict(written)
     (pair,) = to_pairs(values, detect_format(list(values), [values]))
-    read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
+    read = tokenize_pair(pair, TextEncoder(tokenizer), Limits(100, 90))
     assert read[:7] == (prompt_ids, ids[1], ids[0], -1.0, -2.0, 1.0, 0.0)
 
 
@@ -144,7 +148,7 @@ def test_tools_and_an_answer_that_has_begun_are_written_and_read_back() -> None:
     (written,) = json.loads(json.dumps(to_rows(preferences, [-1.0, -2.0])))
     assert written["tools"] == tools
     (pair,) = to_pairs(written, detect_format(list(written), [written]))
-    read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
+    read = tokenize_pair(pair, TextEncoder(tokenizer), Limits(100, 90))
     assert read[:3] == (prompt_ids, ids[1], ids[0])
 
 
@@ -157,7 +161,7 @@ def test_noise_is_bradley_terry(tokenizer: PreTrainedTokenizerBase) -> None:
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 400)
     again, _ = labeller(tokenizer, noise_temperature=0.5)(rows[::-1])
     assert again[::-1] == preferences, "the order of the rows is not the noise's"
-    other, _ = labeller(tokenizer, noise_temperature=0.5, seed=1)(rows)
+    other, _ = labeller(tokenizer, noise_temperature=0.5, noise=lambda row_id: Random(f"1/{row_id}"))(rows)
     assert other != preferences
     extreme, _ = labeller(tokenizer, noise_temperature=1e-6)(rows[:1])
     assert extreme[0].chosen.text == " 55"
@@ -178,7 +182,7 @@ def test_a_hand_worked_nucleus() -> None:
     targets = torch.tensor([0, 1, 2])
 
     def probs(temperature: float, top_p: float) -> list[float]:
-        return nucleus_logps(logits, targets, temperature=temperature, top_p=top_p).exp().tolist()
+        return nucleus_logps(logits, targets, Sampling(temperature=temperature, top_p=top_p)).exp().tolist()
 
     assert probs(1, 1) == pytest.approx([0.5, 0.3, 0.2])
     assert probs(0.5, 1) == pytest.approx([25 / 38, 9 / 38, 4 / 38])
@@ -194,7 +198,7 @@ def test_it_is_the_distribution_that_generation_samples(temperature: float, top_
     scores = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits)).log_softmax(dim=1)
     targets = torch.multinomial(scores.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
     expected = scores.gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(nucleus_logps(logits, targets, temperature=temperature, top_p=top_p), expected)
+    torch.testing.assert_close(nucleus_logps(logits, targets, Sampling(temperature=temperature, top_p=top_p)), expected)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
@@ -202,7 +206,7 @@ def test_sums_over_a_response_whatever_the_batch(
     tiny_llama: PreTrainedModel, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a loop over tokens: the model's own logits, one prefix at a time."""
-    policy = LogProbModel(tiny_llama)
+    policy, sampling = LogProbModel(tiny_llama), Sampling(temperature=temperature, top_p=top_p)
     prompts, responses = [[1, 5], [1, 7, 9], [3]], [[4, 6, 2], [8, 2], [2]]
     expected = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -210,15 +214,12 @@ def test_sums_over_a_response_whatever_the_batch(
         for position, token in enumerate(response):
             with torch.no_grad():
                 logits = tiny_llama(torch.tensor([prompt + response[:position]])).logits[:, -1]
-            total += nucleus_logps(logits, torch.tensor([token]), temperature=temperature, top_p=top_p).item()
+            total += nucleus_logps(logits, torch.tensor([token]), sampling).item()
         expected.append(total)
     for batch_size in (1, 2, 3):
-        logps = sampled_logps(
-            policy, prompts, responses, temperature=temperature, top_p=top_p, pad_token_id=0, batch_size=batch_size
-        )
+        batches = replace(sampling, batch_size=batch_size)
+        logps = sampled_logps(policy, prompts, responses, batches, pad_token_id=0)
         assert logps == pytest.approx(expected, abs=1e-5)
-    monkeypatch.setattr("lit_isdpo.evaluation.labelling.LOGITS_BUDGET", 1)
-    logps = sampled_logps(
-        policy, prompts, responses, temperature=temperature, top_p=top_p, pad_token_id=0, batch_size=3
-    )
+    monkeypatch.setattr("lit_isdpo.policy.logprob_model.LOGITS_BUDGET", 1)
+    logps = sampled_logps(policy, prompts, responses, sampling, pad_token_id=0)
     assert logps == pytest.approx(expected, abs=1e-5)

@@ -33,7 +33,7 @@ from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextD
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.objective import remedies
-from lit_isdpo.study.study import study
+from lit_isdpo.study.runner import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation

@@ -18,6 +18,11 @@ class InputError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; libraries write many, and the first one says what went wrong."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."
 
 

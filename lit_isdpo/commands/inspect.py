@@ -78,7 +78,9 @@ def inspect_data(
         splits.load("test")
     console.print(outcomes.table(splits.counts, unit=splits.row_type.kind), markup=False)
     if listing is not None:
-        _write_listing(Path(listing), [row for name in splits.counts for row in _noted(datamodule, name)], console)
+        # Rows that were held out are listed once, with the training rows.
+        listed = [row for name in splits.counts for row in splits.noted(name) if row["split"] == name]
+        _write_listing(Path(listing), listed, console)
     if split not in splits.rows:
         raise InputError(f"split: there are no {split} rows in data; there are: {', '.join(splits.rows)}.")
     if not len(splits.rows[split]):
@@ -95,12 +97,6 @@ def inspect_data(
         console.print()
         for line in show_row(datamodule, split, row_id, separator="" if console.is_terminal else "|"):
             console.print(line, soft_wrap=True)
-
-
-def _noted(datamodule: TextDataModule, split: Split) -> Iterator[dict[str, Any]]:
-    """The rows of a split's own sources that are to be listed; those held out are listed with the training rows."""
-    rows = datamodule.splits.noted(split)
-    return (row for row in rows if row["split"] == split)
 
 
 def _write_listing(file: Path, rows: list[dict[str, Any]], console: Console) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lit_isdpo.data.outcomes import Change, Reason, RowError, noted
 from lit_isdpo.data.row_fields import THOUGHTS
 from lit_isdpo.names import named_path
-from lit_isdpo.types import NEEDS_CODE, Answer, Conversation, InputError, Message
+from lit_isdpo.types import NEEDS_CODE, Answer, Conversation, InputError, Message, first_line
 
 THINKS = "a template that thinks may need data.chat_template_kwargs, as in {enable_thinking: false} or true"
 _ANCHOR = "\n"
@@ -40,9 +40,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         local = named_path(path, "reference")
         tokenizer = AutoTokenizer.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        # The libraries' messages run over many lines; the first one says what went wrong.
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        reason = NEEDS_CODE if "trust_remote_code" in str(error) else first
+        reason = NEEDS_CODE if "trust_remote_code" in str(error) else first_line(error)
         raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")
@@ -60,7 +58,7 @@ def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template:
         turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
         with suppress(RowError):  # the template refuses a plain turn
-            ids.append(_encode_turn(render_chat(turns, tokenizer, {}, add_generation_prompt=False), "b", tokenizer)[-1])
+            ids.append(_encode_turn(render_chat(turns, tokenizer, {}, opens_answer=False), "b", tokenizer)[-1])
     return list(dict.fromkeys(ids))
 
 
@@ -157,10 +155,7 @@ def _ended_once(ids: list[int]) -> list[int]:
 
 
 def encode_chat(
-    messages: list[Message],
-    responses: Sequence[Answer],
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
+    messages: list[Message], responses: Sequence[Answer], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> Encoded:
     """Renders a conversation with and without its last turn; what the turn adds is the completion.
 
@@ -169,14 +164,13 @@ def encode_chat(
             response, or writes the beginning of an answer in other words.
     """
     before, prefix = split_prefix(messages)
-    prompt = opened = render_chat(before, tokenizer, template_options, add_generation_prompt=True)
+    prompt = opened = render_chat(before, tokenizer, options, opens_answer=True)
     added, rewritten, completions = [], None, []
     for response in responses:
         turn = Message(role="assistant", content=response) if isinstance(response, str) else response
         whole = cast(Message, {**turn, "content": prefix + turn["content"]})
-        full = render_chat(
-            Conversation.like(before, [*before, whole]), tokenizer, template_options, add_generation_prompt=False
-        )
+        turns = Conversation.like(before, [*before, whole])
+        full = render_chat(turns, tokenizer, options, opens_answer=False)
         if not full.startswith(opened):
             at = next((i for i, (a, b) in enumerate(zip(opened, full, strict=False)) if a != b), len(full))
             shown = f"goes on with {opened[at:][:60]!r}, and both together with {full[at:][:60]!r}"
@@ -208,11 +202,7 @@ def split_prefix(messages: list[Message]) -> tuple[Conversation, str]:
 
 
 def render_chat(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool,
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], *, opens_answer: bool
 ) -> str:
     """A conversation as the chat template writes it.
 
@@ -225,7 +215,7 @@ def render_chat(
     tools: Any = messages.tools if isinstance(messages, Conversation) else None
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **template_options
+            conversation, tools=tools, tokenize=False, add_generation_prompt=opens_answer, **options
         )
     except Exception as error:  # a template is a program: it may divide by zero, or add text to what is none
         raise RowError(Reason.TEMPLATE, shown=str(error)) from error
@@ -305,11 +295,8 @@ def has_more_than_text(turn: Message) -> bool:
 def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _leaves(inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)

@@ -21,7 +21,8 @@ from typing import IO, Any, Literal
 import datasets
 
 from lit_isdpo.data.raw_rows import RawRows, typed_rows, write_rows
-from lit_isdpo.types import InputError
+from lit_isdpo.data.row_fields import kind_of
+from lit_isdpo.types import InputError, first_line
 
 Reader = Literal["json", "csv", "parquet", "arrow"]
 READERS: dict[str, Reader] = {
@@ -43,7 +44,6 @@ _OPENERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # suffix -> the fi
     ),
 }
 _BLANKS = b" \t\r\n\xef\xbb\xbf"  # and the mark that some editors put at the beginning of a file
-_KINDS: dict[type, str] = {str: "a text", list: "a list", bool: "a truth value", type(None): "null"}
 _JSON = json.JSONDecoder(strict=False)
 
 
@@ -131,11 +131,6 @@ def _naming(file: Path, reader: Reader, option: str) -> Iterator[None]:
         raise InputError(f"{option}: cannot read {name} as {reader}: {first_line(first)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _state(file: Path) -> tuple[int, int]:
     """When a file was last changed, in nanoseconds, and its size in bytes."""
     stat = file.stat()
@@ -174,7 +169,8 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
 def _checked(row: Any, place: str) -> dict[str, Any]:
     if isinstance(row, dict):
         return row
-    raise ValueError(f'{place} is {_KINDS.get(type(row), "a number")} and no object, such as {{"prompt": ...}}')
+    kind = "is null" if row is None else kind_of(row)
+    raise ValueError(f'{place} {kind} and no object, such as {{"prompt": ...}}')
 
 
 def _parsed(text: bytes, place: str) -> Any:

@@ -118,7 +118,7 @@ def rows_in_memory(rows: Any, option: str) -> RawRows:
             )
         return typed_rows(rows.with_format(None))
     if isinstance(rows, pd.DataFrame):
-        rows = [{name: _cell(value) for name, value in row.items()} for row in rows.to_dict("records")]
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")  # NaN is a missing value
     lines = []
     for place, row in enumerate(rows):
         try:
@@ -168,11 +168,6 @@ def cache_file(name: str) -> Path:
 def _as_json(row: Mapping[str, Any]) -> bytes:
     """A row as JSON, which may hold half a surrogate pair."""
     return json.dumps(row, default=_plain, ensure_ascii=False).encode(errors="surrogatepass")
-
-
-def _cell(value: Any) -> Any:
-    """The value of a cell of a ``DataFrame``, whose NaN is a missing value."""
-    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -64,7 +64,7 @@ def number(value: object, column: str) -> float:
         except ValueError:
             raise malformed(f"{column} is a text that is no number", value) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise malformed(f"{column} {_kind(value)}")
+        raise malformed(f"{column} {kind_of(value)}")
     if not abs(value) <= _LARGEST:
         infinite = value in (math.inf, -math.inf)
         problem = "is NaN" if value != value else "is infinite" if infinite else "is more than float32 can hold"
@@ -83,8 +83,7 @@ def tools_in(row: Row) -> list[dict[str, Any]] | None:
         return None
     tools = [object_in(tool, f"tools[{i}]") for i, tool in enumerate(list_in(value, "tools"))]
     for i, tool in enumerate(tools):
-        if "function" in tool:
-            object_in(tool["function"], f"tools[{i}].function")
+        object_in(tool.get("function", {}), f"tools[{i}].function")
     return tools
 
 
@@ -93,7 +92,7 @@ def malformed(problem: str, shown: object = None) -> RowError:
     return RowError(Reason.MALFORMED, problem, "" if shown is None else str(shown)[:80])
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """What a value is, in words that follow its name."""
     if value is None:
         return "is missing"
@@ -106,7 +105,7 @@ def _kind(value: object) -> str:
 def text_in(value: object, where: str) -> str:
     """A string that is text: half a surrogate pair, which JSON can spell, is a character to no tokenizer."""
     if not isinstance(value, str):
-        raise malformed(f"{where} {_kind(value)}")
+        raise malformed(f"{where} {kind_of(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -118,7 +117,7 @@ def list_in(value: object, where: str) -> list[Any]:
     """A list, or the JSON text of one."""
     found = decoded(value)
     if not isinstance(found, list):
-        raise malformed(f"{where} {_kind(value)} and no list")
+        raise malformed(f"{where} {kind_of(value)} and no list")
     return found
 
 
@@ -126,7 +125,7 @@ def object_in(value: object, where: str) -> dict[str, Any]:
     """An object, or the JSON text of one."""
     found = decoded(value)
     if not isinstance(found, dict):
-        raise malformed(f"{where} {_kind(value)} and no object")
+        raise malformed(f"{where} {kind_of(value)} and no object")
     return found
 
 
@@ -159,10 +158,10 @@ def turns_in(value: object, where: str) -> list[Message]:
 
 def _turn(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise malformed(f"{where} {_kind(turn)} and no message")
+        raise malformed(f"{where} {kind_of(turn)} and no message")
     role = turn.get("role")
     if role not in ROLES:
-        raise malformed(f"{where}.role {_kind(role)}" + " that is no role" * isinstance(role, str), role)
+        raise malformed(f"{where}.role {kind_of(role)}" + " that is no role" * isinstance(role, str), role)
     fields = {} if turn.keys() == {"role", "content"} else _fields(turn, where)
     content = turn.get("content")
     if content is None and role == "assistant" and len(fields) > ("name" in fields):
@@ -201,15 +200,13 @@ def _content(value: object, where: str) -> str:
 
 def _tool_call(call: object, where: str) -> dict[str, Any]:
     """A tool call with its arguments as an object, which templates expect; OpenAI's are JSON text."""
-    call = dict(object_in(call, where))
-    function = object_in(call["function"], f"{where}.function") if "function" in call else None
-    text_in((function or call).get("name"), f"{where}.name" if function is None else f"{where}.function.name")
-    if function is not None:
-        call["function"] = function
-    for place in (call, function):
-        if isinstance(place, dict) and "arguments" in place:
-            place = {**place, "arguments": decoded(place["arguments"])}
-            call = place if function is None else {**call, "function": place}
+    call = function = dict(object_in(call, where))
+    if "function" in call:
+        where = f"{where}.function"
+        function = call["function"] = dict(object_in(call["function"], where))
+    text_in(function.get("name"), f"{where}.name")
+    if "arguments" in function:
+        function["arguments"] = decoded(function["arguments"])
     return call
 
 

@@ -20,19 +20,10 @@ import datasets
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.file_readers import (
-    READERS,
-    first_line,
-    is_one_object,
-    missing_shards,
-    quiet,
-    read_files,
-    reader_of,
-    suffixes,
-)
+from lit_isdpo.data.file_readers import READERS, is_one_object, missing_shards, quiet, read_files, reader_of, suffixes
 from lit_isdpo.data.raw_rows import RawRows, cache_file, rows_in_memory
 from lit_isdpo.names import named_path
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd

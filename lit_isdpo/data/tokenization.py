@@ -95,7 +95,7 @@ class TextEncoder:
         messages = self._templated(prompt)
         if messages is not None:
             before, prefix = split_prefix(messages)
-            return self._rendered(before, add_generation_prompt=True) + prefix
+            return self._rendered(before, opens_answer=True) + prefix
         return prompt if isinstance(prompt, str) else transcript(prompt)
 
     def encode(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
@@ -128,7 +128,7 @@ class TextEncoder:
             prefix = split_prefix(prompt)[1]
             return encode_inside(_OPENING + (f" {prefix}" if prefix else ""), self.tokenizer)
         turns, prefix = split_prefix(messages)
-        opened, before = (self._rendered(turns, add_generation_prompt=added) for added in (True, False))
+        opened, before = (self._rendered(turns, opens_answer=added) for added in (True, False))
         text = (opened[len(before) :] if opened.startswith(before) else "") + prefix
         return encode_inside(text, self.tokenizer) if text else []
 
@@ -142,8 +142,8 @@ class TextEncoder:
         texts = [prompt.removeprefix(bos)] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
         return any(special_in(text, self.tokenizer) for text in texts)
 
-    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> str:
-        return render_chat(turns, self.tokenizer, self.template_options, add_generation_prompt=add_generation_prompt)
+    def _rendered(self, turns: list[Message], *, opens_answer: bool) -> str:
+        return render_chat(turns, self.tokenizer, self.template_options, opens_answer=opens_answer)
 
     def _encode_plain(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
         """A plain text or transcript, which has a place for text only, not for thoughts, calls and tools."""

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -92,11 +93,16 @@ def missing_shards(files: Sequence[Path]) -> list[Path]:
     return missing
 
 
-def read_files(files: list[Path], option: str) -> RawRows:
-    """All rows of some files of one format.
+def read_files(files: list[Path], option: str, first: int | None = None) -> RawRows:
+    """The rows of some files of one format.
+
+    Args:
+        files: one after another.
+        option: for messages.
+        first: a text file is not read beyond so many rows.
 
     Raises:
-        InputError: a file cannot be read, or there are several formats; ``option`` is for the message.
+        InputError: a file cannot be read, or there are several formats.
     """
     readers = {suffixes(file)[0]: reader_of(file, option) for file in files}
     if len(set(readers.values())) > 1:
@@ -113,7 +119,8 @@ def read_files(files: list[Path], option: str) -> RawRows:
                 yield from rows_of_text(file, reader)
                 _check_unchanged(file, state)
 
-    return write_rows(rows(), [(str(file.absolute()), *state) for file, state in zip(files, states, strict=True)])
+    key = [first, *((str(file.absolute()), *state) for file, state in zip(files, states, strict=True))]
+    return write_rows(islice(rows(), first), key)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class OpenSource:
         if split in self.tables:
             rows = rows_in_memory(self.tables[split], self.option)
         else:
-            rows = read_files(self.files[split], self.option)
+            rows = read_files(self.files[split], self.option, self.source.first)
         if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
         rows.renamed = {**(columns or {}), **(self.source.columns or {})}

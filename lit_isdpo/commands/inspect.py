@@ -1,4 +1,4 @@
-"""Shows the data as a fit will see it, before anything is trained: what is masked, what is learned, what is odd."""
+"""Shows the data as a fit will see it, before anything is trained: which tokens are masked, and which rows are odd."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def inspect_data(
     rows: Sequence[int] | None = None,
     listing: str | None = None,
 ) -> None:
-    """Prints counts, lengths, what the labels prefer, and some rows token by token. No weights are loaded.
+    """Prints counts, lengths, the bias of the labels, and some rows token by token. No weights are loaded.
 
     Args:
         module: its tokenizer is used.
@@ -133,7 +133,7 @@ def bars(values: Tensor, end: int, num_bins: int = _BINS) -> str:
 
 
 def _print_labels(datamodule: TextDataModule, split: Split, console: Console) -> None:
-    """Prints what the labels of the pairs prefer besides what they mean."""
+    """Prints what the labels of the pairs prefer, for example the longer response."""
     splits = datamodule.splits
     rows = splits.rows[split]
     of_pairs, others = profile_labels(rows, terminator_ids(datamodule.tokenizer))
@@ -163,7 +163,7 @@ def _grid(title: str, *columns: str) -> Table:
 
 
 def profile_labels(rows: Rows, terminator_ids: list[int]) -> tuple[dict[str, int], dict[str, str]]:
-    """Reads all pairs of a split once, and finds what their labels prefer besides what they mean.
+    """Reads all pairs of a split once, and counts what their labels prefer, for example the longer response.
 
     Args:
         rows: at least one pair.

@@ -125,7 +125,7 @@ def read_files(files: list[Path], option: str, first: int | None = None) -> RawR
 
 @contextmanager
 def _naming(file: Path, reader: Reader, option: str) -> Iterator[None]:
-    """Puts whatever goes wrong in a file into a sentence that names it; the readers raise what their libraries do."""
+    """Turns any error of a file's reader into a sentence that names the file."""
     try:
         yield
     except Exception as error:
@@ -153,8 +153,8 @@ def rows_of_text(file: Path, reader: Reader) -> Iterator[dict[str, Any]]:
     """The rows of a JSON or CSV file, one by one.
 
     Raises:
-        ValueError: says what is wrong, in which line (from 1) or item (from 0).
-        OSError, EOFError, lzma.LZMAError: the file is not what its suffix says.
+        ValueError: names the fault and its line (from 1) or item (from 0).
+        OSError, EOFError, lzma.LZMAError: the file does not match its suffix.
     """
     return _csv_rows(file) if reader == "csv" else _json_rows(file)
 

@@ -73,7 +73,7 @@ def number(value: object, column: str) -> float:
 
 
 def tools_in(row: Row) -> list[dict[str, Any]] | None:
-    """The tools that a row's assistant may call; ``None`` where it has none.
+    """The tools that a row's assistant may call; ``None`` if it has none.
 
     Raises:
         RowError: they are no list of objects.
@@ -93,7 +93,7 @@ def malformed(problem: str, shown: object = None) -> RowError:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in words that follow its name."""
+    """The kind of a value, in words that follow its name."""
     if value is None:
         return "is missing"
     if isinstance(value, str):
@@ -136,7 +136,7 @@ def item_text(items: list[Any], place: int, key: str, column: str) -> str:
 
 
 def prompt_in(row: Row, column: str) -> Prompt:
-    """A text, or a conversation; the assistant's turn at the end of one is where the response goes on."""
+    """A text, or a conversation; the response continues an assistant's turn at its end."""
     value = messages_in(row.get(column))
     if not isinstance(value, list):
         return text_in(value, column)
@@ -149,7 +149,7 @@ def _with_prefix(turns: list[Message]) -> list[Message]:
 
 
 def turns_in(value: object, where: str) -> list[Message]:
-    """Checks a list of messages, and leaves out what else the data set keeps in them."""
+    """Checks a list of messages, and leaves out their other fields."""
     turns = [_turn(turn, f"{where}[{i}]") for i, turn in enumerate(list_in(value, where))]
     if not turns:
         raise malformed(f"{where} is an empty list")
@@ -170,7 +170,7 @@ def _turn(turn: object, where: str) -> Message:
 
 
 def _fields(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a turn holds besides its role and content, and a chat template may read."""
+    """The fields of a turn that a chat template may read besides its role and content."""
     fields: dict[str, Any] = {}
     for name in ("name", "tool_call_id", *THOUGHTS):
         if turn.get(name) not in (None, ""):
@@ -211,7 +211,7 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
 
 
 def answer_of(turn: Message) -> Answer:
-    """The text of a response, or the whole turn where it holds more."""
+    """The text of a response, or the whole turn if it holds more."""
     return turn if turn.keys() - {"role", "content", "name", "prefix"} else turn["content"]
 
 
@@ -254,7 +254,7 @@ def transcript_turns(text: str, where: str) -> list[Message]:
 def open_dialogue(prompt: object) -> tuple[list[Message], str]:
     """A dialogue that the assistant is about to continue, and the blank after its last marker, if there is one.
 
-    What the assistant has begun to say is a turn of its own, which the response goes on with.
+    An answer that has begun is a turn of its own, which the response continues.
     """
     *before, last = transcript_turns(text_in(prompt, "prompt"), "prompt")
     if last["content"].strip():

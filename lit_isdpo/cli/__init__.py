@@ -41,8 +41,8 @@ from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
-from lit_isdpo.training.resumption import print_changes
 from lit_isdpo.training.reward import RewardModule
+from lit_isdpo.training.run_folder import print_changes
 from lit_isdpo.training.run_report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput

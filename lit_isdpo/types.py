@@ -5,7 +5,8 @@ input, T positions of a row, C positions of the longest completion, V vocabulary
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from math import isfinite
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ class InputError(Exception):
 
     The command line prints it without a traceback and exits with status 2. Programming errors are ``assert``s.
     """
+
+
+def check_least(option: str, value: float | None, least: int) -> None:
+    """Raises for an option's value that is below ``least``; ``None`` is not checked.
+
+    Raises:
+        InputError: it is.
+    """
+    if value is not None and not value >= least:
+        raise InputError(f"{option} must be at least {least}, not {value}.")
 
 
 def first_line(error: BaseException) -> str:
@@ -96,7 +107,8 @@ class SFTExample(NamedTuple):
 class TokenizedPair(NamedTuple):
     """A pair as token ids. The prompt is one list shared by both responses, so that they cannot disagree about it.
 
-    ``changes`` says what was cut of the text, in the words of ``data.truncation.Change``.
+    Between the ids and the changes are numbers, which a batch holds under the same names. ``changes`` says what was cut
+    of the text, in words.
     """
 
     prompt_ids: list[int]
@@ -192,20 +204,32 @@ class PreferenceBatch(NamedTuple):
 
     Attributes:
         tokens: the stacked sequences.
-        behavior_logps: ``(2B,)`` float32 in nats, NaN where the data has none.
-        pair_weights: ``(B,)`` float32, the data's own factor of each pair's loss, at least 0; 1 where it has none.
-        margins: ``(B,)`` float32, what the pair's scaled preference must exceed; 0 where the data has none.
+        numbers: what the data says of each pair in numbers, ``(B,)`` float32 under the names that
+            :class:`TokenizedPair` gives them; NaN where the data has none.
         row_ids: ``(B,)`` int64, the pair's line in its table; -1 marks a pair that only fills up the last batch of an
             evaluation.
         num_counted: how many pairs count: the first ones. The others, if any, only fill up the batch.
     """
 
     tokens: TokenBatch
-    behavior_logps: Tensor
-    pair_weights: Tensor
-    margins: Tensor
+    numbers: dict[str, Tensor]
     row_ids: Tensor
     num_counted: int
+
+    @property
+    def behavior_logps(self) -> Tensor:
+        """``(2B,)`` float32 in nats, NaN where the data has none."""
+        return torch.cat([self.numbers["chosen_behavior_logps"], self.numbers["rejected_behavior_logps"]])
+
+    @property
+    def pair_weights(self) -> Tensor:
+        """``(B,)`` the data's own factor of each pair's loss, at least 0; 1 where it has none."""
+        return self.numbers["weight"]
+
+    @property
+    def margins(self) -> Tensor:
+        """``(B,)`` what the pair's scaled preference must exceed; 0 where the data has none."""
+        return self.numbers["margin"]
 
 
 class SFTBatch(NamedTuple):
@@ -214,18 +238,6 @@ class SFTBatch(NamedTuple):
     tokens: TokenBatch
     row_ids: Tensor
     num_counted: int
-
-
-class PromptBatch(NamedTuple):
-    """P prompts for generation, padded on the left.
-
-    Attributes:
-        input_ids: ``(P, T)`` int64.
-        attention_mask: ``(P, T)`` bool, true at tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
 
 
 class SequenceLogps(NamedTuple):
@@ -250,6 +262,65 @@ class Response(NamedTuple):
 
     token_ids: list[int]
     finished: bool
+
+
+class Reward(Protocol):
+    """Scores responses. A class of yours works by its import path if it has these members, with these types."""
+
+    @property
+    def identity(self) -> str:
+        """Names what scored, the same in every process and run: scores in files are keyed by it."""
+        ...
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
+    ) -> Sequence[float]:
+        """Scores N responses.
+
+        Args:
+            prompts: each response's prompt as the data has it, before any chat template.
+            responses: text, special tokens left out.
+            finished: false where the token limit cut a response.
+
+        Returns:
+            One number a response, higher is better.
+        """
+        ...
+
+
+def score(
+    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool], *, option: str
+) -> list[float]:
+    """The scores that a reward gives to N responses, one finite number each; every caller of a reward asks here.
+
+    Args:
+        reward: may be a class of the user's.
+        prompts: as for :class:`Reward`.
+        responses: as for :class:`Reward`.
+        finished: as for :class:`Reward`.
+        option: names the reward in messages.
+
+    Raises:
+        InputError: the reward gives something else.
+    """
+    given = reward(prompts, responses, finished)
+    name, number = type(reward).__name__, len(responses)
+    rule = f"{option}: {name} must give a finite number to each of {number} responses, and gave"
+    try:
+        values = list(given)
+    except TypeError as error:
+        raise InputError(f"{rule} {given!r}.") from error
+    if len(values) != len(responses):
+        raise InputError(f"{rule} {len(values)}.")
+    scores = []
+    for value, response in zip(values, responses, strict=True):
+        try:
+            scores.append(float(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{rule} {value!r} for {response!r}.") from error
+        if not isfinite(scores[-1]):
+            raise InputError(f"{rule} {scores[-1]} for {response!r}.")
+    return scores
 
 
 class Ranks(NamedTuple):

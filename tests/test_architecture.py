@@ -64,6 +64,15 @@ def test_every_room_has_a_floor() -> None:
     assert rooms - {"py"} <= set(FLOOR) | {"__main__"}
 
 
+def test_supervised_training_needs_no_lab() -> None:
+    """The package itself knows the lab's names, and none of its files."""
+    script = "import sys, lit_isdpo.training.sft; print(*(name for name in sys.modules if 'lit_isdpo.lab.' in name))"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, check=True, capture_output=True, text=True
+    )
+    assert found.stdout.split() == []
+
+
 def test_no_installed_distribution_takes_the_name_of_the_tests(tmp_path: Path) -> None:
     """Some ship a top-level ``tests``; ``python -m tests.tools.gpu`` must still find the tool."""
     (tmp_path / "tests").mkdir()

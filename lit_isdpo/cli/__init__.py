@@ -33,17 +33,16 @@ from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextD
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.objective import remedies
-from lit_isdpo.study.study import study
+from lit_isdpo.study.runner import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
-from lit_isdpo.training.resumption import print_changes
 from lit_isdpo.training.reward import RewardModule
+from lit_isdpo.training.run_folder import print_changes
 from lit_isdpo.training.run_report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput
@@ -177,7 +176,7 @@ class IsdpoCLI(LightningCLI):
     def before_predict(self) -> None:
         """Likewise; refuses a model that does not write."""
         self.before_validate()
-        if not isinstance(self.model, PolicyModule):
+        if not self.model.writes:
             raise InputError(
                 "predict: responses are sampled from a policy, and model is a reward model; give it to an evaluation."
             )

@@ -67,7 +67,8 @@ def inspect_data(
     if num_pairs < 0:
         raise InputError(f"num_pairs must be at least 0, not {num_pairs}.")
     trainer.strategy.connect(module)
-    module.trainer = datamodule.trainer = trainer
+    module.trainer = trainer
+    module.hand_over(datamodule)
     splits = datamodule.splits
     splits.max_dropped_fraction = None
     console = outcomes.console()

@@ -2,20 +2,23 @@
 
 import json
 from collections import Counter
+from functools import partial
 from itertools import groupby
+from random import Random
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_isdpo.data.examples import Pairing
-from lit_isdpo.evaluation.files import write_text
-from lit_isdpo.evaluation.labelling import LabelledPair, Labeller, SampledRow, sampled_logps, to_rows
-from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.training.module import PolicyModule, Prediction
+from lit_isdpo.data.examples import Pairing, choose_pairs
+from lit_isdpo.evaluation.store import write_text
+from lit_isdpo.lab.labelling import Labeller, PairRow, SampledRow, sampled_logps, to_rows
+from lit_isdpo.policy.generation import Sampling
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.run_folder import run_dir
-from lit_isdpo.types import InputError, Response
+from lit_isdpo.types import InputError, Response, Reward
 
 FILE = "pairs.jsonl"
 
@@ -59,7 +62,7 @@ class PreferenceLabels(Callback):
         self.noise_temperature = noise_temperature
         self.seed = seed
         self._labeller: Labeller | None = None
-        self._pairs: list[tuple[int, LabelledPair]] = []
+        self._pairs: list[tuple[int, PairRow]] = []
         self._counts: Counter[str] = Counter()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,8 +73,8 @@ class PreferenceLabels(Callback):
         """
         if self.reward is None:
             return
-        assert isinstance(pl_module, PolicyModule)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, LanguageModule)
+        datamodule = pl_module.data
         split = datamodule.split_to_predict
         kinds = {type(datamodule.splits.prompt(split, row_id)) for row_id in datamodule.splits.first_rows(split)}
         if len(kinds) > 1:
@@ -83,9 +86,9 @@ class PreferenceLabels(Callback):
         self._labeller = Labeller(
             reward=self.reward,
             encoder=datamodule.encoder,
-            pairing=self.pairing,
+            choose=partial(choose_pairs, pairing=self.pairing),
             noise_temperature=self.noise_temperature,
-            seed=self.seed,
+            noise=lambda row_id: Random(f"labels/{self.seed}/{row_id}"),
             max_length=datamodule.max_length,
         )
 
@@ -101,8 +104,8 @@ class PreferenceLabels(Callback):
         """Labels the responses to the prompts of a batch."""
         if self._labeller is None:
             return
-        assert isinstance(pl_module, PolicyModule)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, LanguageModule)
+        datamodule = pl_module.data
         rows = []
         for row_id, predictions in groupby(outputs, key=lambda prediction: prediction.row_id):
             of_row = list(predictions)
@@ -115,10 +118,12 @@ class PreferenceLabels(Callback):
             pl_module.policy,
             [pair.row.prompt_ids for pair in preferences] * 2,
             [response.token_ids for response in both],
-            temperature=pl_module.sampling.temperature,
-            top_p=pl_module.sampling.top_p,
-            pad_token_id=pl_module.pad_token_id,
-            batch_size=datamodule.eval_batch_size or datamodule.rows_per_forward,
+            Sampling(
+                temperature=pl_module.sampling.temperature,
+                top_p=pl_module.sampling.top_p,
+                batch_size=datamodule.eval_batch_size or datamodule.rows_per_forward,
+            ),
+            pad_token_id=pl_module.vocabulary.pad_token_id,
         )
         row_ids = [pair.row.row_id for pair in preferences]
         self._pairs += zip(row_ids, to_rows(preferences, logps), strict=True)

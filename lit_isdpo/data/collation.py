@@ -14,14 +14,13 @@ layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is comp
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
 from lit_isdpo.types import (
     PreferenceBatch,
-    PromptBatch,
     SFTBatch,
     TokenBatch,
     TokenizedExample,
@@ -197,13 +196,12 @@ def collate_pairs(
             [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs],
             pad_token_id=pad_token_id,
         )
-    behavior = [pair.chosen_behavior_logps for pair in pairs] + [pair.rejected_behavior_logps for pair in pairs]
-    behavior_logps = torch.tensor([math.nan if logps is None else logps for logps in behavior])
-    pair_weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
-    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32)
-    return PreferenceBatch(
-        tokens, behavior_logps, pair_weights, margins, torch.tensor(row_ids), num_counted=_num_counted(row_ids)
-    )
+    rows = list(zip(*(pair[3:-1] for pair in pairs), strict=True))  # all between the ids and the changes
+    numbers = {
+        name: torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+        for name, values in zip(pairs[0]._fields[3:-1], rows, strict=True)
+    }
+    return PreferenceBatch(tokens, numbers, torch.tensor(row_ids), num_counted=_num_counted(row_ids))
 
 
 def collate_examples(examples: Sequence[TokenizedExample], row_ids: Sequence[int], *, pad_token_id: int) -> SFTBatch:
@@ -228,24 +226,15 @@ def _num_counted(row_ids: Sequence[int]) -> int:
     return number
 
 
-def collate_prompts(prompts: Sequence[Sequence[int]], *, pad_token_id: int) -> PromptBatch:
-    """Pads P prompts on the left, where generation wants it.
-
-    >>> collate_prompts([[1, 5], [1]], pad_token_id=0).input_ids.tolist()
-    [[1, 5], [0, 1]]
-    """
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad_token_id)
-    attention_mask = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, length - len(prompt) :] = True
-    return PromptBatch(input_ids, attention_mask)
-
-
 def batch_prompts(batch: PreferenceBatch | SFTBatch) -> list[tuple[int, list[int]]]:
     """Row id and prompt token ids of each row of a padded batch, padding and responses left out."""
     tokens, length = batch.tokens, batch.tokens.input_ids.shape[1]
     # The last prompt token predicts the first response token.
     ends = (tokens.logit_positions[:, 0] % length + 1).tolist()
     return [(row_id, tokens.input_ids[row, : ends[row]].tolist()) for row, row_id in enumerate(batch.row_ids.tolist())]
+
+
+def stack_rows(rows: Sequence[tuple[int, Any]], *, collate: Callable[..., Any]) -> Any:
+    """The batch of ``(row id, item)``."""
+    row_ids, items = zip(*rows, strict=True)
+    return collate(items, row_ids)

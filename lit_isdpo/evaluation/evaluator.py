@@ -3,87 +3,64 @@ r"""What a policy is worth: its responses against the reference's and the data's
 prompts -> responses (policy, reference; the data's chosen ones) -> rewards -> verdicts of a judge -> win rates
        \-> responses at temperature 1 and top-p 1 -> KL to the reference
 
-Every arrow goes through files (:mod:`lit_isdpo.evaluation.responses`), so that it is followed once.
+With a folder every arrow goes through files (:mod:`lit_isdpo.evaluation.store`), so that it is followed once. Without
+one this is the probe of a validation: no files, no chosen responses, no judge, and the KL of the responses that are
+scored.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
-from hashlib import blake2b
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lit_isdpo.evaluation import judge as judging
 from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
 from lit_isdpo.evaluation.judge import Judge, Verdict
 from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
-from lit_isdpo.evaluation.measures import ResponseValues, compare, describe, flatten, repetition, win_rates
-from lit_isdpo.evaluation.probe import SampledText
-from lit_isdpo.evaluation.responses import RESPONSES, Columns, ResponseSet
-from lit_isdpo.evaluation.rewards import LabReward, Reward, score
-from lit_isdpo.evaluation.sampling import sample_many
-from lit_isdpo.evaluation.statistics import Interval, bootstrap_interval
-from lit_isdpo.evaluation.vllm_sampler import VLLMSampler
+from lit_isdpo.evaluation.rewards import LabReward
+from lit_isdpo.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    flatten,
+    repetition,
+    win_rate_interval,
+    win_rates,
+    win_scores,
+)
+from lit_isdpo.evaluation.store import RESPONSES, Columns, ResponseSet
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
-from lit_isdpo.types import ProbePrompt, Ranks, Response
+from lit_isdpo.policy.vllm_sampler import VLLMSampler
+from lit_isdpo.types import ProbePrompt, Ranks, Response, Reward, score
 
 Engine = Literal["transformers", "vllm"]
-NUM_SAMPLES = 8
 
 
-class Vocabulary(NamedTuple):
-    """What the tokenizer knows.
+class SampledText(NamedTuple):
+    """A response to read."""
 
-    Attributes:
-        decode: token ids to text, special tokens left out.
-        eos_token_ids: each ends a response.
-        pad_token_id: padding.
-    """
-
-    decode: Callable[[list[int]], str]
-    eos_token_ids: list[int]
-    pad_token_id: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How responses are drawn: they are a function of this, the weights and the prompts.
-
-    Attributes:
-        num_responses: to each prompt.
-        max_new_tokens: longer responses are cut.
-        temperature: divides the logits.
-        top_p: nucleus.
-        batch_size: responses sampled at a time, and written at a time.
-        seed: of the policy's responses; the reference's is the next one.
-        engine: what samples.
-        engine_options: of ``vllm.LLM``; they change no distribution, and are left out of the set's name.
-    """
-
-    num_responses: int = 1
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 128
-    seed: int = 0
-    engine: Engine = "transformers"
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    prompt: str
+    response: str
+    finished: bool
+    reward: float | None
 
 
 class Outcome(NamedTuple):
-    """What an evaluation gives.
+    """The result of an evaluation.
 
     Attributes:
-        values: by log key, without the stage; what is about the reference's or the chosen responses alone begins with
+        values: by log key, without the stage; keys about the reference's or the chosen responses begin with
             ``reference/`` or ``chosen/``.
-        settings: what they are a function of, in plain types.
+        settings: the values are a function of these, in plain types.
         files: the Parquet files, by whose responses they hold.
-        samples: the first responses to the first prompts, by whose they are.
+        samples: the first response to each prompt, by whose they are.
     """
 
     values: dict[str, float]
@@ -98,251 +75,270 @@ class Evaluator:
     Args:
         prompts: the same on every rank.
         vocabulary: of the policy's tokenizer.
-        settings: of the responses that are scored.
-        kl_prompts: how many of the prompts the KL is measured on; 0 does not.
-        kl_settings: of the responses that the KL is measured on: temperature and top-p are 1.
-        folder: of all files.
-        reward: scores the responses.
+        sampling: of the responses that are scored.
+        folder: of all files; ``None`` keeps the responses in memory.
+        kl_prompts: how many of the prompts the KL is measured on; 0 measures none.
+        kl_sampling: of the responses that the KL is measured on; ``None`` takes those that are scored. KL estimates are
+            unbiased for temperature 1 and top-p 1, and for those only.
+        reward: scores the responses, and decides who wins.
+        proxy: the reward that the policy is trained on, if any; scores the policy's responses too.
+        reward_option: names the reward in messages.
         judge: compares the responses, and counts each of them once against one of the reference's, and the chosen one.
+        engine: samples.
+        engine_options: of ``vllm.LLM``; they change no distribution, and are left out of the set's name.
         ranks: who shares the work.
-        show: wraps what is about to be computed, with a word for it, to show progress.
+        show: wraps the shards that are about to be computed, with a word for the work, to show progress.
     """
 
     def __init__(
         self,
         prompts: Sequence[ProbePrompt],
         vocabulary: Vocabulary,
+        sampling: Sampling,
         *,
-        settings: SamplingSettings,
-        kl_prompts: int,
-        kl_settings: SamplingSettings,
-        folder: Path,
+        folder: Path | None = None,
+        kl_prompts: int = 0,
+        kl_sampling: Sampling | None = None,
         reward: Reward | None = None,
+        proxy: Reward | None = None,
+        reward_option: str = "model.reward",
         judge: Judge | None = None,
+        engine: Engine = "transformers",
+        engine_options: dict[str, Any] | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 - immutable
         show: Callable[[Iterable[int], str], Iterable[int]] = lambda shards, _: shards,
     ) -> None:
-        assert kl_settings.temperature == kl_settings.top_p == 1
+        assert not kl_prompts or (kl_sampling or sampling).is_plain
         self.prompts = prompts
         self.vocabulary = vocabulary
-        self.settings = settings
-        self.kl_prompts = prompts[:kl_prompts]
-        # Samples of its own: a KL on the responses that are scored would share their settings, or only seem not to.
-        self.kl_settings = replace(kl_settings, seed=kl_settings.seed + 2)
+        self.sampling = sampling
         self.folder = folder
+        self.kl_prompts = prompts[:kl_prompts]
+        self.kl_sampling = kl_sampling
         self.reward = reward
+        self.proxy = proxy
         self.judge = judge
-        self.reward_key = "gold_reward" if isinstance(reward, LabReward) else "reward"
-        self._ranks = ranks
-        self._show = show
+        self._option = reward_option
+        self._engine, self._engine_options = engine, engine_options or {}
+        self._ranks, self._show = ranks, show
+        self._reference: tuple[ResponseSet, str | None] | None = None
 
     def __call__(self, policy: LogProbModel, reference: Reference | None) -> Outcome:
-        """Evaluates a policy; without a reference, what needs one is left out."""
-        name = weights_fingerprint(policy)
-        sets = {"policy": self._sampled(policy, name, self.prompts, self.settings, "policy")}
-        values: dict[str, Interval] = {}
-        ref_name = None
+        """Evaluates a policy; without a reference, what needs one is left out.
+
+        The reference is sampled in the first call only.
+        """
+        name = None if self.folder is None else weights_fingerprint(policy)
+        own = self._sampled(policy, name, "policy", self.prompts, self.sampling)
+        sets, ref_name = {"policy": own}, None
         if reference is not None:
-            with reference.scoring() as model:
-                ref_name = weights_fingerprint(model, with_adapter=False)
-                seed = self.settings.seed + 1  # a win rate compares independent responses
-                settings = replace(self.settings, seed=seed)
-                sets["reference"] = self._sampled(
-                    model, ref_name, self.prompts, settings, "reference", with_adapter=False
-                )
-            if self.kl_prompts:
-                values |= self._kl(policy, name, reference, ref_name)
-        sets["chosen"] = self._chosen()
-        measured = {owner: self._measure(responses) for owner, responses in sets.items()}
-        for owner, those in measured.items():
-            prefix = "" if owner == "policy" else f"{owner}/"
-            values |= {f"{prefix}{key}": value for key, value in describe(those, self.reward_key).items()}
-        suffixes = {"reference": "", "chosen": "_vs_chosen"}
+            sets["reference"], ref_name = self._of_reference(reference)
+        if self.folder is not None:
+            sets["chosen"] = self._chosen(self.folder)
+        kl: dict[str, Interval] = {}
+        if reference is not None and self.kl_prompts:
+            kl = self._kl(policy, name, own, reference, ref_name)
+        columns = {owner: self._columns(responses, owner) for owner, responses in sets.items()}
+        values = {key: bootstrap_interval(column) for key, column in columns["policy"].items()} | kl
         verdicts: list[Verdict] = []
-        for owner, suffix in suffixes.items():
+        for owner, suffix in {"reference": "", "chosen": "_vs_chosen"}.items():
             if owner not in sets:
                 continue
-            rates = compare(measured["policy"], measured[owner])
-            if self.judge is not None:
-                judged = self._judge(self.judge, sets["policy"], sets[owner])
-                verdicts += judged
-                scores = sets["policy"].by_prompt([verdict.score for verdict in judged])
-                difference = measured["policy"].num_characters - measured[owner].num_characters
-                rates |= {f"judge/{key}": value for key, value in win_rates(scores, difference).items()}
+            if self.folder is not None:
+                values |= {f"{owner}/{key}": bootstrap_interval(column) for key, column in columns[owner].items()}
             # win_rate_vs_chosen, win_rate_vs_chosen_lc
+            rates = self._wins(columns["policy"], columns[owner])
+            if self.judge is not None:
+                judged = self._judge(self.judge, own, sets[owner])
+                verdicts += judged
+                scores = torch.tensor([verdict.score for verdict in judged]).unflatten(0, (-1, own.num_responses))
+                lengths = columns["policy"]["response_characters"] - columns[owner]["response_characters"]
+                rates |= {f"judge/{key}": value for key, value in win_rates(scores.double(), lengths).items()}
             values |= {key.replace("win_rate", f"win_rate{suffix}"): value for key, value in rates.items()}
         for responses in sets.values():
-            responses.save([prompt.text for prompt in self.prompts], [prompt.row_id for prompt in self.prompts])
+            responses.save()
         return Outcome(
             flatten(values) | (judging.summarize(verdicts) if verdicts else {}),
             {
                 "policy": name,
                 "reference": ref_name,
                 "num_prompts": len(self.prompts),
-                "sampling": asdict(self.settings),
+                "sampling": {**asdict(self.sampling), "engine": self._engine, "engine_options": self._engine_options},
                 "kl_prompts": len(self.kl_prompts),
-                "kl_sampling": asdict(self.kl_settings),
+                "kl_sampling": asdict(self.kl_sampling or self.sampling),
                 "reward": None if self.reward is None else self.reward.identity,
                 "judge": None if self.judge is None else self.judge.identity,
             },
-            {owner: str(responses.file) for owner, responses in sets.items()},
-            {owner: self._samples(responses, measured[owner]) for owner, responses in sets.items()},
+            {owner: str(responses.file) for owner, responses in sets.items() if responses.file is not None},
+            {owner: self._samples(responses, columns[owner]) for owner, responses in sets.items()},
         )
+
+    @property
+    def reward_key(self) -> str:
+        """The log key of the reward."""
+        return "gold_reward" if isinstance(self.reward, LabReward) else "reward"
+
+    def _of_reference(self, reference: Reference) -> tuple[ResponseSet, str | None]:
+        if self._reference is None:
+            with reference.scoring() as model:
+                name = None if self.folder is None else weights_fingerprint(model, with_adapter=False)
+                responses = self._sampled(model, name, "reference", self.prompts, self.sampling, with_adapter=False)
+            self._reference = responses, name
+        return self._reference
 
     def _sampled(
         self,
         model: LogProbModel,
-        name: str,
+        name: str | None,
+        stream: str,
         prompts: Sequence[ProbePrompt],
-        settings: SamplingSettings,
-        owner: str,
+        sampling: Sampling,
         *,
         with_adapter: bool = True,
         **about: Any,
     ) -> ResponseSet:
-        """The model's responses, from their files or drawn now."""
-        ids = [prompt.prompt_ids for prompt in prompts]
-        known = {key: value for key, value in asdict(settings).items() if key != "engine_options"}
+        """The model's responses, from their files or drawn now.
+
+        ``stream`` decides the random numbers: a win rate compares independent responses.
+        """
+        about |= {"weights": name, "stream": stream, "engine": self._engine, **asdict(sampling)}
+        # The source too, which rewards read: a prompt that was cut may be that of several.
+        about["prompts"] = digest([[prompt.prompt_ids, prompt.source] for prompt in prompts])
+        about["eos_token_ids"] = self.vocabulary.eos_token_ids
         if model.num_tokens not in (None, model.vocabulary_size):  # without this padding would be sampled
-            known["num_tokens"] = model.num_tokens
-        responses = self._new_set(
-            {
-                "weights": name,
-                # The source too, which rewards read: a prompt that was cut may be that of several.
-                "prompts": digest([[prompt.prompt_ids, prompt.source] for prompt in prompts]),
-                "eos_token_ids": self.vocabulary.eos_token_ids,
-                **known,
-                **about,
-            },
-            ids,
-            settings,
-        )
-        with self._sampler(model, settings, with_adapter) as sampler:
+            about["num_tokens"] = model.num_tokens
+        size = sampling.batch_size
+        if self.folder is None:  # nobody else reads these shards, so that all ranks get a share
+            size = min(size, -(-len(prompts) // self._ranks.size) * sampling.num_responses)
+        responses = self._new_set(about, prompts, sampling.num_responses, size)
+        with self._sampler(model, with_adapter) as draw:
 
-            def draw(rows: list[int], shard: int) -> list[list[Response]]:
-                return sampler(
-                    [ids[row] for row in rows],
-                    num_responses=settings.num_responses,
-                    max_new_tokens=settings.max_new_tokens,
-                    eos_token_ids=self.vocabulary.eos_token_ids,
-                    seed=_seed(settings.seed, shard),
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                )
+            def columns(shard: int) -> Columns:
+                ids = [prompts[row].prompt_ids for row in responses.shards[shard]]
+                drawn = [one for some in draw(ids, sampling, self.vocabulary, stream, shard) for one in some]
+                return {
+                    "token_ids": [one.token_ids for one in drawn],
+                    "finished": [one.finished for one in drawn],
+                    "response": [self.vocabulary.decode(one.token_ids) for one in drawn],
+                }
 
-            responses.fill_responses(draw, self.vocabulary.decode, f"sampling, {owner}")
+            responses.fill(RESPONSES, columns, f"sampling, {stream}")
         return responses
 
     @contextmanager
-    def _sampler(
-        self, model: LogProbModel, settings: SamplingSettings, with_adapter: bool
-    ) -> Iterator[Callable[..., list[list[Response]]]]:
-        if settings.engine == "transformers":
-            pad = self.vocabulary.pad_token_id
-            yield partial(sample_many, model, pad_token_id=pad, batch_size=settings.batch_size)
+    def _sampler(self, model: LogProbModel, with_adapter: bool) -> Iterator[Callable[..., list[list[Response]]]]:
+        if self._engine == "transformers":
+            yield partial(sample, model)
             return
-        sampler = VLLMSampler(model, with_adapter=with_adapter, options=settings.engine_options)
+        sampler = VLLMSampler(model, with_adapter=with_adapter, options=self._engine_options)
         try:
             yield sampler
         finally:
             sampler.close()
 
-    def _chosen(self) -> ResponseSet:
-        """The data's own responses, one a prompt; they count as finished."""
-        pairs = [[prompt.source, prompt.response] for prompt in self.prompts]
-        settings = replace(self.settings, num_responses=1)
-        ids = [prompt.prompt_ids for prompt in self.prompts]
-        about = {"responses": "of the data", "pairs": digest(pairs), "prompts": digest(ids)}
-        responses = self._new_set(about, ids, settings)
+    def _chosen(self, folder: Path) -> ResponseSet:
+        """The data's own responses, one per prompt; they count as finished."""
+        about = {"responses": "of the data", "prompts": digest([tuple(prompt) for prompt in self.prompts])}
+        responses = self._new_set(about, self.prompts, 1, self.sampling.batch_size)
 
         def columns(shard: int) -> Columns:
-            texts = [self.prompts[row].response for row in responses.shards[shard]]
+            texts = [prompt.response for prompt in responses.asked(shard)]
             return {"token_ids": [[]] * len(texts), "finished": [True] * len(texts), "response": texts}
 
         responses.fill(RESPONSES, columns, "reading, chosen")
         return responses
 
-    def _new_set(self, about: dict[str, Any], ids: Sequence[Sequence[int]], settings: SamplingSettings) -> ResponseSet:
-        return ResponseSet(
-            self.folder,
-            about | {"batch_size": settings.batch_size},  # another one has other shards
-            ids,
-            num_responses=settings.num_responses,
-            shard_size=settings.batch_size,
-            ranks=self._ranks,
-            show=self._show,
-        )
+    def _new_set(self, about: dict[str, Any], prompts: Sequence[ProbePrompt], number: int, size: int) -> ResponseSet:
+        more: Any = {"num_responses": number, "shard_size": size, "ranks": self._ranks, "show": self._show}
+        return ResponseSet(self.folder, about, prompts, **more)
 
-    def _measure(self, responses: ResponseSet) -> ResponseValues:
-        texts = responses.values(RESPONSES, "response")
-        token_ids = responses.values(RESPONSES, "token_ids")
-        sampled = any(token_ids)  # the data's responses are text alone
-        ends = set(self.vocabulary.eos_token_ids)
-        repeated = [repetition([token for token in ids if token not in ends]) for ids in token_ids]
-        return ResponseValues(
-            num_characters=responses.by_prompt([len(text) for text in texts]),
-            num_tokens=responses.by_prompt([len(ids) for ids in token_ids]) if sampled else None,
-            finished=responses.tensor(RESPONSES, "finished") if sampled else None,
-            repetition=responses.by_prompt(repeated) if sampled else None,
-            rewards=None if self.reward is None else self._rewards(self.reward, responses),
-        )
+    def _columns(self, responses: ResponseSet, owner: str) -> dict[str, Tensor]:
+        """Values of single responses, ``(P, n)``, by log key."""
+        texts, ids = responses.values(RESPONSES, "response"), responses.values(RESPONSES, "token_ids")
+        columns = {"response_characters": _tensor(texts, len)}
+        if owner != "chosen":  # those are text and no more
+            ends = set(self.vocabulary.eos_token_ids)
+            columns["response_length"] = _tensor(ids, len)
+            columns["finished_fraction"] = responses.tensor(RESPONSES, "finished")
+            columns["repetition"] = _tensor(ids, lambda row: repetition([token for token in row if token not in ends]))
+        if self.proxy is not None and owner == "policy":
+            columns["reward"] = self._rewards(self.proxy, responses)
+        if self.reward is not None:
+            columns[self.reward_key] = self._rewards(self.reward, responses)
+        return columns
 
     def _rewards(self, reward: Reward, responses: ResponseSet) -> Tensor:
         column = f"reward/{reward.identity}"
 
         def columns(shard: int) -> Columns:
-            rows, drawn, texts = responses.of_shard(shard)
-            sources = [self.prompts[row].source for row in rows]
-            finished = [response.finished for response in drawn]
-            return {column: score(reward, sources, texts, finished, option="evaluation.reward")}
+            sources = [prompt.source for prompt in responses.asked(shard)]
+            finished = [response.finished for response in responses.responses(shard)]
+            return {column: score(reward, sources, responses.texts(shard), finished, option=self._option)}
 
         responses.fill(f"reward-{digest(reward.identity)}", columns, "scoring")
         return responses.tensor(f"reward-{digest(reward.identity)}", column)
 
+    def _wins(self, own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Interval]:
+        """Win rates by reward, over all pairs of responses to a prompt."""
+        if self.reward is None:
+            return {}
+        scores = win_scores(own[self.reward_key], others[self.reward_key])
+        if self.folder is None:
+            return {"win_rate": win_rate_interval(scores)}
+        lengths = others["response_characters"].mean(dim=1, keepdim=True)
+        return win_rates(scores, own["response_characters"] - lengths)
+
     def _judge(self, judge: Judge, own: ResponseSet, others: ResponseSet) -> list[Verdict]:
-        """Each response against the other's of the same number, in the order of ``own``'s shards."""
+        """Verdicts on each response against the other's of the same number, prompt by prompt."""
         name = f"judge-{digest([judge.identity, others.key])}"
         titles = [f"judge/{judge.identity}/{others.key}/{part}" for part in Verdict._fields]
-        texts = own.by_number(own.values(RESPONSES, "response"))
-        theirs = others.by_number(others.values(RESPONSES, "response"))
-        rows = own.rows()
 
         def columns() -> Columns:
-            first = [texts[row][i % own.num_responses] for i, row in enumerate(rows)]
-            second = [theirs[row][i % own.num_responses % others.num_responses] for i, row in enumerate(rows)]
-            verdicts = judge.compare([self.prompts[row].source for row in rows], first, second)
+            texts, theirs = (responses.values(RESPONSES, "response") for responses in (own, others))
+            first = [text for some in texts for text in some]
+            second = [some[i % others.num_responses] for some in theirs for i in range(own.num_responses)]
+            sources = [prompt.source for prompt in self.prompts for _ in range(own.num_responses)]
+            verdicts = judge.compare(sources, first, second)
             return dict(zip(titles, map(list, zip(*verdicts, strict=True)), strict=True))
 
         # Questions that stayed without an answer are asked again.
-        own.fill_at_once(name, columns, settled=lambda table: not any(map(isnan, table.column(titles[0]).to_pylist())))
-        return [Verdict(*parts) for parts in zip(*(own.values(name, title) for title in titles), strict=True)]
+        own.fill_at_once(name, columns, settled=lambda part: not any(map(isnan, part[titles[0]])))
+        parts = [[value for some in own.values(name, title) for value in some] for title in titles]
+        return [Verdict(*verdict) for verdict in zip(*parts, strict=True)]
 
-    def _kl(self, policy: LogProbModel, name: str, reference: Reference, ref_name: str) -> dict[str, Interval]:
-        responses = self._sampled(policy, name, self.kl_prompts, self.kl_settings, "policy for KL", kl_to=ref_name)
+    def _kl(
+        self, policy: LogProbModel, name: str | None, responses: ResponseSet, reference: Reference, ref_name: str | None
+    ) -> dict[str, Interval]:
+        batch_size, cut = self.sampling.batch_size, self.kl_sampling is not None
+        if self.kl_sampling is not None:
+            # Samples of its own: those that are scored may have other settings, or be fewer.
+            responses = self._sampled(policy, name, "policy for KL", self.kl_prompts, self.kl_sampling, kl_to=ref_name)
+            batch_size = self.kl_sampling.batch_size
 
         def columns(shard: int) -> Columns:
-            rows, drawn, _ = responses.of_shard(shard)
-            ids = [self.kl_prompts[row].prompt_ids for row in rows]
-            values = sampled_kl(policy, reference, ids, drawn, pad_token_id=self.vocabulary.pad_token_id)
+            ids = [prompt.prompt_ids for prompt in responses.asked(shard)]
+            pad = self.vocabulary.pad_token_id
+            values = sampled_kl(
+                policy, reference, ids, responses.responses(shard), pad_token_id=pad, batch_size=batch_size
+            )
             return dict(zip(ESTIMATORS, values.T.tolist(), strict=True))
 
         responses.fill("kl", columns, "measuring KL")
-        responses.save([prompt.text for prompt in self.kl_prompts], [prompt.row_id for prompt in self.kl_prompts])
         intervals = {f"kl/{key}": bootstrap_interval(responses.tensor("kl", key)) for key in ESTIMATORS}
-        finished = responses.tensor(RESPONSES, "finished")
-        return intervals | {"kl/cut_fraction": bootstrap_interval(1 - finished)}
+        if cut:
+            responses.save()
+            intervals["kl/cut_fraction"] = bootstrap_interval(1 - responses.tensor(RESPONSES, "finished"))
+        return intervals
 
-    def _samples(self, responses: ResponseSet, values: ResponseValues) -> list[SampledText]:
-        """The first responses to the first prompts."""
-        texts = responses.by_number(responses.values(RESPONSES, "response"))
-        finished = responses.by_number(responses.values(RESPONSES, "finished"))
-        rewards = [None] * len(texts) if values.rewards is None else values.rewards[:, 0].tolist()
+    def _samples(self, responses: ResponseSet, columns: dict[str, Tensor]) -> list[SampledText]:
+        """The first response to each prompt."""
+        texts, finished = (responses.values(RESPONSES, title) for title in ("response", "finished"))
+        rewards = columns[self.reward_key][:, 0].tolist() if self.reward is not None else [None] * len(texts)
         return [
-            SampledText(prompt.text, texts[row][0], finished[row][0], rewards[row])
-            for row, prompt in enumerate(self.prompts[:NUM_SAMPLES])
+            SampledText(prompt.text, text[0], ended[0], reward)
+            for prompt, text, ended, reward in zip(self.prompts, texts, finished, rewards, strict=True)
         ]
 
 
-def _seed(seed: int, shard: int) -> int:
-    """31 bits: streams of random numbers that no two shards share."""
-    return int.from_bytes(blake2b(f"{seed}/{shard}".encode(), digest_size=4).digest()) >> 1
+def _tensor(values: list[list[Any]], measure: Callable[[Any], float]) -> Tensor:
+    return torch.tensor([[measure(value) for value in row] for row in values], dtype=torch.float64)

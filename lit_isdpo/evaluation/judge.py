@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lit_isdpo.data.tokenization import transcript
-from lit_isdpo.evaluation.answers import Answers
 from lit_isdpo.evaluation.endpoint import Endpoint, NoAnswerError, RefusedError, StoppedError
+from lit_isdpo.evaluation.store import Answers
 from lit_isdpo.types import InputError, Prompt
 
 TEMPLATES = Path(__file__).parent / "judge_prompts"

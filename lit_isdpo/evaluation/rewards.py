@@ -1,12 +1,12 @@
-"""Reward sources behind one interface: whatever gives a number to a prompt and a response to it."""
+"""The rewards that come with the package: the gold rewards of the lab, and reward models."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
-from math import isfinite
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -14,8 +14,9 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.encoding import load_tokenizer, terminator_ids
 from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode, tokenize_response
+from lit_isdpo.evaluation.fingerprints import weights_fingerprint
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
-from lit_isdpo.policy.adapters import fingerprint
+from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import (
     ScoreModel,
     choose_pad_token_id,
@@ -24,69 +25,7 @@ from lit_isdpo.policy.reward_model import (
     read_score_config,
 )
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
-from lit_isdpo.types import InputError, Prompt, TokenizedExample
-
-
-class Reward(Protocol):
-    """Scores responses. Sources of your own work by their import path if they have these members, with these types."""
-
-    @property
-    def identity(self) -> str:
-        """Names what scored, the same in every process and run: scores in files are keyed by it."""
-        ...
-
-    def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
-    ) -> Sequence[float]:
-        """Scores N responses.
-
-        Args:
-            prompts: each response's prompt as the data has it, before any chat template.
-            responses: text, special tokens left out.
-            finished: false where the token limit cut a response.
-
-        Returns:
-            One number a response, higher is better.
-        """
-        ...
-
-
-def score(
-    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool], *, option: str
-) -> list[float]:
-    """What a reward gives to N responses; every caller of a reward asks here.
-
-    Args:
-        reward: one of the user's, perhaps.
-        prompts: as those of :class:`Reward`, and so are the others.
-        responses: to them, as text.
-        finished: whether each has ended by itself.
-        option: that names the reward, for messages.
-
-    Returns:
-        A finite number for each response.
-
-    Raises:
-        InputError: the reward gives something else.
-    """
-    given = reward(prompts, responses, finished)
-    name, number = type(reward).__name__, len(responses)
-    rule = f"{option}: {name} must give a finite number to each of {number} responses, and gave"
-    try:
-        values = list(given)
-    except TypeError as error:
-        raise InputError(f"{rule} {given!r}.") from error
-    if len(values) != len(responses):
-        raise InputError(f"{rule} {len(values)}.")
-    scores = []
-    for value, response in zip(values, responses, strict=True):
-        try:
-            scores.append(float(value))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{rule} {value!r} for {response!r}.") from error
-        if not isfinite(scores[-1]):
-            raise InputError(f"{rule} {scores[-1]} for {response!r}.")
-    return scores
+from lit_isdpo.types import InputError, Prompt, Reward, TokenizedExample, check_least
 
 
 class LabReward(Reward):
@@ -104,7 +43,7 @@ class LabReward(Reward):
         if name not in ENVIRONMENTS:
             known = ", ".join(f"{PREFIX}{name}" for name in ENVIRONMENTS)
             raise InputError(f"reward.task: the lab has no task {task!r}; it has {known}.")
-        self._name, self._environment = name, ENVIRONMENTS[name]
+        self._environment = ENVIRONMENTS[name]
 
     @classmethod
     def for_folder(cls, folder: Path) -> "LabReward | None":
@@ -115,16 +54,13 @@ class LabReward(Reward):
     @property
     def identity(self) -> str:
         """The task and the format of its files, which changes with the reward."""
-        return f"{PREFIX}{self._name} format {self._environment.format}"
+        return self._environment.identity
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
     ) -> Sequence[float]:
         """Scores responses to the task's own prompts, which are text."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if len(texts) < len(prompts):
-            raise InputError(f"The prompts of {PREFIX}{self._name} are text; its reward cannot read a conversation.")
-        return self._environment.gold_reward(texts, responses, finished)
+        return self._environment(prompts, responses, finished)
 
 
 class RewardModel(Reward):
@@ -170,10 +106,15 @@ class RewardModel(Reward):
         trust_remote_code: bool = False,
         rope_length: int | None = None,
     ) -> None:
-        self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
-        self.compute_dtype = self.dtype = dtype
-        self.attn_implementation = attn_implementation
-        config = read_score_config(self, option="reward.path")
+        self.path, self.dtype = path, dtype
+        source = PolicyConfig(
+            path=path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        config = read_score_config(source, option="reward.path")
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if max_length is None:
             max_length = min(1024, positions or 1024)
@@ -183,9 +124,9 @@ class RewardModel(Reward):
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-            if value < least:
-                raise InputError(f"reward.{name} must be at least {least}, not {value}.")
+        check_least("reward.batch_size", batch_size, 1)
+        check_least("reward.max_length", max_length, 2)
+        check_least("reward.rope_length", self.rope_length, 1)
         if not 1 <= self.max_prompt_length < max_length:
             raise InputError(
                 f"reward.max_prompt_length must be at least 1 and less than reward.max_length, which is {max_length}, "
@@ -195,7 +136,8 @@ class RewardModel(Reward):
             raise InputError("reward.device: there is no GPU here; use cpu.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
-        check_rows(self, config, self.tokenizer, option="reward.path")
+        check_rows(source, config, self.tokenizer, option="reward.path")
+        self.source = replace(source, rope_length=self.rope_length)
         self.encoder = TextEncoder(
             self.tokenizer, chat_template, first_without_row=first_without_row(config, self.tokenizer)
         )
@@ -224,9 +166,7 @@ class RewardModel(Reward):
     @cached_property
     def model(self) -> ScoreModel:
         """The weights, loaded when they are first needed."""
-        model = load_sequence_classifier(
-            self, attn_implementation=self.attn_implementation, dtype=self.dtype, option="reward.path"
-        )
+        model = load_sequence_classifier(self.source, option="reward.path")
         model.config.get_text_config().pad_token_id = self.pad_token_id
         return ScoreModel(model).requires_grad_(False).to(self.device)
 
@@ -241,7 +181,7 @@ class RewardModel(Reward):
             self.pad_token_id,
         ]
         reads += [self.tokenizer.chat_template, self.dtype]
-        return blake2b(f"{fingerprint(self.model.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
+        return blake2b(f"{weights_fingerprint(self.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
 
     @property
     def identity(self) -> str:

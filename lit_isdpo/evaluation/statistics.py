@@ -1,11 +1,11 @@
-"""Intervals for what is measured on a sample of prompts, and win rates.
+"""From values of single responses to reported numbers: means over prompts, win rates, and their intervals.
 
 Prompts are the sample: several responses to one prompt say more about that prompt, not about prompts. So a prompt's
 values are averaged first, and the bootstrap draws whole prompts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +109,35 @@ def win_scores(rewards: Tensor, other_rewards: Tensor) -> Tensor:
     """
     own, others = rewards[:, :, None], other_rewards[:, None, :]
     return ((own > others).float() + (own == others).float() / 2).mean(dim=2)
+
+
+def win_rates(scores: Tensor, length_differences: Tensor) -> dict[str, Interval]:
+    """``win_rate`` of ``(P, n)`` scores, NaN where there is none, and the length-controlled ``win_rate_lc``.
+
+    Length is best counted in characters, which a reader sees, and not in one tokenizer's tokens.
+    """
+    return {
+        "win_rate": win_rate_interval(scores),
+        "win_rate_lc": length_controlled_win_rate(scores, length_differences),
+    }
+
+
+def repetition(token_ids: Sequence[int], size: int = 3) -> float:
+    """The share of a response's n-grams that repeat an earlier one of it (seq-rep-n of arXiv 1908.04319).
+
+    >>> repetition([1, 2, 3, 1, 2, 3])
+    0.25
+    >>> repetition([1, 2])
+    0.0
+    """
+    grams = [tuple(token_ids[start : start + size]) for start in range(len(token_ids) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def flatten(values: dict[str, Interval]) -> dict[str, float]:
+    """Plain numbers: each key's mean, and beside it ``_stderr``, ``_low`` and ``_high``."""
+    parts = {"": "mean", "_stderr": "stderr", "_low": "low", "_high": "high"}
+    return {f"{key}{end}": getattr(value, part) for key, value in values.items() for end, part in parts.items()}
 
 
 def length_controlled_win_rate(

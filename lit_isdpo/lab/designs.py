@@ -36,7 +36,7 @@ The random numbers of a design are fixed: a seed of the lab draws other demonstr
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -45,7 +45,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_isdpo.lab.enumeration import ResponseTree
 from lit_isdpo.types import InputError
 
 NUM_PROMPTS = 8
@@ -54,6 +53,66 @@ QUALITY = 0.7
 VERBOSITY_GOLD = (0.0, 0.8, 1.4, 0.8, -1.0, -3.0, -5.0)
 LENGTH_GOLD = (-1.0, -0.2, 0.5, 1.0, 1.4, 0.8, -0.5, -2.0, -3.5)
 WORST = -5.0
+
+
+@dataclass(frozen=True)
+class ResponseTree:
+    """The numbering of responses of at most L words: the nodes of a tree, level by level, a word per edge.
+
+    A vocabulary of K words and one end token, token ids 0 to K - 1 and K, has ``1 + K + ... + K^L`` of them. For K = 2,
+    L = 2:
+
+        0: ""       1: "0"   2: "1"       3: "0 0"   4: "0 1"   5: "1 0"   6: "1 1"
+
+    The nodes one word longer than node i are ``K i + 1 ... K i + K``. A node is a prefix, and a response where the end
+    token follows.
+
+    >>> tree = ResponseTree(num_words=2, max_words=2)
+    >>> len(tree), tree.level(2), tree.find([1, 0])
+    (7, slice(3, 7, None), 5)
+    >>> tree.words.tolist()
+    [[-1, -1], [0, -1], [1, -1], [0, 0], [0, 1], [1, 0], [1, 1]]
+
+    Args:
+        num_words: K, at least 2.
+        max_words: L, words of the longest response.
+    """
+
+    num_words: int
+    max_words: int
+
+    def __len__(self) -> int:
+        return self._start(self.max_words + 1)
+
+    def level(self, length: int) -> slice:
+        """The nodes of ``length`` words."""
+        return slice(self._start(length), self._start(length + 1))
+
+    def find(self, word_ids: Sequence[int]) -> int:
+        """The node of a response of at most ``max_words`` words."""
+        assert len(word_ids) <= self.max_words
+        node = 0
+        for word in word_ids:
+            node = self.num_words * node + 1 + word
+        return node
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """``(N,)`` words of each response."""
+        return (self.words >= 0).sum(dim=1)
+
+    @cached_property
+    def words(self) -> Tensor:
+        """``(N, L)`` the words of each response, -1 after its last."""
+        words = torch.full((len(self), self.max_words), -1)
+        for length in range(1, self.max_words + 1):
+            nodes = words[self.level(length)]
+            nodes[:, : length - 1] = words[self.level(length - 1), : length - 1].repeat_interleave(self.num_words, 0)
+            nodes[:, length - 1] = torch.arange(self.num_words).repeat(len(nodes) // self.num_words)
+        return words
+
+    def _start(self, length: int) -> int:
+        return int((self.num_words**length - 1) // (self.num_words - 1))
 
 
 class PairsPart(NamedTuple):
@@ -129,10 +188,6 @@ class Design:
             deepest = self.tree.find(word_ids[:longest]) - self.tree.level(longest).start
             return float(self.longer_gold[row, deepest])
         return float(self.gold[row, self.tree.find(word_ids)])
-
-    def gold_rewards(self, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        """The gold rewards of a batch: what evaluation calls, without knowing which environment it is."""
-        return [self.gold_reward(*row) for row in zip(prompts, responses, finished, strict=True)]
 
 
 @cache

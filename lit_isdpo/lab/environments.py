@@ -1,96 +1,168 @@
 """The tasks of the lab behind one interface: a new one is a class and a line in ``folder.ENVIRONMENTS``."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
-from lit_isdpo.lab import design_data, pairs
-from lit_isdpo.lab.designs import Design
-from lit_isdpo.lab.exact import ExactEvaluation
-from lit_isdpo.lab.pairs import PairRow
-from lit_isdpo.lab.posts import GoldReward, Split, render_prompt, sample_demonstration, sample_post
+from lit_isdpo.data.tokenization import TextEncoder
+from lit_isdpo.lab.designs import FLIPPED, Design
+from lit_isdpo.lab.exact import ExactEvaluation, ResponseDistribution, behavior_logps, pair_logps, shipped_reference
+from lit_isdpo.lab.labelling import (
+    Candidate,
+    Labeller,
+    PairRow,
+    Preference,
+    SampledRow,
+    first_wins,
+    sampled_logps,
+    to_rows,
+)
+from lit_isdpo.lab.posts import (
+    LABEL_TEMPERATURE,
+    MAX_NEW_TOKENS,
+    Split,
+    gold_reward,
+    render_prompt,
+    sample_demonstration,
+    sample_post,
+)
 from lit_isdpo.lab.tokenizer import MAX_LENGTH, build_closed_tokenizer, build_tokenizer
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.types import InputError, Prompt
+
+_BATCH_SIZE = 512  # responses generated, or scored, at a time
 
 
-class Gold(Protocol):
-    """A gold reward, as evaluation calls it."""
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        """One number a response, higher is better; ``finished`` is false where the token limit cut a response."""
-        ...
-
-
-class Environment(Protocol):
-    """A task with a known gold reward, and a reference that wrote its pairs.
+class Environment(ABC):
+    """A task with a known gold reward, which the environment is, and a reference that wrote its pairs.
 
     Attributes:
+        name: under which the lab has it.
         format: to be raised with every change of the files' content.
+        reference: the folder of the shipped model.
+        pairs_parts: the names of its sets of pairs.
         num_pairs: draws of a set of pairs, by split.
         num_demonstrations: by split.
     """
 
-    format: int
+    name: str
+    format = 1
+    reference: Path
+    pairs_parts: Sequence[str]
     num_pairs: Mapping[Split, int]
-    num_demonstrations: Mapping[Split, int]
+    num_demonstrations: Mapping[Split, int] = {"train": 48_000, "validation": 1024}
 
     @property
-    def reference(self) -> Path:
-        """The folder of the shipped model."""
-        ...
+    def identity(self) -> str:
+        """The task and the format of its files, which changes with the reward."""
+        return f"lab:{self.name} format {self.format}"
 
-    @property
-    def pairs_parts(self) -> Sequence[str]:
-        """The names of its sets of pairs."""
-        ...
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
+        """Gold rewards of responses to the task's own prompts, which are text; higher is better."""
+        rewards = []
+        for prompt, response, ended in zip(prompts, responses, finished, strict=True):
+            if not isinstance(prompt, str):
+                raise InputError(f"The prompts of lab:{self.name} are text; its reward cannot read a conversation.")
+            rewards.append(self.gold_reward(prompt, response, ended))
+        return rewards
 
-    @property
-    def gold_reward(self) -> Gold:
-        """Scores prompts, responses, and whether these are finished."""
-        ...
+    @abstractmethod
+    def gold_reward(self, prompt: str, response: str, finished: bool) -> float:
+        """The gold reward of one response; ``finished`` is false where the token limit cut it."""
 
+    @abstractmethod
     def sample_pairs(self, part: str, split: Split, seed: int) -> tuple[list[PairRow], dict[str, int]]:
-        """Draws pairs, and counts what was left out."""
-        ...
+        """Draws pairs, and counts those that were left out."""
 
+    @abstractmethod
     def sample_demonstrations(self, split: Split, seed: int) -> Iterable[Mapping[str, Any]]:
         """Draws rows of ``prompt`` and ``completion``."""
-        ...
 
+    @abstractmethod
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """The reference's tokenizer."""
-        ...
 
+    @abstractmethod
     def build_config(self) -> LlamaConfig:
         """The reference's architecture."""
-        ...
 
     def exact_evaluation(self, part: str) -> ExactEvaluation | None:
         """Exact values of a policy that is trained on this part; ``None`` where responses cannot be enumerated."""
-        ...
+        return None
 
 
-class Posts:
+class Posts(Environment):
     """Posts and summaries; see :mod:`lit_isdpo.lab.posts`."""
 
-    format = 1
-    num_pairs: Mapping[Split, int] = {"train": 1024, "validation": 512, "test": 512}
-    num_demonstrations: Mapping[Split, int] = {"train": 48_000, "validation": 1024}
+    name = "posts"
     reference = Path(__file__).parent / "posts_reference"
     pairs_parts = ("pairs",)
-    gold_reward = GoldReward()
+    num_pairs: Mapping[Split, int] = {"train": 1024, "validation": 512, "test": 512}
+
+    def gold_reward(self, prompt: str, response: str, finished: bool) -> float:
+        """See :func:`lit_isdpo.lab.posts.gold_reward`."""
+        return gold_reward(prompt, response, finished)
 
     def sample_pairs(self, part: str, split: Split, seed: int) -> tuple[list[PairRow], dict[str, int]]:
-        """One draw a post at most; see :func:`lit_isdpo.lab.pairs.sample_pairs`."""
+        """Draws posts of the split, and for each a pair: two samples of the reference at temperature 1, labelled.
+
+        Not every post gives a pair. The counts tell why, in the words of the labeller.
+        """
+        rng = Random(f"posts/pairs/{split}/{seed}")
+        prompts = [render_prompt(sample_post(rng, split)) for _ in range(self.num_pairs[split])]
         model, tokenizer = _load(self.reference)
-        return pairs.sample_pairs(model, tokenizer, split=split, num_prompts=self.num_pairs[split], seed=seed)
+        vocabulary = Vocabulary(str, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+        ids: list[list[int]] = [tokenizer.encode(prompt) for prompt in prompts]
+        first, second = (
+            [
+                responses[0]
+                for start in range(0, len(ids), _BATCH_SIZE)
+                for responses in sample(
+                    model,
+                    ids[start : start + _BATCH_SIZE],
+                    Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE, seed=rng.getrandbits(32)),
+                    vocabulary,
+                )
+            ]
+            for _ in range(2)
+        )
+        labeller = Labeller(
+            reward=self,
+            encoder=TextEncoder(tokenizer),
+            choose=lambda prompt, texts, scores: [(0, 1)] if len(texts) == 2 else [],  # equal scores too
+            noise_temperature=LABEL_TEMPERATURE,
+            noise=lambda row_id: rng,
+            max_length=MAX_LENGTH,
+        )
+        drawn = zip(prompts, ids, first, second, strict=True)
+        rows = [SampledRow(number, prompt, own, pair) for number, (prompt, own, *pair) in enumerate(drawn)]
+        preferences, left_out = labeller(rows)
+        both = [(pair.row, pair.row.responses[place].token_ids) for place in (0, 1) for pair in preferences]
+        logps = sampled_logps(
+            model,
+            [row.prompt_ids for row, _ in both],
+            [token_ids for _, token_ids in both],
+            Sampling(batch_size=_BATCH_SIZE),
+            pad_token_id=vocabulary.pad_token_id,
+        )
+        known = {(row.row_id, tuple(token_ids)): value for (row, token_ids), value in zip(both, logps, strict=True)}
+        chosen, rejected = (
+            [known[pair.row.row_id, tuple(getattr(pair, side).token_ids)] for pair in preferences]
+            for side in ("chosen", "rejected")
+        )
+        counts = {"prompts": len(prompts), "pairs": len(preferences), **left_out}
+        return to_rows(preferences, chosen + rejected, "gold"), counts
 
     def sample_demonstrations(self, split: Split, seed: int) -> Iterable[Mapping[str, Any]]:
-        """One summary a post."""
+        """One summary for each post."""
         rng = Random(f"posts/sft/{split}/{seed}")
         posts = (sample_post(rng, split) for _ in range(self.num_demonstrations[split]))
         return ({"prompt": render_prompt(post), "completion": sample_demonstration(rng, post)} for post in posts)
@@ -103,49 +175,86 @@ class Posts:
         """A Llama of 0.4 million parameters."""
         return _llama(build_tokenizer(), hidden_size=96, intermediate_size=288, num_layers=3, num_heads=4)
 
-    def exact_evaluation(self, part: str) -> None:
-        """There are far too many summaries."""
-        return
 
-
-class Enumerable:
+class Enumerable(Environment):
     """A task of :mod:`lit_isdpo.lab.designs`.
 
     Args:
         build: makes its tables, when they are first asked for.
     """
 
-    format = 1
     num_pairs: Mapping[Split, int] = {"train": 8192, "validation": 1024, "test": 1024}
-    num_demonstrations: Mapping[Split, int] = {"train": 48_000, "validation": 1024}
 
     def __init__(self, build: Callable[[], Design]) -> None:
         self._build = build
 
     @property
-    def reference(self) -> Path:
+    def name(self) -> str:  # type: ignore[override]
+        """The design's."""
+        return self._build().name
+
+    @property
+    def reference(self) -> Path:  # type: ignore[override]
         """The folder of the shipped model."""
         return self._build().reference
 
     @property
-    def pairs_parts(self) -> Sequence[str]:
+    def pairs_parts(self) -> Sequence[str]:  # type: ignore[override]
         """The names of its sets of pairs."""
         return tuple(self._build().parts)
 
-    @property
-    def gold_reward(self) -> Gold:
+    def gold_reward(self, prompt: str, response: str, finished: bool) -> float:
         """Looked up in the design's table."""
-        return self._build().gold_rewards
+        return self._build().gold_reward(prompt, response, finished)
 
-    def sample_pairs(self, part: str, split: Split, seed: int) -> tuple[list[PairRow], dict[str, int]]:
-        """See :func:`lit_isdpo.lab.design_data.sample_pairs`."""
-        return design_data.sample_pairs(self._build(), part, split=split, num_pairs=self.num_pairs[split], seed=seed)
+    def sample_pairs(
+        self, part: str, split: Split, seed: int, *, reference: ResponseDistribution | None = None
+    ) -> tuple[list[PairRow], dict[str, int]]:
+        """Draws pairs from distributions that are known exactly, an eighth for each prompt.
 
-    def sample_demonstrations(self, split: Split, seed: int) -> Iterable[Mapping[str, Any]]:
-        """See :func:`lit_isdpo.lab.design_data.sample_demonstrations`."""
-        return design_data.sample_demonstrations(
-            self._build(), split=split, num=self.num_demonstrations[split], seed=seed
-        )
+        Args:
+            part: the name of the pairs.
+            split: other pairs of the same prompts.
+            seed: the rows are a function of it, given the reference and the machine's arithmetic.
+            reference: wrote them; by default the shipped one.
+
+        Returns:
+            The rows, and the counts ``pairs`` and ``identical``, draws of two equal responses, which are repeated.
+        """
+        design, number = self._build(), self.num_pairs[split]
+        drawn_as = part if design.parts[part].true_mu else "pairs"  # with a wrong mu they are the very same pairs
+        rng = Random(f"{design.name}/{drawn_as}/{split}/{seed}")
+        mu_logps = pair_logps(design, part, reference or shipped_reference(design))
+        behavior = behavior_logps(design, part, mu_logps)
+        cumulative = [list(accumulate(row)) for row in mu_logps.exp().tolist()]
+        preferences, logps = [], []
+        identical = 0
+        for draw in range(number):
+            prompt = draw % len(design.prompts)
+            while True:
+                pair = rng.choices(range(len(design.tree)), cum_weights=cumulative[prompt], k=2)
+                if pair[0] != pair[1]:
+                    break
+                identical += 1
+            golds = [float(design.gold[prompt, node]) for node in pair]
+            if first_wins(rng, golds[0], golds[1], 1.0) == (rng.random() < FLIPPED):
+                pair.reverse()
+            candidates = [Candidate(_text(design, node), [], float(design.gold[prompt, node])) for node in pair]
+            row = SampledRow(draw, design.render(design.prompts[prompt]), [], [])
+            preferences.append(Preference(row, *candidates))
+            logps.append([float(behavior[prompt, node]) for node in pair])
+        columns = [value for column in zip(*logps, strict=True) for value in column]
+        return to_rows(preferences, columns, "gold"), {"pairs": number, "identical": identical}
+
+    def sample_demonstrations(self, split: Split, seed: int) -> Iterator[Mapping[str, Any]]:
+        """Draws demonstrations from the design's target, an eighth for each prompt."""
+        design = self._build()
+        rng = Random(f"{design.name}/sft/{split}/{seed}")
+        cumulative = [list(accumulate(row)) for row in design.target.tolist()]
+        for draw in range(self.num_demonstrations[split]):
+            prompt = draw % len(design.prompts)
+            (node,) = rng.choices(range(len(design.tree)), cum_weights=cumulative[prompt])
+            yield {"prompt": design.render(design.prompts[prompt]), "completion": _text(design, node)}
 
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """The design's words and an end token."""
@@ -161,8 +270,13 @@ class Enumerable:
 
 
 @cache
-def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_causal_lm(PolicyConfig(path=str(folder))), AutoTokenizer.from_pretrained(folder)
+def _load(folder: Path) -> tuple[LogProbModel, PreTrainedTokenizerBase]:
+    return LogProbModel(load_causal_lm(PolicyConfig(path=str(folder)))), AutoTokenizer.from_pretrained(folder)
+
+
+def _text(design: Design, node: int) -> str:
+    words = design.tree.words[node]
+    return design.render(words[: int(design.tree.lengths[node])].tolist())
 
 
 def _llama(

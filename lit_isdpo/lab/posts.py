@@ -41,8 +41,7 @@ a stray word (1, -0.5, -0.5):
 0.0
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import sha256
 from random import Random
 from typing import Literal
@@ -131,14 +130,6 @@ def gold_reward(prompt: str, response: str, finished: bool) -> float:
     return round(reward, 1) + 0.0  # every term is a multiple of 0.1; adding zero turns -0.0 into 0.0
 
 
-class GoldReward:
-    """The gold reward of a batch: what evaluation calls, without knowing which environment it is."""
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        """One reward a response; the arguments are those of :func:`gold_reward`, one entry a response."""
-        return [gold_reward(*row) for row in zip(prompts, responses, finished, strict=True)]
-
-
 def split_of(post: Post) -> Split:
     """The split that a post belongs to: a quarter of all posts each for validation and test, the rest for train."""
     quarter = sha256(render_facts(sorted(post.items())).encode()).digest()[0] % 4
@@ -157,11 +148,6 @@ def sample_demonstration(rng: Random, post: Post) -> str:
     """A summary of two to four of the post's facts, as the reference is trained on; see the module's text."""
     facts = rng.sample(list(post.items()), rng.randint(2, 4))
     return render_facts((attribute, _perhaps_wrong(rng, value)) for attribute, value in facts)
-
-
-def first_wins(rng: Random, gold_first: float, gold_second: float, *, temperature: float = LABEL_TEMPERATURE) -> bool:
-    """A Bradley-Terry label: true with probability ``sigmoid((gold_first - gold_second) / temperature)``."""
-    return rng.random() < 1 / (1 + math.exp((gold_second - gold_first) / temperature))
 
 
 def _perhaps_wrong(rng: Random, value: str) -> str:

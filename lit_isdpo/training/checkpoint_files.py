@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lit_isdpo.evaluation.files import write_whole
+from lit_isdpo.evaluation.store import write_whole
 from lit_isdpo.policy.sharding import read_tensors
 from lit_isdpo.types import InputError
 

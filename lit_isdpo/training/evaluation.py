@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lit_isdpo.evaluation.evaluator import Engine, Evaluator, Outcome, SamplingSettings, Vocabulary
-from lit_isdpo.evaluation.files import write_text
+from lit_isdpo.evaluation.evaluator import Engine, Evaluator, Outcome
 from lit_isdpo.evaluation.judge import Judge
-from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.evaluation.vllm_sampler import check_vllm
-from lit_isdpo.training.ground_truth import find_exact, find_gold_reward
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.evaluation.store import write_text
+from lit_isdpo.policy.generation import Sampling
+from lit_isdpo.policy.vllm_sampler import check_vllm
+from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.probe import SamplingProbe, log_texts
 from lit_isdpo.training.run_folder import run_dir
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, Reward, check_least
 
 OWNERS = {"policy": "", "reference": "reference/", "chosen": "chosen/"}
 """Whose responses, in the order of the table's columns, and the prefix of their log keys."""
@@ -54,6 +54,15 @@ ROWS = (
     ("reward accuracy", "rewards/accuracies"),
 )
 """Label and log key of the table's rows; a key that is not there has no row."""
+
+
+NUM_SHOWN = 8  # responses that are logged as text
+
+
+class EvaluationSampling(Sampling):
+    """Settings whose messages name the evaluation."""
+
+    option: ClassVar[str] = "evaluation"
 
 
 class Evaluation(Callback):
@@ -101,21 +110,9 @@ class Evaluation(Callback):
         judge: Judge | None = None,
         folder: str | None = None,
     ) -> None:
-        for name, value, least in (
-            ("num_prompts", num_prompts, 0),
-            ("num_responses", num_responses, 1),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("seed", seed, 0),
-            ("batch_size", batch_size, 1),
-            ("kl_prompts", kl_prompts, 0),
-            ("kl_max_new_tokens", kl_max_new_tokens, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"evaluation.{name} must be at least {least}, not {value}.")
-        if not (isfinite(temperature) and temperature > 0):
-            raise InputError(f"evaluation.temperature must be above 0, not {temperature}.")
-        if not 0 < top_p <= 1:
-            raise InputError(f"evaluation.top_p must be above 0 and at most 1, not {top_p}.")
+        for name, value, least in (("num_prompts", num_prompts, 0), ("kl_prompts", kl_prompts, 0)):
+            check_least(f"evaluation.{name}", value, least)
+        check_least("evaluation.kl_max_new_tokens", kl_max_new_tokens, 1)
         if engine_options and engine != "vllm":
             raise InputError("evaluation.engine_options are vLLM's; use them with --evaluation.engine vllm.")
         if num_prompts is not None and kl_prompts is not None and kl_prompts > num_prompts:
@@ -124,15 +121,16 @@ class Evaluation(Callback):
         self.kl_prompts = kl_prompts
         self.max_new_tokens = max_new_tokens
         self.kl_max_new_tokens = kl_max_new_tokens
-        self.settings = SamplingSettings(
+        self.sampling = EvaluationSampling(
             num_responses=num_responses,
+            max_new_tokens=128 if max_new_tokens is None else max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             batch_size=batch_size,
             seed=seed,
-            engine=engine,
-            engine_options=engine_options or {},
         )
+        self.engine = engine
+        self.engine_options = engine_options
         self.reward = reward
         self.judge = judge
         self.folder = folder
@@ -147,13 +145,13 @@ class Evaluation(Callback):
         """
         if stage != "test":
             return
-        if isinstance(pl_module, PolicyModule):
+        if isinstance(pl_module, LanguageModule) and pl_module.writes:
             num_prompts, limits = self._extent(trainer)
             for name in limits if num_prompts else ():
                 pl_module.check_positions("test", limits[name], f"evaluation.{name}", num_prompts)
         elif self.reward or self.judge:
             raise InputError("evaluation: a reward model writes no responses; leave evaluation.reward and judge out.")
-        if self.settings.engine == "vllm":
+        if self.engine == "vllm":
             check_vllm("evaluation.engine")
             if trainer.world_size > 1:
                 raise InputError(
@@ -163,39 +161,35 @@ class Evaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates, and logs."""
-        if not isinstance(pl_module, PolicyModule):
+        if not (isinstance(pl_module, LanguageModule) and pl_module.writes):
             return
         num_prompts, limits = self._extent(trainer)
         if not num_prompts:
             return
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = datamodule.prompts("test", num_prompts)
-        reward = self.reward or find_gold_reward(datamodule, "test", prompts[0].source)
+        prompts = pl_module.data.prompts("test", num_prompts)
         if pl_module.reference is None:
             rank_zero_info("There is no reference: KL and wins against it are left out.")
-        tokenizer, settings = pl_module.tokenizer, asdict(self.settings)
-        settings["max_new_tokens"] = limits["max_new_tokens"]
-        kl_only = {"num_responses": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": limits["kl_max_new_tokens"]}
+        sampling = replace(self.sampling, max_new_tokens=limits["max_new_tokens"])
+        plain = replace(sampling, num_responses=1, temperature=1.0, top_p=1.0)
         evaluator = Evaluator(
             prompts,
-            Vocabulary(
-                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                pl_module.eos_token_ids,
-                pl_module.pad_token_id,
-            ),
-            settings=SamplingSettings(**settings),
-            kl_prompts=len(prompts) if self.kl_prompts is None else self.kl_prompts,
-            kl_settings=SamplingSettings(**settings | kl_only),
+            pl_module.vocabulary,
+            sampling,
             folder=Path(self.folder or Path(trainer.default_root_dir) / "evaluations"),
-            reward=reward,
+            kl_prompts=len(prompts) if self.kl_prompts is None else self.kl_prompts,
+            kl_sampling=replace(plain, max_new_tokens=limits["kl_max_new_tokens"]),
+            reward=self.reward or find_gold_reward(pl_module.data, "test", prompts[0].source),
+            reward_option="evaluation.reward",
             judge=self.judge,
+            engine=self.engine,
+            engine_options=self.engine_options,
             ranks=pl_module.ranks,
             show=_show if trainer.progress_bar_callback and trainer.is_global_zero else lambda shards, _: shards,
         )
         self.outcome = evaluator(pl_module.policy, pl_module.reference)
-        values = self.outcome.values | self._exact(pl_module, datamodule, prompts)
+        values = self.outcome.values | exact_values(pl_module, "test", prompts)()
         pl_module.log_dict({f"test/{key}": value for key, value in values.items()})
-        log_texts(trainer, "test", self.outcome.samples["policy"])
+        log_texts(trainer, "test", self.outcome.samples["policy"][:NUM_SHOWN])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the numbers, and prints them."""
@@ -219,21 +213,11 @@ class Evaluation(Callback):
         """Number of prompts, and the tokens that limit a response that is scored and one that the KL is measured on."""
         probe = next((one for one in trainer.callbacks if isinstance(one, SamplingProbe)), SamplingProbe())  # type: ignore[attr-defined]
         num_prompts = probe.num_prompts if self.num_prompts is None else self.num_prompts
-        max_new_tokens = self.max_new_tokens or probe.max_new_tokens
+        max_new_tokens = self.max_new_tokens or probe.sampling.max_new_tokens
         return num_prompts, {
             "max_new_tokens": max_new_tokens,
             "kl_max_new_tokens": self.kl_max_new_tokens or max_new_tokens,
         }
-
-    def _exact(self, module: PolicyModule, datamodule: Any, prompts: list[Any]) -> dict[str, float]:
-        exact = find_exact(datamodule, "test", module.policy, [prompt.prompt_ids for prompt in prompts])
-        if exact is None:  # on every rank alike
-            return {}
-        ref_responses = None
-        if module.reference is not None:
-            with module.reference.scoring() as model:
-                ref_responses = exact.enumerate(model)
-        return {f"exact/{key}": value for key, value in exact(exact.enumerate(module.policy), ref_responses).items()}
 
 
 def _show(shards: Iterable[int], doing: str) -> Iterable[int]:

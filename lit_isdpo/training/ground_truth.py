@@ -1,15 +1,16 @@
 """What is known for sure about prompts of the lab: their gold reward and, of small tasks, exact values."""
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.evaluation.rewards import LabReward
-from lit_isdpo.lab.exact import ExactEvaluation
 from lit_isdpo.lab.folder import exact_evaluation_for
-from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Prompt
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.types import InputError, ProbePrompt, Prompt
 
 
 def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward | None:
@@ -33,18 +34,36 @@ def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward |
     return None
 
 
-def find_exact(datamodule: Any, stage: str, policy: LogProbModel, prompts: list[list[int]]) -> ExactEvaluation | None:
-    """Exact values of policies on a split's prompts; ``None`` where there are none, or they are not this policy's."""
-    found = [exact_evaluation_for(folder) for folder in datamodule.source_folders(stage)]
-    if len(found) != 1 or found[0] is None:
-        return None
-    if policy.is_sharded:
+def exact_values(
+    module: LanguageModule, stage: Split, prompts: Sequence[ProbePrompt]
+) -> Callable[[], dict[str, float]]:
+    """Gives exact values of the policy as it is when they are asked for; none where the task has none, or not for it.
+
+    Args:
+        module: holds the policy, and the reference, which is summed over now.
+        stage: the split of the prompts.
+        prompts: of the evaluation.
+    """
+    found = [exact_evaluation_for(folder) for folder in module.data.source_folders(stage)]
+    if len(found) != 1 or found[0] is None:  # on every rank alike
+        return dict
+    exact = found[0]
+    if module.policy.is_sharded:
         rank_zero_info("No exact values are logged of a sharded model; use --trainer.strategy ddp or one device.")
-        return None
-    if not found[0].applies_to(policy, prompts):
+        return dict
+    if not exact.applies_to(module.policy, [prompt.prompt_ids for prompt in prompts]):
         rank_zero_info(
             f"The {stage} prompts, or the model's vocabulary, are not those of the lab's task: no exact values are "
             "logged."
         )
-        return None
-    return found[0]
+        return dict
+    ref_responses = None
+    if module.reference is not None:
+        with module.reference.scoring() as model:
+            ref_responses = exact.enumerate(model)
+
+    def values() -> dict[str, float]:
+        now = exact(exact.enumerate(module.policy), ref_responses)
+        return {f"exact/{key}": value for key, value in now.items()}
+
+    return values

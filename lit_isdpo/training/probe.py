@@ -1,23 +1,22 @@
 """Samples the policy at every validation: KL to the reference, gold reward, win rate, and text to read."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
-from lit_isdpo.evaluation.probe import ProbeValues, SampledText, run_probe, summarize
-from lit_isdpo.evaluation.rewards import Reward
-from lit_isdpo.lab.enumeration import ResponseDistribution
-from lit_isdpo.lab.exact import ExactEvaluation
-from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.reference import Reference
-from lit_isdpo.training.ground_truth import find_exact, find_gold_reward
-from lit_isdpo.training.module import PolicyModule
-from lit_isdpo.types import InputError
+from lit_isdpo.evaluation.evaluator import Evaluator, SampledText
+from lit_isdpo.policy.generation import Sampling
+from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.types import Ranks, check_least
+
+
+class ProbeSampling(Sampling):
+    """Settings whose messages name the probe."""
+
+    option: ClassVar[str] = "probe"
 
 
 class SamplingProbe(Callback):
@@ -49,28 +48,17 @@ class SamplingProbe(Callback):
         num_shown: int = 8,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("num_prompts", num_prompts, 0),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("num_responses", num_responses, 1),
-            ("batch_size", batch_size, 1),
-            ("num_shown", num_shown, 0),
-        ):
-            if value < least:
-                raise InputError(f"probe.{name} must be at least {least}, not {value}.")
+        check_least("probe.num_prompts", num_prompts, 0)
+        check_least("probe.num_shown", num_shown, 0)
         self.num_prompts = num_prompts
-        self.max_new_tokens = max_new_tokens
-        self.num_responses = num_responses
-        self.batch_size = batch_size
         self.num_shown = num_shown
-        self.seed = seed
-        self.reward: Reward | None = None
+        self.sampling = ProbeSampling(
+            num_responses=num_responses, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
+        )
         self.samples: list[SampledText] = []
         self.ref_samples: list[SampledText] = []
-        self._ref_rewards: Tensor | None = None
-        self._exact: ExactEvaluation | None = None
-        self._ref_responses: ResponseDistribution | None = None
-        self._prepared = False
+        self._evaluator: Evaluator | None = None
+        self._exact: Callable[[], dict[str, float]] = dict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks, before anything is loaded, that the model has positions for the responses.
@@ -79,83 +67,35 @@ class SamplingProbe(Callback):
             InputError: it has not.
         """
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
-        if validates and self.num_prompts and isinstance(pl_module, PolicyModule):
-            pl_module.check_positions("val", self.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
+        if validates and self.num_prompts and isinstance(pl_module, LanguageModule) and pl_module.writes:
+            pl_module.check_positions("val", self.sampling.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
+        self._evaluator = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
-        if isinstance(pl_module, PolicyModule) and not trainer.sanity_checking:  # a reward model writes nothing
-            self._probe(trainer, pl_module)
-
-    def _probe(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.num_prompts or not isinstance(module, PolicyModule):  # a reward model writes nothing
+        is_wanted = self.num_prompts and not trainer.sanity_checking
+        if not is_wanted or not (
+            isinstance(pl_module, LanguageModule) and pl_module.writes
+        ):  # a reward model writes nothing
             return
-        of_all_ranks = trainer.datamodule.prompts("val", self.num_prompts)  # type: ignore[attr-defined]
-        # Ranks that share the weights sample the same, call by call.
-        num_shares, share = (1, 0) if module.policy.is_sharded else (trainer.world_size, trainer.global_rank)
-        if len(of_all_ranks) < num_shares:
-            raise InputError(
-                f"probe.num_prompts: {len(of_all_ranks)} distinct prompts are too few for {num_shares} ranks; "
-                "0 switches the probe off."
+        if self._evaluator is None:
+            prompts = pl_module.data.prompts("val", self.num_prompts)
+            self._exact = exact_values(pl_module, "val", prompts)
+            self._evaluator = Evaluator(
+                prompts,
+                pl_module.vocabulary,
+                self.sampling,
+                kl_prompts=len(prompts),
+                reward=find_gold_reward(pl_module.data, "val", prompts[0].source),
+                proxy=pl_module.reward,
+                # Ranks that share the weights sample the same, call by call.
+                ranks=Ranks() if pl_module.policy.is_sharded else pl_module.ranks,
             )
-        prompts = of_all_ranks[share::num_shares]
-        reference = module.reference
-        if not self._prepared:
-            self._prepared = True
-            self.reward = find_gold_reward(trainer.datamodule, "val", prompts[0].source)  # type: ignore[attr-defined]
-            self._exact = find_exact(
-                trainer.datamodule,  # type: ignore[attr-defined]
-                "val",
-                module.policy,
-                [prompt.prompt_ids for prompt in of_all_ranks],
-            )
-            self._ref_rewards = self._ref_responses = None
-            if reference is not None:
-                # Another seed than the policy's: a win rate compares independent responses.
-                with reference.scoring() as model:
-                    drawn = self._draw(model, None, prompts, module, trainer, seed=self.seed + 1)
-                    self._ref_responses = None if self._exact is None else self._exact.enumerate(model)
-                self._ref_rewards, self.ref_samples = drawn.rewards, drawn.texts
-        values = self._draw(module.policy, reference, prompts, module, trainer, seed=self.seed, proxy=module.reward)
-        self.samples = values.texts
-        module.log_dict({f"val/{key}": value for key, value in summarize(values, self._ref_rewards).items()})
-        if self._exact is not None:  # on every rank alike
-            exact = self._exact(self._exact.enumerate(module.policy), self._ref_responses)
-            module.log_dict({f"val/exact/{key}": value for key, value in exact.items()})
+        outcome = self._evaluator(pl_module.policy, pl_module.reference)
+        self.samples, self.ref_samples = outcome.samples["policy"], outcome.samples.get("reference", [])
+        values = {key: value for key, value in outcome.values.items() if not key.endswith(("_low", "_high"))}
+        pl_module.log_dict({f"val/{key}": value for key, value in (values | self._exact()).items()})
         log_texts(trainer, "val", self.samples[: self.num_shown])
-
-    def _draw(
-        self,
-        model: LogProbModel,
-        reference: Reference | None,
-        prompts: list[Any],
-        module: PolicyModule,
-        trainer: Trainer,
-        *,
-        seed: int,
-        proxy: Reward | None = None,
-    ) -> ProbeValues:
-        tokenizer = module.tokenizer
-        probe = partial(
-            run_probe,
-            model,
-            reference,
-            [prompt.prompt_ids for prompt in prompts],
-            prompt_texts=[prompt.text for prompt in prompts],
-            sources=[prompt.source for prompt in prompts],
-            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            eos_token_ids=module.eos_token_ids,
-            pad_token_id=module.pad_token_id,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            num_responses=self.num_responses,
-            seed=seed * 1009 + (0 if module.policy.is_sharded else trainer.global_rank),
-            reward=self.reward,
-            proxy=proxy,
-        )
-        in_shares = trainer.world_size > 1 and not module.policy.is_sharded
-        # Together, or the others would wait for a rank whose reward fails.
-        return _join(module.ranks.agree(probe)) if in_shares else probe()
 
 
 def log_texts(trainer: Trainer, stage: str, texts: Sequence[SampledText]) -> None:
@@ -173,20 +113,3 @@ def log_texts(trainer: Trainer, stage: str, texts: Sequence[SampledText]) -> Non
 def _cell(text: str) -> str:
     """Text inside a Markdown table."""
     return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-def _join(parts: Sequence[ProbeValues]) -> ProbeValues:
-    """The ranks' responses together; ranks may hold different numbers of them."""
-
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-        there = [value for value in values if value is not None]
-        return torch.cat(there) if there else None
-
-    return ProbeValues(
-        kl=joined([part.kl for part in parts]),
-        num_tokens=torch.cat([part.num_tokens for part in parts]),
-        finished=torch.cat([part.finished for part in parts]),
-        rewards=joined([part.rewards for part in parts]),
-        proxy_rewards=joined([part.proxy_rewards for part in parts]),
-        texts=[text for part in parts for text in part.texts],
-    )

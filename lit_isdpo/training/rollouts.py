@@ -5,24 +5,23 @@ needs no importance ratio of its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_isdpo.data.collation import batch_prompts, collate_completions
-from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.objective.on_policy import Rollouts
+from lit_isdpo.policy.generation import Sampling, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference, ReferenceConfig
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, Response, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Sampling):
     """How responses are sampled in training: at temperature 1 and top-p 1, by the run's seed.
 
     Args:
@@ -31,19 +30,13 @@ class RolloutConfig:
         batch_size: responses sampled at a time on one rank.
     """
 
+    option: ClassVar[str] = "model.rollout"
+    least_responses: ClassVar[int] = 2
+
     num_responses: int = 2
-    max_new_tokens: int = 128
-    batch_size: int = 128
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_responses", 2), ("max_new_tokens", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{self.option}.{name} must be at least {least}, not {getattr(self, name)}.")
-
-    @property
-    def option(self) -> str:
-        """Its name in the config, for messages."""
-        return "model.rollout"
+    temperature: float = field(default=1.0, init=False)
+    top_p: float = field(default=1.0, init=False)
+    seed: int = field(default=0, init=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +56,14 @@ class OnPolicyKL(RolloutConfig):
         batch_size: responses sampled at a time on one rank.
     """
 
+    option: ClassVar[str] = "model.on_policy_kl"
+
     weight: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.weight < float("inf"):
             raise InputError(f"{self.option}.weight must be a finite number above 0, not {self.weight}.")
-
-    @property
-    def option(self) -> str:
-        """Its name in the config, for messages."""
-        return "model.on_policy_kl"
 
 
 class SampledResponses(NamedTuple):
@@ -113,7 +103,7 @@ def check_rollouts(reference: ReferenceConfig | None, option: str) -> None:
 
 
 def sample_rollouts(
-    module: PolicyModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
+    module: LanguageModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
 ) -> SampledResponses:
     """Samples responses to the prompts of a training micro-batch; the batch's own responses are not looked at.
 
@@ -127,19 +117,9 @@ def sample_rollouts(
         config: how many, and how long.
     """
     trainer = module.trainer
-    place = f"{trainer.datamodule.seed}/{trainer.global_step}/{batch_idx}/{trainer.global_rank}"  # type: ignore[attr-defined]
     prompts = [prompt for _, prompt in batch_prompts(batch)]
-    drawn = sample_many(
-        module.policy,
-        prompts,
-        num_responses=config.num_responses,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_ids=module.eos_token_ids,
-        pad_token_id=module.pad_token_id,
-        batch_size=config.batch_size,
-        seed=int.from_bytes(blake2b(place.encode(), digest_size=5).digest()),
-        apart=True,
-    )
+    place = ("rollouts", module.data.seed, trainer.global_step, batch_idx, trainer.global_rank)
+    drawn = sample(module.policy, prompts, config, module.vocabulary, *place, apart=True)
     return SampledResponses(
         [prompt for prompt in prompts for _ in range(config.num_responses)],
         [response for responses in drawn for response in responses],

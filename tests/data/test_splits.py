@@ -59,7 +59,7 @@ def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys, 
     data.setup("fit")
     second = data.splits.counts["train"][1]
     assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1}, {}, "")
-    assert data.steps_per_epoch == (22 + 2 * 6) // 4
+    assert data.order.steps_per_epoch == (22 + 2 * 6) // 4
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "data pairs share",

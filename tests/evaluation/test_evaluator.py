@@ -12,19 +12,21 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_isdpo.evaluation import evaluator as module
-from lit_isdpo.evaluation import measures
-from lit_isdpo.evaluation.evaluator import Evaluator, Outcome, SamplingSettings, Vocabulary
+from lit_isdpo.evaluation import statistics
+from lit_isdpo.evaluation.evaluator import Evaluator, Outcome
 from lit_isdpo.evaluation.judge import Judge, Verdict
+from lit_isdpo.evaluation.kl import sampled_kl
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
+from lit_isdpo.policy.generation import Sampling, Vocabulary
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import AdapterOffReference, ResidentReference
-from lit_isdpo.types import ProbePrompt, Prompt
+from lit_isdpo.types import ProbePrompt, Prompt, Response
 
 PROMPTS = [
     ProbePrompt([1, 5 + number], f"prompt {number}", "a chosen one", number, f"source {number}") for number in range(12)
 ]
-SETTINGS = SamplingSettings(num_responses=2, max_new_tokens=6, temperature=0.8, top_p=0.9, batch_size=10)
-KL_SETTINGS = SamplingSettings(max_new_tokens=5, batch_size=10)
+SAMPLING = Sampling(num_responses=2, max_new_tokens=6, temperature=0.8, top_p=0.9, batch_size=10)
+KL_SAMPLING = Sampling(max_new_tokens=5, batch_size=10)
 
 
 class LengthReward:
@@ -58,8 +60,8 @@ class LengthJudge(Judge):
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bootstrap has tests of its own."""
-    for name in ("bootstrap_interval", "length_controlled_win_rate"):
-        monkeypatch.setattr(measures, name, partial(getattr(measures, name), num_resamples=50))
+    for place, name in ((module, "bootstrap_interval"), (statistics, "length_controlled_win_rate")):
+        monkeypatch.setattr(place, name, partial(getattr(place, name), num_resamples=50))
 
 
 @pytest.fixture
@@ -72,8 +74,8 @@ def models(tiny_llama: PreTrainedModel) -> tuple[LogProbModel, ResidentReference
 
 def evaluate(folder: Path, models: tuple[LogProbModel, ResidentReference | None], **options: Any) -> Outcome:
     vocabulary = Vocabulary(lambda ids: " ".join(map(str, ids)), [2], 0)
-    options = {"settings": SETTINGS, "kl_prompts": 7, "kl_settings": KL_SETTINGS, **options}
-    return Evaluator(PROMPTS, vocabulary, folder=folder, **options)(*models)
+    options = {"kl_prompts": 7, "kl_sampling": KL_SAMPLING, **options}
+    return Evaluator(PROMPTS, vocabulary, SAMPLING, folder=folder, **options)(*models)
 
 
 def test_keys_files_and_samples(models: tuple[LogProbModel, ResidentReference], tmp_path: Path) -> None:
@@ -106,17 +108,17 @@ def test_the_kl_has_samples_of_its_own_at_temperature_1(
     models: tuple[LogProbModel, ResidentReference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    draw = module.sample_many
+    draw = module.sample
 
-    def watched(model: LogProbModel, prompts: Any, **options: Any) -> Any:
-        asked.append((options["temperature"], options["top_p"], options["num_responses"], options["max_new_tokens"]))
-        return draw(model, prompts, **options)
+    def watched(model: LogProbModel, prompts: Any, sampling: Sampling, *place: Any) -> Any:
+        asked.append((sampling.temperature, sampling.top_p, sampling.num_responses, sampling.max_new_tokens))
+        return draw(model, prompts, sampling, *place)
 
-    monkeypatch.setattr(module, "sample_many", watched)
+    monkeypatch.setattr(module, "sample", watched)
     evaluate(tmp_path, models)
     assert set(asked) == {(0.8, 0.9, 2, 6), (1.0, 1.0, 1, 5)}
     with pytest.raises(AssertionError):
-        evaluate(tmp_path, models, kl_settings=SETTINGS)
+        evaluate(tmp_path, models, kl_sampling=SAMPLING)
 
 
 def test_padding_that_was_sampled_before_it_was_known_is_not_taken_up(
@@ -144,7 +146,7 @@ def test_a_second_evaluation_samples_and_scores_nothing(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(module, "sample_many", never)
+    monkeypatch.setattr(module, "sample", never)
     monkeypatch.setattr(module, "sampled_kl", never)
     reward = LengthReward()
     assert evaluate(tmp_path, models, reward=reward) == first
@@ -208,3 +210,94 @@ def test_a_judge_is_asked_again_for_what_it_did_not_answer_and_then_never(
     assert third.values["judge/win_rate_vs_chosen_lc"] == third.values["win_rate_vs_chosen_lc"]
     own, theirs = (pd.read_parquet(third.files[owner]).response.str.len() for owner in ("policy", "reference"))
     assert third.values["judge/win_rate"] == pytest.approx(((own > theirs) + (own == theirs) / 2).mean())
+
+
+def probe(models: tuple[LogProbModel, ResidentReference | None], **options: Any) -> Evaluator:
+    """An evaluation without files, of prompts of different lengths."""
+    prompts = [prompt._replace(prompt_ids=[1, *[5 + row] * (1 + row % 3)]) for row, prompt in enumerate(PROMPTS)]
+    sampling = Sampling(**{"num_responses": 5, "max_new_tokens": 6, "batch_size": 7, **options.pop("sampling", {})})
+    vocabulary = Vocabulary(lambda ids: " ".join(map(str, ids)), [2], 0)
+    return Evaluator(prompts, vocabulary, sampling, kl_prompts=len(prompts), **options)
+
+
+class SourceReward(LengthReward):
+    """The number of the prompt."""
+
+    def __init__(self, number: type[int] | type[float] = float) -> None:
+        super().__init__("source")
+        self.number = number
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
+        return [self.number(str(prompt).split()[1]) for prompt in prompts]
+
+
+def test_a_probe_keeps_no_files_and_goes_by_the_callers_order(
+    models: tuple[LogProbModel, ResidentReference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluator = probe(models, reward=SourceReward(), proxy=LengthReward())
+    outcome = evaluator(*models)
+    assert [text.prompt for text in outcome.samples["policy"]] == [prompt.text for prompt in PROMPTS]
+    assert [text.reward for text in outcome.samples["policy"]] == list(range(12))
+    assert evaluator.reward_key == "reward", "that of a task of the lab is gold"
+    assert outcome.values["reward"] == pytest.approx(5.5)
+    assert outcome.values["win_rate"] == 0.5, "both answer the same prompts"
+    assert outcome.values["reward_stderr"] == pytest.approx(torch.arange(12.0).std().item() / 12**0.5)
+    assert outcome.values["kl/rao_blackwell"] > 0
+    assert not {"kl/cut_fraction", "win_rate_lc", "chosen/reward"} & set(outcome.values)
+    assert outcome.files == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_asks_the_reference_once_and_the_policy_each_time(
+    models: tuple[LogProbModel, ResidentReference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[LogProbModel] = []
+    draw = module.sample
+    monkeypatch.setattr(module, "sample", lambda model, *call: asked.append(model) or draw(model, *call))
+    evaluator = probe(models, sampling={"batch_size": 128}, reward=LengthReward())
+    first, second = evaluator(*models), evaluator(*models)
+    policy, reference = models[0], models[1].model
+    assert asked == [policy, reference, policy]
+    assert first == second, "the same seed serves every validation"
+
+
+def test_a_reward_may_give_whole_numbers(models: tuple[LogProbModel, ResidentReference]) -> None:
+    """Lengths and counts are such; their means are not."""
+    of_int, of_float = (probe(models, reward=SourceReward(number))(*models) for number in (int, float))
+    assert of_int == of_float
+
+
+def test_the_proxy_is_logged_beside_the_gold_reward(models: tuple[LogProbModel, ResidentReference]) -> None:
+    """The gold reward decides who wins."""
+    gold = SourceReward()
+    evaluator = probe(models, reward=gold, proxy=LengthReward())
+    evaluator.__class__ = type("Gold", (Evaluator,), {"reward_key": "gold_reward"})
+    values = evaluator(*models).values
+    assert values["gold_reward"] == pytest.approx(5.5)
+    assert values["win_rate"] == 0.5
+    assert values["reward"] != values["gold_reward"]
+
+
+def test_a_chunk_of_the_logits_changes_no_kl(
+    models: tuple[LogProbModel, ResidentReference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole batches go through the decoder; only the logits exist a few tokens at a time."""
+    policy, reference = models
+    prompts, responses = (
+        [[1, 5], [1, 7, 8], [1]],
+        [Response([4, 6, 2], True), Response([8], False), Response([2], True)],
+    )
+    decoded: list[int] = []
+    states = policy.completion_states
+    monkeypatch.setattr(policy, "completion_states", lambda tokens: decoded.append(1) or states(tokens))
+    widths: list[int] = []
+    logits = policy.token_logits
+    monkeypatch.setattr(policy, "token_logits", lambda some: widths.append(len(some)) or logits(some))
+    options = {"pad_token_id": 0, "batch_size": 3}
+    whole = sampled_kl(policy, reference, prompts, responses, **options)
+    monkeypatch.setattr("lit_isdpo.policy.logprob_model.LOGITS_BUDGET", 2 * policy.vocabulary_size)
+    in_chunks = sampled_kl(policy, reference, prompts, responses, **options)
+    torch.testing.assert_close(in_chunks, whole)
+    assert len(decoded) == 2, "one forward for all rows"
+    assert widths == [5, 2, 2, 1]

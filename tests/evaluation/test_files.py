@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lit_isdpo.evaluation.files import read_table, write_table, write_text, write_whole
+from lit_isdpo.evaluation.store import read_table, write_table, write_text, write_whole
 
 TABLE = pa.table({"key": [2**40 + n for n in range(20)], "logps": [-n / 7 for n in range(20)], "ids": [[1, 2]] * 20})
 

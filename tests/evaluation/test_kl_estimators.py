@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_isdpo.evaluation.kl import ESTIMATORS
 from lit_isdpo.evaluation.statistics import bootstrap_interval
-from lit_isdpo.lab.enumeration import ResponseDistribution, ResponseTree
+from lit_isdpo.lab.designs import ResponseTree
+from lit_isdpo.lab.exact import ResponseDistribution
 from lit_isdpo.objective.metrics import kl_values, token_kl
 
 TREE = ResponseTree(num_words=2, max_words=2)

@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lit_isdpo.evaluation.responses import RESPONSES, Columns, ResponseSet
-from lit_isdpo.types import InputError, Ranks, Response
+from lit_isdpo.evaluation.store import RESPONSES, Columns, ResponseSet
+from lit_isdpo.types import InputError, ProbePrompt, Ranks, Response
 
-PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10], [1, 11]]  # by length: 1, 3, 2, 0
+IDS = [[1, 5, 6, 7], [1, 8], [1, 9, 10], [1, 11]]  # by length: 1, 3, 2, 0
+PROMPTS = [ProbePrompt(ids, f"prompt {row}", "", 10 + row, "") for row, ids in enumerate(IDS)]
 ABOUT = {"weights": "a", "seed": 0}
 
 
@@ -30,7 +31,13 @@ class Draw:
 
 def filled(root: Path, draw: Draw, ranks: Ranks = Ranks(), about: dict[str, Any] = ABOUT) -> ResponseSet:  # noqa: B008
     responses = ResponseSet(root, about, PROMPTS, num_responses=2, shard_size=3, ranks=ranks)
-    responses.fill_responses(draw, str, "sampling")
+
+    def columns(shard: int) -> Columns:
+        drawn = [one for some in draw(responses.shards[shard], shard) for one in some]
+        ids = [one.token_ids for one in drawn]
+        return {"token_ids": ids, "finished": [one.finished for one in drawn], "response": list(map(str, ids))}
+
+    responses.fill(RESPONSES, columns, "sampling")
     return responses
 
 
@@ -40,7 +47,7 @@ def scored(responses: ResponseSet, name: str = "length") -> list[int]:
 
     def columns(shard: int) -> Columns:
         shards.append(shard)
-        return {name: [float(row) for row in responses.of_shard(shard)[0]]}
+        return {name: [float(prompt.row_id - 10) for prompt in responses.asked(shard)]}
 
     responses.fill(name, columns, "scoring")
     return shards
@@ -52,7 +59,7 @@ def test_shards_go_by_length_and_tensors_by_the_callers_order(tmp_path: Path) ->
     assert scored(responses) == [0, 1, 2, 3]
     assert responses.tensor("length", "length").tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert responses.tensor(RESPONSES, "finished").tolist() == [[1, 0]] * 4
-    assert responses.by_number(responses.values(RESPONSES, "response"))[2] == ["[2, 0]", "[2, 1]"]
+    assert responses.values(RESPONSES, "response")[2] == ["[2, 0]", "[2, 1]"]
 
 
 def test_a_second_evaluation_computes_nothing_and_other_weights_everything(tmp_path: Path) -> None:
@@ -86,10 +93,10 @@ def test_an_interrupted_one_goes_on_and_torn_files_are_written_anew(tmp_path: Pa
 def test_everything_side_by_side_in_one_file(tmp_path: Path) -> None:
     responses = filled(tmp_path, Draw())
     scored(responses)
-    responses.save([f"prompt {row}" for row in range(4)], [10, 11, 12, 13])
+    responses.save()
     later = filled(tmp_path, Draw())  # knows nothing of "length", and keeps it
     scored(later, "another")
-    later.save([f"prompt {row}" for row in range(4)], [10, 11, 12, 13])
+    later.save()
     table = pd.read_parquet(responses.file)
     assert list(table) == ["row_id", "number", "prompt", "token_ids", "finished", "response", "another", "length"]
     assert table.row_id.tolist() == [10, 10, 11, 11, 12, 12, 13, 13]
@@ -152,6 +159,8 @@ def test_what_is_not_settled_is_asked_again(tmp_path: Path) -> None:
 
     for _ in range(3):
         responses = filled(tmp_path, Draw())
-        responses.fill_at_once("judge", columns, lambda table: -1.0 not in table.column("score").to_pylist())
+        responses.fill_at_once("judge", columns, lambda part: -1.0 not in part["score"])
     assert len(calls) == 2
-    assert responses.tensor("judge", "score").tolist() == [[1.0, 0.0], *[[1.0, 1.0]] * 3]
+    assert responses.tensor("judge", "score").tolist() == [*[[1.0, 1.0]] * 3, [1.0, 0.0]], (
+        "prompt by prompt in the caller's order"
+    )

@@ -15,12 +15,13 @@ from jsonargparse import ArgumentParser
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
-from lit_isdpo.evaluation.rewards import LabReward, Reward, RewardModel, score
+from lit_isdpo.evaluation.rewards import LabReward, RewardModel
+from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.folder import MARKER
-from lit_isdpo.lab.posts import GoldReward, render_prompt, sample_post
+from lit_isdpo.lab.posts import render_prompt, sample_post
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import load_score_model
-from lit_isdpo.types import InputError, PreferenceExample, Prompt
+from lit_isdpo.types import InputError, PreferenceExample, Prompt, Reward, score
 
 POST = render_prompt(sample_post(Random(0), "test"))
 
@@ -28,7 +29,7 @@ POST = render_prompt(sample_post(Random(0), "test"))
 def test_the_labs_reward_is_its_gold_reward() -> None:
     reward = LabReward("lab:posts")
     responses, finished = ["price good", "price bad", ""], [True, True, False]
-    assert reward([POST] * 3, responses, finished) == GoldReward()([POST] * 3, responses, finished)
+    assert reward([POST] * 3, responses, finished) == Posts()([POST] * 3, responses, finished)
     assert reward.identity == LabReward("posts").identity != LabReward("lab:verbosity").identity
 
 

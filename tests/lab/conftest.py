@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lit_isdpo.lab.designs import Design, PairsPart
-from lit_isdpo.lab.enumeration import ResponseTree
+from lit_isdpo.lab.designs import Design, PairsPart, ResponseTree
 from lit_isdpo.lab.environments import Enumerable
 from lit_isdpo.policy.logprob_model import LogProbModel
 

@@ -10,11 +10,10 @@ import torch
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.lab import designs
-from lit_isdpo.lab.design_data import pair_logps, sample_demonstrations, sample_pairs, shipped_reference
 from lit_isdpo.lab.designs import Design, PairsPart
-from lit_isdpo.lab.enumeration import ResponseDistribution, enumerate_responses
 from lit_isdpo.lab.environments import Enumerable
-from lit_isdpo.lab.pairs import PairRow
+from lit_isdpo.lab.exact import ResponseDistribution, enumerate_responses, pair_logps, shipped_reference
+from lit_isdpo.lab.labelling import PairRow
 from lit_isdpo.lab.posts import Split
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
@@ -28,6 +27,20 @@ def uniform(design: Design) -> ResponseDistribution:
     return ResponseDistribution(design.tree, next_logps)
 
 
+def draw_pairs(
+    design: Design,
+    part: str,
+    *,
+    split: Split,
+    num_pairs: int,
+    seed: int,
+    reference: ResponseDistribution | None = None,
+) -> tuple[list[PairRow], dict[str, int]]:
+    environment = Enumerable(lambda: design)
+    environment.num_pairs = {split: num_pairs}
+    return environment.sample_pairs(part, split, seed, reference=reference)
+
+
 def node_of(design: Design, text: str) -> int:
     words = design.read(text)
     assert words is not None
@@ -36,7 +49,7 @@ def node_of(design: Design, text: str) -> int:
 
 def test_pairs_are_a_function_of_seed_split_and_part(toy: Design) -> None:
     def draw(split: Split = "train", seed: int = 0, part: str = "pairs") -> list[PairRow]:
-        return sample_pairs(toy, part, split=split, num_pairs=20, seed=seed)[0]
+        return draw_pairs(toy, part, split=split, num_pairs=20, seed=seed)[0]
 
     assert draw() == draw()
     assert draw() != draw(seed=1)
@@ -45,7 +58,7 @@ def test_pairs_are_a_function_of_seed_split_and_part(toy: Design) -> None:
 
 
 def test_pairs_lie_in_the_support_and_know_the_policy_that_wrote_them(toy: Design) -> None:
-    rows, counts = sample_pairs(toy, "pairs", split="train", num_pairs=4000, seed=0)
+    rows, counts = draw_pairs(toy, "pairs", split="train", num_pairs=4000, seed=0)
     mu_logps = pair_logps(toy, "pairs", shipped_reference(toy))
     assert mu_logps.exp().sum(dim=1).tolist() == pytest.approx([1, 1])
     assert counts["pairs"] == len(rows) == 4000
@@ -54,11 +67,11 @@ def test_pairs_lie_in_the_support_and_know_the_policy_that_wrote_them(toy: Desig
         prompt = toy.prompts.index(tuple(toy.read(row["prompt"]) or ()))
         assert row["chosen"] != row["rejected"]
         for side in ("chosen", "rejected"):
-            node = node_of(toy, row[side])  # type: ignore[literal-required]
+            node = node_of(toy, row[side])
             drawn[prompt, node] += 1
             assert toy.parts["pairs"].support[node]
-            assert row[f"{side}_behavior_logps"] == mu_logps[prompt, node]  # type: ignore[literal-required]
-            assert row[f"{side}_gold"] == toy.gold[prompt, node]  # type: ignore[literal-required]
+            assert row[f"{side}_behavior_logps"] == mu_logps[prompt, node]
+            assert row[f"{side}_gold"] == toy.gold[prompt, node]
     # Of 12 responses those drawn twice for a pair are drawn anew: P(y) goes as mu(y) (1 - mu(y)).
     for prompt in (0, 1):
         mu = mu_logps[prompt].exp()
@@ -72,7 +85,7 @@ def test_pairs_lie_in_the_support_and_know_the_policy_that_wrote_them(toy: Desig
 
 
 def test_wrong_mu_is_that_of_words_drawn_uniformly(toy: Design) -> None:
-    rows, _ = sample_pairs(toy, "pairs_wrong_mu", split="train", num_pairs=10, seed=0)
+    rows, _ = draw_pairs(toy, "pairs_wrong_mu", split="train", num_pairs=10, seed=0)
     assert [row["chosen_behavior_logps"] for row in rows] == pytest.approx([-3 * math.log(3)] * 10)
     assert all(len(row["chosen"].split()) == len(row["rejected"].split()) == 3 for row in rows)
 
@@ -81,7 +94,7 @@ def test_a_wrong_mu_is_said_of_the_same_pairs() -> None:
     design = designs.verbosity()
 
     def draw(part: str) -> list[PairRow]:
-        rows, _ = sample_pairs(design, part, split="test", num_pairs=16, seed=0, reference=uniform(design))
+        rows, _ = draw_pairs(design, part, split="test", num_pairs=16, seed=0, reference=uniform(design))
         return rows
 
     for right, wrong in zip(draw("pairs"), draw("pairs_wrong_mu"), strict=True):
@@ -101,7 +114,7 @@ def test_a_temperature_sharpens_the_writer_of_the_pairs(toy: Design) -> None:
     ours, theirs = pair_logps(sharp, "sharp", reference)[:, support], reference.logps[:, support]
     assert ours.exp().sum(dim=1).tolist() == pytest.approx([1, 1])
     torch.testing.assert_close(ours.diff(dim=1), 2 * theirs.diff(dim=1))
-    rows, _ = sample_pairs(sharp, "sharp", split="train", num_pairs=10, seed=0)
+    rows, _ = draw_pairs(sharp, "sharp", split="train", num_pairs=10, seed=0)
     said = pair_logps(sharp, "sharp", reference)
     for row in rows:
         prompt = toy.prompts.index(tuple(toy.read(row["prompt"]) or ()))
@@ -111,7 +124,7 @@ def test_a_temperature_sharpens_the_writer_of_the_pairs(toy: Design) -> None:
 def test_labels_are_bradley_terrys_with_a_tenth_turned_round() -> None:
     """Pairs in which the better response wins: sigmoid(gap), then 0.9 of that and 0.1 of the rest."""
     design = designs.length()
-    rows, _ = sample_pairs(design, "pairs", split="train", num_pairs=8000, seed=0, reference=uniform(design))
+    rows, _ = draw_pairs(design, "pairs", split="train", num_pairs=8000, seed=0, reference=uniform(design))
     gaps = [row["chosen_gold"] - row["rejected_gold"] for row in rows]
     wins = sum(gap > 0 for gap in gaps)
     likely = [1 / (1 + math.exp(-abs(gap))) for gap in gaps]
@@ -126,16 +139,17 @@ def test_labels_are_bradley_terrys_with_a_tenth_turned_round() -> None:
 def test_every_row_of_the_shipped_designs_is_in_its_support() -> None:
     for design in (designs.verbosity(), designs.length()):
         for name, part in design.parts.items():
-            rows, _ = sample_pairs(design, name, split="test", num_pairs=64, seed=0, reference=uniform(design))
+            rows, _ = draw_pairs(design, name, split="test", num_pairs=64, seed=0, reference=uniform(design))
             assert Counter(row["prompt"] for row in rows) == {design.render(prompt): 8 for prompt in design.prompts}
             nodes = [node_of(design, text) for row in rows for text in (row["chosen"], row["rejected"])]
             assert part.support[nodes].all()
 
 
 def test_demonstrations_are_drawn_from_the_target() -> None:
-    design = designs.length()
-    rows = list(sample_demonstrations(design, split="train", num=4000, seed=0))
-    assert rows == list(sample_demonstrations(design, split="train", num=4000, seed=0))
+    environment = Enumerable(designs.length)
+    environment.num_demonstrations = {"train": 4000}
+    rows = list(environment.sample_demonstrations("train", 0))
+    assert rows == list(environment.sample_demonstrations("train", 0))
     lengths = Counter(len(row["completion"].split()) for row in rows)
     for words in range(1, 9):
         share = math.comb(7, words - 1) * 0.35 ** (words - 1) * 0.65 ** (8 - words)

@@ -9,7 +9,7 @@ import torch
 from lit_isdpo.cli import main
 from lit_isdpo.commands.export import load_policy
 from lit_isdpo.lab.designs import Design, length, verbosity
-from lit_isdpo.lab.enumeration import ResponseDistribution, enumerate_responses
+from lit_isdpo.lab.exact import ResponseDistribution, enumerate_responses
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_isdpo.lab.designs import Design, _correlated, length, verbosity
+from lit_isdpo.lab.environments import Enumerable
 from lit_isdpo.types import InputError
 
 BOTH = pytest.mark.parametrize("build", [verbosity, length])
@@ -95,7 +96,7 @@ def test_gold_of_text(toy: Design) -> None:
     texts = [" b a c", "", " a", " a a a a", " a d", " a  b", "a"]
     finished = [True, True, False, True, True, True, True]
     expected = [3.5, 0, -4, -4, -4, -4, -4]
-    assert toy.gold_rewards([" c c"] * 7, texts, finished) == expected
+    assert Enumerable(lambda: toy)([" c c"] * 7, texts, finished) == expected
     for prompt in ("", " a", " c c c", " d d", "c c"):
         with pytest.raises(InputError, match="lab:toy knows its eight prompts"):
             toy.gold_reward(prompt, " a", finished=True)

@@ -1,15 +1,15 @@
 """Enumeration against scoring each response on its own, and against what the probe samples."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.evaluation.probe import run_probe
-from lit_isdpo.lab.designs import Design
-from lit_isdpo.lab.enumeration import ResponseDistribution, ResponseTree, enumerate_responses
+from lit_isdpo.evaluation.kl import sampled_kl
+from lit_isdpo.lab.designs import Design, ResponseTree
+from lit_isdpo.lab.exact import ResponseDistribution, enumerate_responses
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
 from tests.lab.conftest import toy_model
@@ -100,33 +100,22 @@ def test_the_sampled_estimators_estimate_the_exact_values(
     model: LogProbModel, toy: Design, policy: ResponseDistribution, reference: ResponseDistribution
 ) -> None:
     """Rao-Blackwell, k1 and k3, the reward and the share without an end: within four standard errors."""
-    prompts = PROMPTS[:1] * 3000
-
-    def reward(prompts: Sequence[str], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        return [len(text) if end else -10.0 for text, end in zip(texts, finished, strict=True)]
-
-    sampled = run_probe(
-        model,
-        ResidentReference(toy_model(toy, seed=2)),
-        prompts,
-        prompt_texts=[""] * len(prompts),
-        decode=lambda ids: "x" * sum(token != END for token in ids),
-        eos_token_ids=[END],
-        pad_token_id=END,
-        max_new_tokens=5,
-        batch_size=3000,
-        seed=0,
-        reward=reward,
-    )
-    assert sampled.kl is not None
-    assert sampled.rewards is not None
+    number, prompts = 3000, PROMPTS[:1] * 3000
+    kept = ResidentReference(toy_model(toy, seed=2))
+    sampling = Sampling(num_responses=number, max_new_tokens=5, batch_size=number)
+    (drawn,) = sample(model, PROMPTS[:1], sampling, Vocabulary(str, [END], END))
+    kl = sampled_kl(model, kept, prompts, drawn, pad_token_id=END, batch_size=number)
+    texts = ["x" * sum(token != END for token in response.token_ids) for response in drawn]
+    rewards = [len(text) if response.finished else -10.0 for text, response in zip(texts, drawn, strict=True)]
     exact = [policy.kl(reference)[0]] * 3 + [
         policy.expectation(TREE.lengths, longer=-10)[0],
         1 - policy.unfinished[0],
         policy.expectation(TREE.lengths + 1, longer=5)[0],
     ]
-    columns = [*sampled.kl.unbind(dim=2), sampled.rewards, sampled.finished, sampled.num_tokens]
+    finished = torch.tensor([float(response.finished) for response in drawn])
+    num_tokens = torch.tensor([float(len(response.token_ids)) for response in drawn])
+    columns = [*kl.unbind(dim=1), torch.tensor(rewards), finished, num_tokens]
     for values, value in zip(columns, exact, strict=True):
-        assert values.mean().item() == pytest.approx(value.item(), abs=4 * values.std().item() / math.sqrt(3000))
-    errors = sampled.kl.std(dim=(0, 1))
+        assert values.mean().item() == pytest.approx(value.item(), abs=4 * values.std().item() / math.sqrt(number))
+    errors = kl.std(dim=0)
     assert errors[0] < errors[1], "Rao-Blackwell is the least noisy one"

@@ -6,10 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_isdpo.lab.design_data import behavior_logps, pair_logps, shipped_reference
 from lit_isdpo.lab.designs import Design
-from lit_isdpo.lab.enumeration import enumerate_responses
-from lit_isdpo.lab.exact import ExactEvaluation, effective_sample_size, expected_weight, win_rate
+from lit_isdpo.lab.exact import (
+    ExactEvaluation,
+    behavior_logps,
+    effective_sample_size,
+    enumerate_responses,
+    expected_weight,
+    pair_logps,
+    shipped_reference,
+    win_rate,
+)
 from tests.lab.conftest import toy_model
 
 

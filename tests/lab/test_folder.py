@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from lit_isdpo.lab import design_data, designs
+from lit_isdpo.lab import designs, environments
 from lit_isdpo.lab import folder as lab
 from lit_isdpo.lab.designs import Design
-from lit_isdpo.lab.enumeration import ResponseDistribution
 from lit_isdpo.lab.environments import Enumerable, Environment, Posts
-from lit_isdpo.lab.posts import GoldReward, Split, gold_reward, parse_prompt, split_of
+from lit_isdpo.lab.exact import ResponseDistribution
+from lit_isdpo.lab.posts import Split, gold_reward, parse_prompt, split_of
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.types import InputError
 
@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for environment in (Posts, Enumerable):
         monkeypatch.setattr(environment, "num_pairs", NUM_PROMPTS)
         monkeypatch.setattr(environment, "num_demonstrations", {"train": 200, "validation": 1024})
-    monkeypatch.setattr(design_data, "shipped_reference", uniform)
+    monkeypatch.setattr(environments, "shipped_reference", uniform)
 
 
 def uniform(design: Design) -> ResponseDistribution:
@@ -149,8 +149,8 @@ def test_other_folders_are_of_no_environment(content: str | None, tmp_path: Path
 
 def test_the_gold_reward_is_found_by_the_marker(tmp_path: Path) -> None:
     folder = lab.resolve("lab:posts", tmp_path)
-    reward = lab.ENVIRONMENTS[lab.environment_of(folder)].gold_reward
-    assert isinstance(reward, GoldReward)
+    reward = lab.ENVIRONMENTS[lab.environment_of(folder)]
+    assert isinstance(reward, Posts)
     row = read(folder / "test.jsonl")[0]
     assert reward([row["prompt"]], [row["chosen"]], [True]) == [row["chosen_gold"]]
 
@@ -167,7 +167,7 @@ def test_an_enumerable_task_has_files_of_the_same_kind(tmp_path: Path) -> None:
     assert len(rows) == 16
     assert all(1 <= len(row["chosen"].split()) <= 4 for row in rows)
     assert lab.environment_of(hole) == "length"
-    reward = lab.ENVIRONMENTS["length"].gold_reward
+    reward = lab.ENVIRONMENTS["length"]
     assert reward([rows[0]["prompt"]], [rows[0]["chosen"]], [True]) == [rows[0]["chosen_gold"]]
     sft = lab.resolve("lab:verbosity/sft", tmp_path)
     assert all(len(row["completion"].split()) == 6 for row in read(sft / "train.jsonl"))

@@ -36,7 +36,7 @@ TOKENS = collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0)
 def logps_of(reference: Reference) -> torch.Tensor:
     """What a reference says of the completions."""
     nothing = torch.empty(0)
-    return reference.logps(PreferenceBatch(TOKENS, nothing, nothing, nothing, nothing, 0), "train")
+    return reference.logps(PreferenceBatch(TOKENS, {}, nothing, 0), "train")
 
 
 def adapted(model: PreTrainedModel, options: dict[str, Any], **more: Any) -> LogProbModel:
@@ -173,7 +173,9 @@ def test_the_reference_is_the_policy_with_its_adapter_off(
     torch.testing.assert_close(gradients[0], gradients[1], atol=0, rtol=0)
     assert torch.equal(logps_of(copied), logps_of(reference))
     with reference.scoring() as model, copied.scoring() as other:
-        assert torch.equal(model.completion_logits(TOKENS), other.completion_logits(TOKENS))
+        assert torch.equal(
+            model.token_logits(model.completion_states(TOKENS)), other.token_logits(other.completion_states(TOKENS))
+        )
         assert {p.data_ptr() for p in model.parameters()} == {p.data_ptr() for p in policy.parameters()}
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
 

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_isdpo.evaluation import sampling
-from lit_isdpo.evaluation.sampling import sample_many
-from lit_isdpo.policy.attention import layer_windows
+from lit_isdpo.policy.attention import layer_windows, why_not_shared
+from lit_isdpo.policy.generation import HowToSample, Sampling, Vocabulary, how_to_sample, sample
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function, enable_gradient_checkpointing, with_attention
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.trial import HowToSample, how_to_sample, why_not_shared
 from lit_isdpo.types import InputError
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -51,18 +49,18 @@ def make(family: str, **options: Any) -> PreTrainedModel:
 def test_what_is_sampled_is_what_is_scored(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a temperature near 0 a response is the chain of the likeliest tokens, one forward of the whole text each."""
     model = LogProbModel(make(family))
-    draw, masks = sampling.sample_responses, []
+    draw, masks = model.generate, []
 
-    def watched(model: PreTrainedModel, prompts: Any, **options: Any) -> Any:
-        masks.append(prompts.attention_mask)
-        return draw(model, prompts, **options)
+    def watched(**options: Any) -> Any:
+        masks.append(options["attention_mask"])
+        return draw(**options)
 
-    monkeypatch.setattr(sampling, "sample_responses", watched)
+    monkeypatch.setattr(model, "generate", watched)
     prompts = [[5, 9, 6, 8, 11], [7], [12, 13, 14], [5, 9, 4, 8, 11, 10, 6, 3, 3]]
-    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_ids": [2], "pad_token_id": 0, "batch_size": 8, "seed": 0}
     with pytest.warns(UserWarning, match="equally long") if family in UNPADDED else nullcontext():
         assert model.how_to_sample.is_padded == (family not in UNPADDED)
-    drawn = sample_many(model, prompts, num_responses=2, temperature=1e-4, **options)
+    settings = Sampling(num_responses=2, max_new_tokens=6, temperature=1e-4, batch_size=8)
+    drawn = sample(model, prompts, settings, Vocabulary(str, [2], 0))
     for prompt, responses in zip(prompts, drawn, strict=True):
         expected: list[int] = []
         while len(expected) < 6 and expected[-1:] != [2]:

@@ -18,11 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_isdpo.data.collation import collate_prompts
 from lit_isdpo.evaluation.kl import sampled_kl
-from lit_isdpo.evaluation.labelling import nucleus_logps, sampled_logps
-from lit_isdpo.evaluation.sampling import sample_many
-from lit_isdpo.policy.generation import sample_responses
+from lit_isdpo.lab.labelling import nucleus_logps, sampled_logps
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
@@ -169,11 +167,11 @@ def next_token(policy: LogProbModel, tokens: int) -> torch.Tensor:
 
 
 def test_padding_is_never_sampled(padded: LogProbModel) -> None:
-    number, options = 5000, {"max_new_tokens": 1, "eos_token_ids": [2], "pad_token_id": 0, "seed": 0}
-    prompts = collate_prompts([PROMPT] * number, pad_token_id=0)
-    all_of_them = sample_responses(padded.model, prompts, **options)
+    number, vocabulary = 5000, Vocabulary(str, [2], 0)
+    sampling = Sampling(num_responses=number, max_new_tokens=1, batch_size=number)
+    (all_of_them,) = sample(LogProbModel(padded.model), [PROMPT], sampling, vocabulary)
     assert max(response.token_ids[0] for response in all_of_them) >= TOKENS, "the test would see nothing"
-    drawn = sample_many(padded, [PROMPT], num_responses=number, batch_size=number, **options)[0]
+    (drawn,) = sample(padded, [PROMPT], sampling, vocabulary)
     counts = torch.bincount(torch.tensor([response.token_ids[0] for response in drawn]), minlength=TOKENS)
     assert len(counts) == TOKENS
     probability = next_token(padded, TOKENS)
@@ -182,10 +180,10 @@ def test_padding_is_never_sampled(padded: LogProbModel) -> None:
 
 def test_a_responses_log_probs_are_those_of_what_was_sampled(padded: LogProbModel) -> None:
     responses = [[7], [8]]
-    options = {"pad_token_id": 0, "batch_size": 2}
-    found = sampled_logps(padded, [PROMPT] * 2, responses, temperature=0.7, top_p=0.9, **options)
+    sampling = Sampling(temperature=0.7, top_p=0.9, batch_size=2)
+    found = sampled_logps(padded, [PROMPT] * 2, responses, sampling, pad_token_id=0)
     logits = next_token(padded, TOKENS).log()[None].expand(2, -1)
-    expected = nucleus_logps(logits, torch.tensor([7, 8]), temperature=0.7, top_p=0.9)
+    expected = nucleus_logps(logits, torch.tensor([7, 8]), sampling)
     torch.testing.assert_close(torch.tensor(found), expected)
 
 
@@ -198,7 +196,7 @@ def test_kl_is_that_of_the_tokens_that_both_have(padded: LogProbModel, rows: int
     with torch.no_grad():
         other.lm_head.weight[TOKENS:] *= 30
     found = sampled_kl(
-        padded, ResidentReference(LogProbModel(other)), [PROMPT], [Response([7], False)], pad_token_id=0
+        padded, ResidentReference(LogProbModel(other)), [PROMPT], [Response([7], False)], pad_token_id=0, batch_size=1
     )[0]
     pi, ref = next_token(padded, TOKENS), next_token(LogProbModel(other), TOKENS)
     ratio = math.log(pi[7] / ref[7])
@@ -216,7 +214,9 @@ def test_without_a_tokenizer_all_that_both_have_is_compared(padded: LogProbModel
     padded.num_tokens = None
     torch.manual_seed(1)
     other = LogProbModel(type(padded.model)(replace_rows(padded.model.config, 64)).eval())
-    found = sampled_kl(padded, ResidentReference(other), [PROMPT], [Response([7], False)], pad_token_id=0)[0]
+    found = sampled_kl(
+        padded, ResidentReference(other), [PROMPT], [Response([7], False)], pad_token_id=0, batch_size=1
+    )[0]
     pi, ref = next_token(padded, 50), next_token(other, 50)
     assert float(found[0]) == pytest.approx(float((pi * (pi / ref).log()).sum()), rel=1e-4)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lit_isdpo.cli import main
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.evaluation import reference_logps
-from lit_isdpo.evaluation.files import write_table
+from lit_isdpo.evaluation.store import write_table
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ReferenceConfig

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
 from lit_isdpo.evaluation.rewards import RewardModel
-from lit_isdpo.evaluation.sampling import sample_many
 from lit_isdpo.lab.tokenizer import build_closed_tokenizer
+from lit_isdpo.policy.generation import Sampling, sample
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.policy.reward_model import load_score_model
@@ -121,8 +121,8 @@ def test_a_padded_policy_and_its_reference_sample_tokens_alone(
     module.configure_model()
     drawn = {}
     for model in (module.policy, module.reference.model):
-        kinds = {"eos_token_ids": module.eos_token_ids, "pad_token_id": module.pad_token_id, "seed": 0}
-        (responses,) = sample_many(model, [[1, 5]], num_responses=200, max_new_tokens=4, batch_size=200, **kinds)
+        sampling = Sampling(num_responses=200, max_new_tokens=4, batch_size=200)
+        (responses,) = sample(model, [[1, 5]], sampling, module.vocabulary)
         drawn[model.vocabulary_size] = {token for response in responses for token in response.token_ids}
     assert set(drawn) == {tokens, 1024}
     assert max(max(ids) for ids in drawn.values()) < tokens

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lit_isdpo.data.collation import collate_completions, collate_pairs, collate_prompts
+from lit_isdpo.data.collation import collate_completions, collate_pairs
 from lit_isdpo.evaluation.kl import sampled_kl
 from lit_isdpo.objective.logprobs import Head, token_logps
 from lit_isdpo.objective.metrics import token_kl
-from lit_isdpo.policy.generation import sample_responses
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
 from lit_isdpo.training.throughput import peak_memory_gib, reset_peak_memory
-from lit_isdpo.types import PreferenceBatch, PromptBatch
+from lit_isdpo.types import PreferenceBatch
 from tests.tools.benchmarks.workload import ModelSize
 from tests.tools.gpu.shapes import TINY, drawn_model, drawn_pairs, logps_and_gradient
 from tests.tools.gpu.sheet import Sheet
@@ -145,26 +145,22 @@ def _sampling(sheet: Sheet) -> None:
             sequences: Tensor = output.sequences
             return sequences
 
-        responses = sample_responses(
-            policy.model,
-            PromptBatch(*(field.to(sheet.device) for field in collate_prompts(prompts, pad_token_id=0))),
-            max_new_tokens=length,
-            eos_token_ids=[1],
-            pad_token_id=0,
-            seed=0,
-            compute_dtype=compute,
-            generate=generate,
-        )
-        tokens = collate_completions(prompts, [response.token_ids for response in responses], pad_token_id=0)
+        assert policy.how_to_sample.is_padded
+        policy.generate = generate  # type: ignore[method-assign, assignment]
+        by_length = sorted(prompts, key=len)  # in the order in which they share the batch
+        vocabulary = Vocabulary(str, [1], 0)
+        drawn = sample(policy, by_length, Sampling(max_new_tokens=length, batch_size=number), vocabulary)
+        responses = [response for (response,) in drawn]
+        tokens = collate_completions(by_length, [response.token_ids for response in responses], pad_token_id=0)
         tokens = tokens.to(torch.device(sheet.device))
         with torch.no_grad():
             width = tokens.completion_mask.shape[1]
             sampler = drawn_from[0][:, :width][tokens.completion_mask].float().log_softmax(dim=1)
             of_sampler = sampler.gather(1, tokens.at_completions(tokens.completion_ids)[:, None])[:, 0]
             of_trainer = tokens.at_completions(policy(tokens).per_token_logps)
-            probe = policy.completion_logits(tokens).log_softmax(dim=1)
+            probe = policy.token_logits(policy.completion_states(tokens)).log_softmax(dim=1)
             of_probe = probe.gather(1, tokens.at_completions(tokens.completion_ids)[:, None])[:, 0]
-            k1 = sampled_kl(policy, ResidentReference(policy), prompts, responses, pad_token_id=0)
+            k1 = sampled_kl(policy, ResidentReference(policy), by_length, responses, pad_token_id=0, batch_size=number)
         off = (of_trainer - of_sampler).abs()
         numerics = f"weights {_name(dtype)}, compute {_name(compute)}"
         sheet.row(

@@ -1,16 +1,18 @@
 """Measures the speed of sampling, of the probe, and of training steps that sample."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
 
-from lit_isdpo.evaluation.probe import run_probe
-from lit_isdpo.evaluation.sampling import sample_many
+from lit_isdpo.evaluation.evaluator import Evaluator
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
+from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import ResidentReference
+from lit_isdpo.types import ProbePrompt
 from tests.tools.benchmarks.contenders import Clock
 from tests.tools.benchmarks.measure import Meter
 from tests.tools.gpu.shapes import MODELS, TINY, drawn_model, drawn_pairs
@@ -31,16 +33,16 @@ def run(sheet: Sheet) -> None:
 
     reference = ResidentReference(drawn())
     models = {"policy": drawn(), "reference": reference.model}
-    ways = {"eos_token_ids": [1], "pad_token_id": 0, "max_new_tokens": length, "batch_size": number, "seed": 0}
+    sampling, vocabulary = Sampling(max_new_tokens=length, batch_size=number), Vocabulary(lambda ids: "", [1], 0)
     for name in ("policy", "reference", "LoRA policy"):
         if name == "LoRA policy":
             bare = drawn().model
             models[name] = LogProbModel(
                 bare, compute_dtype=torch.bfloat16, adapter=Adapter(bare, parse_adapter(LORA), revision=None)
             ).to(sheet.device)
-        sample_many(models[name], prompts[:2], num_responses=1, **{**ways, "max_new_tokens": 2})
+        sample(models[name], prompts[:2], replace(sampling, max_new_tokens=2), vocabulary)
         start = perf_counter()
-        drawn_responses = sample_many(models[name], prompts, num_responses=1, **ways)
+        drawn_responses = sample(models[name], prompts, sampling, vocabulary)
         seconds = perf_counter() - start
         tokens = sum(len(response.token_ids) for responses in drawn_responses for response in responses)
         sheet.row(
@@ -49,14 +51,8 @@ def run(sheet: Sheet) -> None:
             **{"tokens/s": tokens / seconds, "ms per token of all": 1e3 * seconds / length},
         )
     start = perf_counter()
-    run_probe(
-        models["policy"],
-        reference,
-        prompts,
-        prompt_texts=[""] * number,
-        decode=lambda ids: "",
-        **ways,
-    )
+    shown = [ProbePrompt(prompt, "", "", row, "") for row, prompt in enumerate(prompts)]
+    Evaluator(shown, vocabulary, sampling, kl_prompts=number)(models["policy"], reference)
     sheet.row("The probe", prompts=number, tokens=length, seconds=perf_counter() - start)
     del models, reference
     if sheet.is_gpu:

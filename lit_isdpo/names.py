@@ -1,17 +1,27 @@
-"""Names of folders that this project can make, wherever a path is read: ``lab:posts`` is one.
+"""Names that outlive what they stand for: folders that this project makes, and classes that have moved.
 
-Whoever makes folders registers a prefix here, as ``lit_isdpo.lab`` does. So the rooms that read paths need not know who
-makes them, and nothing is made before a path is read. The command line knows the folder of the runs and makes the
-folders there; the names that come here are those of Python.
+Whoever makes folders registers a prefix here, as ``lit_isdpo.lab`` does for ``lab:posts``. So the rooms that read paths
+need not know who makes them, and nothing is made before a path is read. The command line knows the folder of the runs
+and makes the folders there; the names that come here are those of Python.
+
+An old run's ``config.yaml`` names classes by the modules that they were in. A class is found there by its bare name.
 """
 
+import importlib
+import pkgutil
+import re
 from collections.abc import Callable
 from pathlib import Path
+from pydoc import locate
 from typing import Literal
 
 Part = Literal["pairs", "reference"]
 NAMES: dict[str, Callable[[str, Part], Path]] = {}
 """By prefix, what makes a folder of a name: given the whole name, and the part that a name without one means."""
+PACKAGE = __name__.partition(".")[0]
+CLASS_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+\.[A-Z]\w*(?![\w/])")
+RENAMED = {"lit_isdpo.training.module.Sampling": "PredictSampling"}
+"""By former path, the bare names that classes have now. A class that only moved is not in here."""
 
 
 def named_path(path: str, part: Part) -> str:
@@ -29,3 +39,28 @@ def named_path(path: str, part: Part) -> str:
     """
     prefix, colon, _ = path.partition(":")
     return str(NAMES[prefix](path, part)) if colon and prefix in NAMES else path
+
+
+def with_present_classes(text: str) -> str:
+    """A text in which each class of this package that has moved is named by the module that it is in now.
+
+    Args:
+        text: a config file or an argument. Other classes, and names that are no class, stay as they are.
+
+    >>> with_present_classes("class_path: lit_isdpo.former.types.InputError")
+    'class_path: lit_isdpo.types.InputError'
+    """
+    return CLASS_PATH.sub(lambda found: _present_path(found[0]), text)
+
+
+def _present_path(path: str) -> str:
+    if locate(path) is not None:
+        return path
+    name = RENAMED.get(path, path.rpartition(".")[2])
+    package = importlib.import_module(PACKAGE)
+    for module in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
+        if not module.name.endswith(".__main__"):
+            found = vars(importlib.import_module(module.name)).get(name)
+            if isinstance(found, type) and found.__module__ == module.name:
+                return f"{module.name}.{name}"
+    return path

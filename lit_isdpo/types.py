@@ -19,6 +19,11 @@ class InputError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; libraries write many, and the first one says what went wrong."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def check_least(option: str, value: float | None, least: int) -> None:
     """Raises for an option's value that is below ``least``; ``None`` is not checked.
 
@@ -27,11 +32,6 @@ def check_least(option: str, value: float | None, least: int) -> None:
     """
     if value is not None and not value >= least:
         raise InputError(f"{option} must be at least {least}, not {value}.")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; libraries write many, and the first one says what went wrong."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."

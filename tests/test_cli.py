@@ -520,7 +520,10 @@ PRODUCT = (
         (["--trainer.precision=16-mixed"], r"precision '16-mixed' is not supported"),
         (["--trainer.precision=bf16-true"], r"compute_dtype bfloat16"),
         (["--trainer.gradient_clip_algorithm=value"], r"clipped by norm"),
-        (["--trainer.strategy=fsdp"], r"trainer\.strategy 'fsdp' is PyTorch's older FSDP, .* use 'fsdp2'"),
+        (
+            ["--trainer.strategy=fsdp"],
+            r"strategy 'fsdp' is not supported: use .*'fsdp2' .* successor of PyTorch's older",
+        ),
         (["--trainer.strategy=deepspeed"], r"trainer\.strategy 'deepspeed' is not supported: use .*'fsdp2'"),
         (["--trainer.strategy=fsdp2", "--model.policy.compile=true"], r"compile is not supported with .* fsdp2"),
         (["--trainer.strategy=FSDP2Strategy"], r"strategy 'FSDP2Strategy' is not supported: use .*'fsdp2'"),
@@ -531,7 +534,10 @@ PRODUCT = (
         (["--ckpt_path=nowhere.ckpt"], r"no such checkpoint"),
         (["--model.policy.init=random"], r"model\.reference\.path"),
         (["--model.loss.betta=1"], r"betta"),
-        (["--trainer.max_epoch=1"], r"unrecognized arguments"),
+        (
+            ["--trainer.max_epoch=1"],
+            r"max_epoch: there is no such option; did you mean --trainer\.max_epochs\?",
+        ),
         (["--probe.num_prompts=-1"], r"probe\.num_prompts"),
         (["--model.sampling.top_p=0"], r"sampling\.top_p"),
         (["--model.schedule.final_factor=2"], r"schedule\.final_factor"),

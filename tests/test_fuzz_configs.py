@@ -160,7 +160,7 @@ def refused(arguments: list[str], root: Path, capsys: pytest.CaptureFixture[str]
         ("--trainer.val_check_interval=1.5", "val_check_interval"),
         ("--trainer.limit_train_batches=-1", "limit_train_batches"),
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches"),
-        ("--trainer.check_val_every_n_epoch=0", r"trainer\.check_val_every_n_epoch is 0; it must be at least 1"),
+        ("--trainer.check_val_every_n_epoch=0", r"trainer\.check_val_every_n_epoch is 0; it must be above 0"),
         ("--trainer.devices=0", "devices"),
         ("--trainer.devices=-5", "devices"),
         ("--trainer.log_every_n_steps=0", r"trainer\.log_every_n_steps is 0"),

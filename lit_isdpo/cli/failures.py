@@ -4,6 +4,7 @@ import errno
 import os
 import traceback
 from collections.abc import Iterator
+from dis import opmap
 from pathlib import Path
 from socket import gethostname
 from time import sleep
@@ -14,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_isdpo.policy.sharding import all_ranks
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, first_line
 
 EX_USAGE = 2  # what argparse has
 EX_OSERR = 71  # sysexits.h: a process is not there, or not enough memory
@@ -78,9 +79,8 @@ class Peers(Callback):
         for _ in range(SECONDS_TO_DIE * 10):
             dead = [rank for rank, host, pid in self._peers if host == gethostname() and not _is_alive(pid)]
             if dead:
-                raise RankDiedError(
-                    f"{'Rank' if len(dead) == 1 else 'Ranks'} {', '.join(map(str, dead))} died"
-                ) from exception
+                ranks = "Rank" if len(dead) == 1 else "Ranks"
+                raise RankDiedError(f"{ranks} {', '.join(map(str, dead))} died") from exception
             sleep(0.1)
 
 
@@ -110,9 +110,8 @@ def explain(error: BaseException) -> Failure | None:
             return Failure(str(cause), EX_USAGE)
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in OF_THE_SYSTEM:
-            where = (
-                f": {os.fsdecode(cause.filename)!r}" if isinstance(cause.filename, str | bytes | os.PathLike) else ""
-            )
+            is_named = isinstance(cause.filename, str | bytes | os.PathLike)
+            where = f": {os.fsdecode(cause.filename)!r}" if is_named else ""
             return Failure(f"{os.strerror(cause.errno)}{where}. {KEPT}", EX_IOERR)
         if "os error " in str(cause) and type(cause).__module__.startswith("safetensors"):
             return Failure(f"{cause}. {KEPT}", EX_IOERR)
@@ -121,18 +120,15 @@ def explain(error: BaseException) -> Failure | None:
         if isinstance(cause, RankDiedError):
             return Failure(f"{cause}; this one cannot go on alone. {KEPT}", EX_OSERR)
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
-            first = str(cause).splitlines()[0].rstrip(". ")
-            return Failure(
-                f"data.num_workers: {first}; it may have been out of memory: use fewer, or 0. {KEPT}", EX_OSERR
-            )
+            died = f"data.num_workers: {first_line(cause).rstrip('. ')}"
+            return Failure(f"{died}; it may have been out of memory: use fewer, or 0. {KEPT}", EX_OSERR)
     for cause in causes:  # after the system: what a logger could not write, Lightning calls a value of a wrong kind
         if isinstance(cause, ValueError | TypeError) and _lightning_raised(cause):  # it refuses arguments so too
             return Failure(str(cause), EX_USAGE)
         if package := _missing_package(cause):
             return Failure(f"A package is not installed: {package}", EX_USAGE)
         if _is_of_ranks(cause):
-            first = str(cause).splitlines()[0]
-            return Failure(f"Another rank died or is out of reach ({first}). {KEPT}", EX_OSERR)
+            return Failure(f"Another rank died or is out of reach ({first_line(cause)}). {KEPT}", EX_OSERR)
     return None
 
 
@@ -156,10 +152,9 @@ def _explain_memory(error: BaseException) -> str:
     """Where memory was not enough, and which options need less of it there."""
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     place, options = next((what for module, what in PLACES.items() if module in modules), ("this command", IN_A_STEP))
-    first = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
     return (
-        f"There is not enough memory for {place} ({first}): {options}; lit-isdpo plan with the same options tells what "
-        f"a fit needs. {KEPT}"
+        f"There is not enough memory for {place} ({first_line(error).rstrip('. ')}): {options}; "
+        f"lit-isdpo plan with the same options tells what a fit needs. {KEPT}"
     )
 
 
@@ -179,7 +174,9 @@ def _missing_package(error: BaseException) -> str:
 
 def _lightning_raised(error: BaseException) -> bool:
     """Whether an error comes from a ``raise`` in Lightning's code, and is no accident."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames or not str(frames[-1][0].f_globals.get("__name__")).startswith("lightning."):
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not str(last.tb_frame.f_globals.get("__name__")).startswith("lightning."):
         return False
-    return str(traceback.extract_tb(error.__traceback__)[-1].line).startswith("raise ")
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jsonargparse import get_loader
@@ -23,104 +23,45 @@ _DEFAULTS = {
     "test": "the test rows are the test split of data.train",
 }
 _ROWS = re.compile(r"data\.(train|val|test)\b")
+# What is appended to the training rows, or is said of them, leaves the other rows of the file.
+_NAMES_ROWS = re.compile(r"data\.(?:(train)(?:\.path)?|(val|test)\b.*)")
 _SECTIONS = ("model", "data", "trainer", "probe", "evaluation", "labels", "checkpoint", "last")  # each may be a file
 _WITHOUT_VALUE = ("--print_config", "--help", "-h")
 _LONGEST = 60  # characters of a value in a line
 
 
-class LeftOut(NamedTuple):
-    """An option of a config file that goes.
-
-    Attributes:
-        option: ``data.val`` or ``data.test``.
-        file: as it stands on the command line.
-    """
-
-    option: str
-    file: str
-
-    @property
-    def flag(self) -> str:
-        """What leaves it out."""
-        return f"--{self.option}=null"
-
-    def __str__(self) -> str:
-        default = _DEFAULTS[self.option.removeprefix("data.")]
-        return (
-            f"{self.option} of {self.file} is left out, because data.train is named after it: {default}; "
-            f"--{self.option} names other rows."
-        )
-
-
-class Change(NamedTuple):
-    """A value of a config file that takes the place of another one.
-
-    Attributes:
-        option: its name, without ``init_args``.
-        file: as it stands on the command line.
-        value: in that file.
-        before: the value that was set before.
-        place: the file that set it, or the command line.
-    """
-
-    option: str
-    file: str
-    value: Any
-    before: Any
-    place: str
-
-    def __str__(self) -> str:
-        return f"{self.file} sets {self.option} to {_shown(self.value)} ({self.place} has {_shown(self.before)})."
-
-
-class _Layer(NamedTuple):
-    """What a config file or a flag sets.
-
-    Attributes:
-        options: values by name, without ``init_args``; a mapping's values have a name each.
-        file: the config file; ``None`` where the user wrote it on the command line.
-    """
-
-    options: dict[str, Any]
-    file: str | None
-
-    @property
-    def rows(self) -> dict[str, Any]:
-        """Of ``train``, ``val`` and ``test`` those that it names."""
-        found = {}
-        for name, value in self.options.items():
-            section, *parts = name.split(".")
-            if section == "data" and parts:
-                # What is appended to the training rows, or is said of them, leaves those of the file.
-                split, names_rows = parts[0].removesuffix("+"), parts in (["train"], ["train", "path"])
-                if split in _DEFAULTS or names_rows:
-                    found[split] = value
-        return found
-
-
-def left_out(arguments: Sequence[str], verb: str) -> list[LeftOut]:
+def left_out(arguments: Sequence[str], verb: str) -> dict[str, str]:
     """The ``data.val`` and ``data.test`` that a config file names for other training rows than those in force.
 
     Args:
         arguments: the command line, without the program's name.
         verb: the one of them that names the subcommand.
 
+    Returns:
+        A sentence for each of these options, which says why it goes.
+
     >>> left_out(["fit", "--data={val: v.jsonl}", "--data.train", "t.jsonl"], "fit")  # the user named both
-    []
+    {}
     """
-    layers = list(_layers(arguments, verb))
-    last = {split: number for number, layer in enumerate(layers) for split in layer.rows}
-    if "train" not in last or layers[last["train"]].rows["train"] is None:
-        return []
-    found = []
-    for split in ("val", "test"):
-        layer = layers[last[split]] if split in last else _Layer({f"data.{split}": None}, None)
-        if layer.file is not None and layer.rows[split] is not None and last[split] < last["train"]:
-            found.append(LeftOut(f"data.{split}", layer.file))
+    last: dict[str, tuple[int, str | None, Any]] = {}
+    for number, (options, file) in enumerate(_layers(arguments, verb)):
+        for option, value in options.items():
+            if named := _NAMES_ROWS.fullmatch(option):
+                last[named[1] or named[2]] = number, file, value
+    nothing = (0, None, None)
+    train, _, rows = last.get("train", nothing)
+    found = {}
+    for split, default in _DEFAULTS.items() if rows is not None else ():
+        number, file, value = last.get(split, nothing)
+        if file is not None and value is not None and number < train:
+            found[f"data.{split}"] = (
+                f"data.{split} of {file} is left out, because data.train is named after it: {default}; "
+                f"--data.{split} names other rows."
+            )
     return found
 
 
-def changed(arguments: Sequence[str], verb: str) -> list[Change]:
+def changed(arguments: Sequence[str], verb: str) -> dict[str, str]:
     """The options in force that a config file sets to another value than an earlier file or flag does.
 
     Classes are not among them, as a method's file is there to name them, nor are rows, as a table lists them.
@@ -129,10 +70,13 @@ def changed(arguments: Sequence[str], verb: str) -> list[Change]:
         arguments: the command line, without the program's name.
         verb: the one of them that names the subcommand.
 
+    Returns:
+        A sentence for each of these options, with both values.
+
     >>> changed(["fit", "--model.loss.beta=0.1", "--config={model: {loss: {beta: 0.01}}}"], "fit")  # the user set both
-    []
+    {}
     """
-    found: dict[str, Change] = {}
+    found: dict[str, str] = {}
     before: dict[str, tuple[Any, str]] = {}
     for options, file in _layers(arguments, verb):
         for option, value in options.items():
@@ -141,18 +85,40 @@ def changed(arguments: Sequence[str], verb: str) -> list[Change]:
             if file is None:
                 found.pop(option, None)  # the user chose
             elif known != value and not option.endswith(".class_path") and not _ROWS.match(option):
-                found[option] = Change(option, file, value, known, place)
-    return list(found.values())
+                found[option] = f"{file} sets {option} to {_shown(value)} ({place} has {_shown(known)})."
+    return found
 
 
-def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
-    """What each argument says, in their order, in which a later one prevails."""
+def as_options(arguments: Sequence[str], verb: str) -> list[str]:
+    """Config files that stand before the verb, each as a flag that holds the verb's section of it.
+
+    Args:
+        arguments: those before the verb.
+        verb: names the section.
+    """
+    found = []
+    for _, text in flags(arguments):
+        content, path = _load(text, Path())
+        section = content.get(verb) if isinstance(content, dict) else None
+        if isinstance(section, dict):
+            for key in _SECTIONS:
+                if path is not None and isinstance(section.get(key), str) and (path.parent / section[key]).is_file():
+                    section[key] = str(path.parent.absolute() / section[key])
+            found.append(f"--config={yaml.safe_dump(section, default_flow_style=True)}")
+    return found
+
+
+def flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The name and the value of each flag; an argument that is neither, such as the verb, has no name.
+
+    >>> list(flags(["fit", "-cfile.yaml", "--data.train", "lab:posts"]))
+    [('', 'fit'), ('config', 'file.yaml'), ('data.train', 'lab:posts')]
+    """
     left = list(arguments)
-    before = verb in left  # a config file before the verb has a section for each
     while left:
         argument = left.pop(0)
         if not argument.startswith("-"):
-            before = False  # it is the verb
+            yield "", argument
             continue
         flag, equals, value = argument.partition("=")
         if flag.startswith("-c"):  # -cFILE and -c=FILE are spellings of --config FILE
@@ -160,16 +126,27 @@ def _layers(arguments: Sequence[str], verb: str) -> Iterator[_Layer]:
             equals = value
         if not equals and flag not in _WITHOUT_VALUE and left and not left[0].startswith("-"):
             value = left.pop(0)
-        name = flag.removeprefix("--")
-        if name == "config":
+        yield flag.removeprefix("--"), value
+
+
+def _layers(arguments: Sequence[str], verb: str) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """What each argument sets, in their order, in which a later one prevails: values by name, without ``init_args``.
+
+    With them comes the config file, or ``None`` for what the user wrote on the command line.
+    """
+    before = verb in arguments  # a config file before the verb has a section for each
+    for name, value in flags(arguments):
+        if not name:
+            before = False  # it is the verb
+        elif name == "config":
             content, path = _load(value, Path())
-            if isinstance(content, dict):
-                content = content.get(verb) if before else content
-            yield _Layer(_flat(content, Path() if path is None else path.parent), None if path is None else value)
+            if isinstance(content, dict) and before:
+                content = content.get(verb)
+            yield _flat(content, Path() if path is None else path.parent), None if path is None else value
         else:
             is_section = name.removesuffix(".init_args") in _SECTIONS
             content, path = _load(value, Path() if is_section else None)
-            yield _Layer(_flat({name: content}, Path()), None if path is None else value)
+            yield _flat({name: content}, Path()), None if path is None else value
 
 
 def _flat(content: Any, folder: Path, prefix: str = "") -> dict[str, Any]:

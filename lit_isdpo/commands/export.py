@@ -6,9 +6,10 @@ import re
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -28,70 +29,34 @@ from lit_isdpo.training.reward import REWARD_WEIGHTS_PREFIX
 from lit_isdpo.training.run_folder import code_files, copy_code, saved_config
 from lit_isdpo.types import InputError
 
-CARD = """---
-library_name: {kind.library}
-pipeline_tag: {kind.task}
-tags:
-- lit-isdpo
-- {kind.tag}
----
+CONFIG_FILE = "config.json"
 
+CARD = """
 # {name}
 
-{kind.what} trained with lit_isdpo {version}, exported from optimizer step {step}.
-Load it with `{kind.loader}.from_pretrained` and `AutoTokenizer.from_pretrained`{numerics}.
+{what} trained with lit_isdpo {version}, exported from optimizer step {step}.
+Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`{numerics}.
 
 ## Measured on the validation set, at step {metrics_step}
 
 {metrics}
 
-{kind.metrics}
+{meaning}
 
 ## Configuration of the run
 
 {fence}yaml
 {config}{fence}
 """
-
-
-METRIC = re.compile(r"val/[\w/.@-]+")
-
-
-class Kind(NamedTuple):
-    """What a model card says about a model of its kind."""
-
-    library: str
-    task: str
-    tag: str
-    what: str
-    loader: str
-    metrics: str
-
-
 OF_POLICIES = (
-    "Rewards are those that the loss implies (of DPO: beta times the log-ratio, policy over reference); KL is sampled, "
-    "in\nnats a response; gold reward and win rate are there only where the true reward is known."
+    "Rewards are those that the loss implies (for DPO: beta times the log-ratio, policy over reference); KL is\n"
+    "sampled, in nats per response; gold reward and win rate are there only if the true reward is known."
 )
-POLICY = Kind(
-    "transformers",
-    "text-generation",
-    "preference-optimization",
-    "A language model",
-    "AutoModelForCausalLM",
-    OF_POLICIES,
-)
-ADAPTER = POLICY._replace(
-    library="peft", what="An adapter of a language model,", loader="peft.AutoPeftModelForCausalLM"
-)
-REWARD_MODEL = Kind(
-    "transformers",
-    "text-classification",
-    "reward-model",
-    "A reward model",
-    "AutoModelForSequenceClassification",
+OF_REWARD_MODELS = (
     "Accuracy is the share of pairs whose chosen response has the higher score. Only the difference of two scores of\n"
-    "one prompt means something.",
+    "one prompt means something."
 )
+METRIC = re.compile(r"val/[\w/.@-]+")
 
 
 def export(
@@ -105,33 +70,26 @@ def export(
     """Writes the model of a checkpoint as a Hugging Face folder: safetensors, tokenizer, chat template, model card.
 
     A reward model becomes a sequence-classification model with one label. An adapter is merged into its base in fp32,
-    where no small change is rounded away.
+    so that no small change is rounded away.
 
     Args:
-        ckpt_path: the checkpoint, ``RUN/checkpoints/last.ckpt`` say.
+        ckpt_path: the checkpoint, such as ``RUN/checkpoints/last.ckpt``.
         output_dir: the folder to write; it must be new or empty.
-        run_dir: the run's folder, with its ``model`` and ``config.yaml``, where the checkpoint was moved away from it.
-        base_model: folder or hub id of the model that the run's adapter belongs to, where it is not where it was.
-        as_adapter: write the run's adapter alone, as a PEFT folder.
+        run_dir: the run's folder, with its ``model`` and ``config.yaml``, if the checkpoint was moved away from it.
+        base_model: folder or hub id of the model that the run's adapter belongs to, if it is not where it was.
+        as_adapter: write only the run's adapter, as a PEFT folder.
         trust_remote_code: run Python code that came with the model.
 
     Raises:
         InputError: a path is missing, is not what it should be, or would be overwritten.
     """
-    checkpoint_file, output = Path(ckpt_path), Path(output_dir).resolve()
-    run = find_run(checkpoint_file, run_dir)
+    trained, output = TrainedModel(ckpt_path, run_dir, base_model, trust_remote_code), Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output_dir: {output_dir!r} exists and is not an empty folder; name a new one.")
-    checkpoint = StoredCheckpoint(checkpoint_file)
-    checkpoint.check()
-    scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
-    if not scores and not checkpoint.holds(WEIGHTS_PREFIX):
-        raise InputError(f"ckpt_path: {ckpt_path!r} holds no model of this project.")
-    kind = REWARD_MODEL if scores else ADAPTER if as_adapter else POLICY
-    _check_code(checkpoint, run, trust_remote_code)
-    tokenizer = load_tokenizer(str(run / "model"), trust_remote_code=trust_remote_code)
-    card = _card(run, output.name, int(checkpoint.extras["global_step"]), kind)
-    model = (_adapter if as_adapter else _whole_model)(checkpoint, run, base_model, trust_remote_code)
+    trained.check()
+    tokenizer = load_tokenizer(str(trained.folder), trust_remote_code=trust_remote_code)
+    card = _card(trained, output.name, as_adapter)
+    model = trained.adapter() if as_adapter else trained.whole()
     output.parent.mkdir(parents=True, exist_ok=True)
     with naming(output), TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = Path(temporary) / output.name
@@ -143,8 +101,8 @@ def export(
             wrote = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}"
         tokenizer.save_pretrained(folder)
         if trust_remote_code:
-            copy_code(PolicyConfig(path=str(run / "model")), folder)
-        (folder / "README.md").write_text(card)
+            copy_code(PolicyConfig(path=str(trained.folder)), folder)
+        card.save(folder / "README.md")
         folder.replace(output)  # nobody finds half of it
     print(f"Wrote {output_dir} ({wrote}).")
 
@@ -156,166 +114,192 @@ def load_policy(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The policy of a checkpoint, in memory, its adapter merged; arguments and errors as those of ``export``."""
-    checkpoint_file = Path(ckpt_path)
-    run = find_run(checkpoint_file, run_dir)
-    checkpoint = StoredCheckpoint(checkpoint_file)
-    checkpoint.check()
-    if not checkpoint.holds(WEIGHTS_PREFIX):
-        raise InputError(f"ckpt_path: {str(checkpoint_file)!r} holds no policy of this project.")
-    _check_code(checkpoint, run, trust_remote_code)
-    model = _whole_model(checkpoint, run, base_model, trust_remote_code)
+    trained = TrainedModel(ckpt_path, run_dir, base_model, trust_remote_code)
+    if trained.scores:
+        raise InputError(f"ckpt_path: {str(ckpt_path)!r} holds no policy of this project.")
+    trained.check()
+    model = trained.whole()
     model.eval()
     return model
 
 
-def find_run(checkpoint_file: Path, run_dir: str | Path | None) -> Path:
-    """The folder of the run that a checkpoint is from.
+class TrainedModel:
+    """The model that a checkpoint holds the weights of, and its run's folder holds the configuration of.
+
+    Args:
+        ckpt_path: the checkpoint.
+        run_dir: the run's folder; by default the one that the checkpoint is in.
+        base_model: as that of ``export``.
+        trust_remote_code: likewise.
+
+    Attributes:
+        run: the run's folder.
+        folder: the folder in it with the model's configuration and tokenizer.
+        scores: whether it is a reward model.
 
     Raises:
-        InputError: the checkpoint is missing, or the folder does not hold the model's configuration.
+        InputError: the checkpoint is missing or holds no model, or the folder does not hold its configuration.
     """
-    if not checkpoint_file.exists():
-        raise InputError(f"ckpt_path: no such checkpoint: {str(checkpoint_file)!r}.")
-    if (checkpoint_file / "checkpoints").is_dir():
-        raise InputError(
-            f"ckpt_path: {str(checkpoint_file)!r} is a run's folder; name a file in it, checkpoints/last.ckpt say."
-        )
-    run = Path(run_dir) if run_dir else checkpoint_file.resolve().parent.parent
-    if not (run / "model" / "config.json").is_file():
-        raise InputError(f"{str(run)!r} is not the run's folder (it has no model/config.json): name it with --run_dir.")
-    return run
 
-
-def _check_code(checkpoint: StoredCheckpoint, run: Path, trust_remote_code: bool) -> None:
-    """Looks for the code that the run's model came with, which is in the run's folder if it ran there.
-
-    Raises:
-        InputError: it is there and may not run, or it may and is not there.
-    """
-    folder = run / "model"
-    there = [name for name in code_files(folder) if (folder / name).is_file()]
-    if there and not trust_remote_code:
-        raise InputError(
-            f"trust_remote_code: the model of the run {str(run)!r} came with Python code that its training ran; read "
-            f"model/{there[0]} and set trust_remote_code to true if you trust it."
-        )
-    kinds = {"AutoTokenizer"}
-    if BASE_KEY not in checkpoint.extras:  # else the model is loaded from where its base is
-        kinds |= {"AutoConfig", _factory(checkpoint).__name__}
-    missing = [name for name in code_files(folder, kinds) if not (folder / name).is_file()]
-    if trust_remote_code and missing:
-        raise InputError(
-            f"run_dir: {str(folder)!r} lacks {missing[0]}, the Python code of its model, which older versions did not "
-            "keep; copy it there, with all that it imports, from the folder of the model that the run began with."
-        )
-
-
-def _factory(checkpoint: StoredCheckpoint) -> Any:
-    """The auto class of what a checkpoint holds."""
-    scores = checkpoint.holds(REWARD_WEIGHTS_PREFIX)
-    return AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-
-
-def _whole_model(
-    checkpoint: StoredCheckpoint, run: Path, base_model: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
-    folder, path = run / "model", checkpoint.path
-    if BASE_KEY in checkpoint.extras:
-        model = _adapter(checkpoint, run, base_model, trust_remote_code).merge()
-    elif base_model is not None:
-        raise InputError(f"base_model: {str(path)!r} holds a whole model, which needs no other; leave the option out.")
-    else:
-        model = _trained_model(checkpoint, folder, trust_remote_code)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def _adapter(checkpoint: StoredCheckpoint, run: Path, base_model: str | None, trust_remote_code: bool) -> Adapter:
-    """The checkpoint's adapter in its base, which is widened to fp32 after it was loaded as in the run."""
-    file, path = run / "model" / CONFIG_NAME, checkpoint.path
-    if BASE_KEY not in checkpoint.extras:
-        raise InputError(f"as_adapter: {str(path)!r} holds a whole model and no adapter; leave the option out.")
-    if not file.is_file():
-        raise InputError(
-            f"{str(run)!r} is not the run's folder (it has no model/{CONFIG_NAME}): name it with --run_dir."
-        )
-    try:
-        options = json.loads(file.read_text())
-        base, revision = options.pop("base_model_name_or_path"), options.pop("revision")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"run_dir: {str(file)!r} is not what a run wrote.") from error
-    policy = PolicyConfig(
-        path=base_model or base,
-        revision=None if base_model else revision,
-        dtype=_dtype(run),
-        trust_remote_code=trust_remote_code,
-    )
-    model = load_causal_lm(policy, option="base_model (what the adapter was trained on; say where it is)").float()
-    adapter = Adapter(model, parse_adapter(options), revision=policy.revision)
-    if adapter.base_fingerprint != checkpoint.extras[BASE_KEY]:
-        raise InputError(
-            f"base_model: {policy.path!r} has other weights than the model that the adapter was trained on."
-        )
-    try:
-        adapter.load_state(checkpoint.read(WEIGHTS_PREFIX))
-    except ValueError as error:
-        raise InputError(f"ckpt_path: {str(path)!r} is no checkpoint of the run {str(run)!r} ({error}).") from error
-    return adapter
-
-
-def _trained_model(checkpoint: StoredCheckpoint, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    prefix = REWARD_WEIGHTS_PREFIX if checkpoint.holds(REWARD_WEIGHTS_PREFIX) else WEIGHTS_PREFIX
-    stored = checkpoint.under(prefix)
-    source = PolicyConfig(path=str(folder), trust_remote_code=trust_remote_code)
-    config = read_config(source, option="run_dir")
-    try:
-        with no_init_weights():  # all of them are read
-            model: PreTrainedModel = _factory(checkpoint).from_config(
-                config,
-                dtype=next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point()),
-                trust_remote_code=trust_remote_code,
+    def __init__(
+        self, ckpt_path: str | Path, run_dir: str | Path | None, base_model: str | None, trust_remote_code: bool
+    ) -> None:
+        path = Path(ckpt_path)
+        if not path.exists():
+            raise InputError(f"ckpt_path: no such checkpoint: {str(path)!r}.")
+        if (path / "checkpoints").is_dir():
+            raise InputError(
+                f"ckpt_path: {str(path)!r} is a run's folder; name a file in it, such as checkpoints/last.ckpt."
             )
-    except LOADING_ERRORS as error:
-        raise InputError(why_not_loaded(source, "run_dir", error)) from error
-    model.tie_weights()  # which is a part of what was left out
-    own = model.state_dict()
-    try:
-        check_same_tensors(own, stored)
-    except ValueError as error:
-        raise InputError(
-            f"ckpt_path: the weights in {str(checkpoint.path)!r} do not fit the model of {str(folder)!r} ({error})."
-        ) from error
-    checkpoint.read_into(prefix, own)
-    return model
+        self.run = Path(run_dir) if run_dir else path.resolve().parent.parent
+        self.folder = self.run / "model"
+        self._configuration(CONFIG_FILE)
+        self.base_model, self.trust_remote_code = base_model, trust_remote_code
+        self.checkpoint = StoredCheckpoint(path)
+        self.scores = self.checkpoint.holds(REWARD_WEIGHTS_PREFIX)
+        self.prefix = REWARD_WEIGHTS_PREFIX if self.scores else WEIGHTS_PREFIX
+        self.auto_class: Any = AutoModelForSequenceClassification if self.scores else AutoModelForCausalLM
+        self.has_base = BASE_KEY in self.checkpoint.extras
+        if not self.checkpoint.holds(self.prefix):
+            raise InputError(f"ckpt_path: {str(path)!r} holds no model of this project.")
+
+    def check(self) -> None:
+        """Reads the checkpoint once, and looks for the code that the model came with, which the run's folder has.
+
+        Raises:
+            InputError: the checkpoint is damaged; or the code is there and may not run, or may run and is not there.
+        """
+        self.checkpoint.check()
+        there = [name for name in code_files(self.folder) if (self.folder / name).is_file()]
+        if there and not self.trust_remote_code:
+            raise InputError(
+                f"trust_remote_code: the model of the run {str(self.run)!r} came with Python code that its training "
+                f"ran; read model/{there[0]} and set trust_remote_code to true if you trust it."
+            )
+        # A model with a base is loaded from where that is.
+        kinds = {"AutoTokenizer"} | (set() if self.has_base else {"AutoConfig", self.auto_class.__name__})
+        missing = [name for name in code_files(self.folder, kinds) if not (self.folder / name).is_file()]
+        if self.trust_remote_code and missing:
+            raise InputError(
+                f"run_dir: {str(self.folder)!r} lacks {missing[0]}, the Python code of its model, which older versions "
+                "did not keep; copy it there, with all that it imports, from the folder of the model that the run "
+                "began with."
+            )
+
+    def whole(self) -> PreTrainedModel:
+        """All of it in memory, an adapter merged."""
+        if not self.has_base and self.base_model is not None:
+            raise InputError(
+                f"base_model: {str(self.checkpoint.path)!r} holds a whole model, which needs no other; leave the "
+                "option out."
+            )
+        model = self.adapter().merge() if self.has_base else self._with_weights()
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return model
+
+    def adapter(self) -> Adapter:
+        """The adapter in its base, which is widened to fp32 after it was loaded as in the run."""
+        path = self.checkpoint.path
+        if not self.has_base:
+            raise InputError(f"as_adapter: {str(path)!r} holds a whole model and no adapter; leave the option out.")
+        options = self._configuration(CONFIG_NAME)
+        base, revision = options.pop("base_model_name_or_path", None), options.pop("revision", None)
+        policy = PolicyConfig(
+            path=self.base_model or str(base),
+            revision=None if self.base_model else revision,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+        model = load_causal_lm(policy, option="base_model (what the adapter was trained on; say where it is)").float()
+        adapter = Adapter(model, parse_adapter(options), revision=policy.revision)
+        if adapter.base_fingerprint != self.checkpoint.extras[BASE_KEY]:
+            raise InputError(
+                f"base_model: {policy.path!r} has other weights than the model that the adapter was trained on."
+            )
+        try:
+            adapter.load_state(self.checkpoint.read(WEIGHTS_PREFIX))
+        except ValueError as error:
+            raise InputError(
+                f"ckpt_path: {str(path)!r} is no checkpoint of the run {str(self.run)!r} ({error})."
+            ) from error
+        return adapter
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """The type that the weights had in training, in memory."""
+        return "bfloat16" if self._configuration(CONFIG_FILE).get("dtype") == "bfloat16" else "float32"
+
+    def _configuration(self, name: str) -> dict[str, Any]:
+        """What a JSON file of the folder holds."""
+        file = self.folder / name
+        if not file.is_file():
+            raise InputError(
+                f"{str(self.run)!r} is not the run's folder (it has no model/{name}): name it with --run_dir."
+            )
+        try:
+            content = json.loads(file.read_text())
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InputError(f"run_dir: {str(file)!r} is not what a run wrote.")
+        return content
+
+    def _with_weights(self) -> PreTrainedModel:
+        stored = self.checkpoint.under(self.prefix)
+        source = PolicyConfig(path=str(self.folder), trust_remote_code=self.trust_remote_code)
+        config = read_config(source, option="run_dir")
+        try:
+            with no_init_weights():  # all of them are read
+                model: PreTrainedModel = self.auto_class.from_config(
+                    config,
+                    dtype=next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point()),
+                    trust_remote_code=self.trust_remote_code,
+                )
+        except LOADING_ERRORS as error:
+            raise InputError(why_not_loaded(source, "run_dir", error)) from error
+        model.tie_weights()  # which is a part of what was left out
+        own = model.state_dict()
+        try:
+            check_same_tensors(own, stored)
+        except ValueError as error:
+            raise InputError(
+                f"ckpt_path: the weights in {str(self.checkpoint.path)!r} do not fit the model of {str(self.folder)!r} "
+                f"({error})."
+            ) from error
+        self.checkpoint.read_into(self.prefix, own)
+        return model
 
 
-def _card(run: Path, name: str, step: int, kind: Kind) -> str:
-    config_file = run / "config.yaml"
-    config = saved_config(config_file) if config_file.is_file() else {}
-    metrics_step, metrics = _validation(run / "metrics.csv", step)
+def _card(trained: TrainedModel, name: str, as_adapter: bool) -> ModelCard:
+    """What the model is, what its run measured, and how the run was configured."""
+    step = int(trained.checkpoint.extras["global_step"])
+    config_file = trained.run / "config.yaml"
+    text = yaml.safe_dump(saved_config(config_file) if config_file.is_file() else {}, sort_keys=False)
+    metrics_step, metrics = _validation(trained.run / "metrics.csv", step)
     rows = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
-    text = yaml.safe_dump(config, sort_keys=False)
-    return CARD.format(
+    data = ModelCardData(
+        library_name="peft" if as_adapter else "transformers",
+        pipeline_tag="text-classification" if trained.scores else "text-generation",
+        tags=["lit-isdpo", "reward-model" if trained.scores else "preference-optimization"],
+    )
+    what = (
+        "An adapter of a language model," if as_adapter else "A reward model" if trained.scores else "A language model"
+    )
+    content = CARD.format(
         name=" ".join(name.split()),
-        kind=kind,
-        numerics=f"; with `dtype={_dtype(run)}` its base is what it was in training" if kind is ADAPTER else "",
+        what="An adapter of a language model," if as_adapter else what,
+        loader="peft.AutoPeftModelForCausalLM" if as_adapter else trained.auto_class.__name__,
+        numerics=f"; with `dtype={trained.dtype}` its base is what it was in training" if as_adapter else "",
         version=__version__,
         step=step,
         metrics_step=metrics_step,
         metrics="\n".join(rows) if metrics else "(none in metrics.csv)",
+        meaning=OF_REWARD_MODELS if trained.scores else OF_POLICIES,
         config=text,
         fence=max(re.findall("`{3,}", text), key=len, default="``") + "`",  # no text of the config ends the block
     )
-
-
-def _dtype(run: Path) -> Literal["float32", "bfloat16"]:
-    """Of the weights that a run's policy had in memory."""
-    try:
-        dtype = json.loads((run / "model" / "config.json").read_text()).get("dtype")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"run_dir: {str(run / 'model' / 'config.json')!r} is no model's configuration.") from error
-    return "bfloat16" if dtype == "bfloat16" else "float32"
+    return ModelCard(f"---\n{data}\n---\n{content}")
 
 
 def _validation(file: Path, step: int) -> tuple[str, dict[str, float]]:

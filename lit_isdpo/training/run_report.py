@@ -69,14 +69,12 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self._entered = False
-        self._started = monotonic()
-        self._began = False
+        self._started: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder and, in a fresh fit, measures where it starts."""
         assert isinstance(pl_module, LanguageModule)
         self._started = monotonic()
-        self._began = True
         folder = run_dir(trainer)
         if trainer.is_global_zero:
             write_model_folder(pl_module, folder / "model")
@@ -102,27 +100,29 @@ class RunReport(Callback):
         self.before = state_dict["before"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prints what was measured and, of a fit, what it has changed, when the progress bar is done."""
+        """Prints what was measured and, after a fit, what it has changed, when the progress bar is done."""
         if stage not in ("fit", "validate"):
             return
-        folder = run_dir(trainer)
-        if trainer.is_global_zero and stage == "validate":
+        folder, console = run_dir(trainer), Console()
+        if not trainer.is_global_zero:
+            return
+        if stage == "validate":
             if after := _numbers(trainer):
-                Console().print(_table("Validation", {"": after}))
-        elif trainer.is_global_zero and not self._began:
+                console.print(_table("Validation", {"": after}))
+        elif self._started is None:
             rank_zero_info(
                 f"Nothing was left to train: the checkpoint is at optimizer step {trainer.global_step:,}, where "
                 "trainer.max_epochs or trainer.max_steps ends the fit; raise it to go on."
             )
-        elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            console = Console()
+        elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
             columns = {"before": self.before, "after": _numbers(trainer)}
             console.print(_table("Validation, before and after training", columns))
             for panel in _samples(trainer):
                 console.print(panel)
-            seconds = timedelta(seconds=round(monotonic() - self._started))
-            steps = f"{trainer.global_step} optimizer steps"
-            console.print(f"Trained for {steps} in {seconds}. Everything is in {folder}", soft_wrap=True)
+            trained = (
+                f"{trainer.global_step} optimizer steps in {timedelta(seconds=round(monotonic() - self._started))}"
+            )
+            console.print(f"Trained for {trained}. Everything is in {folder}", soft_wrap=True)
             console.print(f"Compare runs: tensorboard --logdir {folder.parent}", soft_wrap=True)
 
 
@@ -228,27 +228,22 @@ def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
 
 def _validate(trainer: Trainer) -> None:
     """Runs the validation loop inside a fit, as Lightning does between two batches."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    first_loop_iter = trainer._logger_connector._first_loop_iter
     trainer.validating = True
-    loop.run()
+    trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
-    trainer._logger_connector._first_loop_iter = first_loop_iter
 
 
 def _log_hyperparameters(trainer: Trainer, module: LanguageModule) -> None:
     """Fills the table of runs: what distinguishes them, against what the last validation of each measured."""
-    optimizer = trainer.optimizers[0]
+    optimizer, adapter = trainer.optimizers[0], module.network.adapter
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     method, numbers = module.method
-    adapter = module.network.adapter
     values = {
         "method": method,
         "lr": optimizer.defaults["lr"],
         "seed": getattr(datamodule, "seed", None),
-        **{key: number for key, number in numbers.items() if key in SHOWN},
         # The tab shows the first five by name: what matters less stands behind.
-        **{f"setup.{key}": number for key, number in numbers.items() if key not in SHOWN},
+        **{key if key in SHOWN else f"setup.{key}": number for key, number in numbers.items()},
         "setup.batch_size": getattr(datamodule, "batch_size", None),
         "setup.optimizer": type(optimizer).__name__,
         "setup.policy": module.source.path,
@@ -261,7 +256,7 @@ def _log_hyperparameters(trainer: Trainer, module: LanguageModule) -> None:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             # Lightning would log the metrics as scalars once more; their values are those of the tags, at every time.
             for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
-                logger.experiment._get_file_writer().add_summary(summary)
+                logger.experiment.file_writer.add_summary(summary)
 
 
 def _samples(trainer: Trainer) -> list[Panel]:

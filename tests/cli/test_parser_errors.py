@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from lit_isdpo.cli import main
-from lit_isdpo.cli.misspelt import explain_option
+from lit_isdpo.cli.parser_errors import explain_option
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -38,23 +39,23 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "--model.loss.logratios: there is no such option; did you mean --model.loss.logratio?",
         ),
         ("--data.tran x", "--data.tran: there is no such option; did you mean --data.train?"),
-        ("--beta 0.1", "unrecognized arguments: --beta 0.1; did you mean --model.loss.beta?"),
-        ("--lr 0.1", "unrecognized arguments: --lr 0.1; did you mean --model.optimizer.lr?"),
-        ("--max_steps 3", "unrecognized arguments: --max_steps 3; did you mean --trainer.max_steps?"),
+        ("--beta 0.1", "--beta: there is no such option; did you mean --model.loss.beta?"),
+        ("--lr 0.1", "--lr: there is no such option; did you mean --model.optimizer.lr?"),
+        ("--max_steps 3", "--max_steps: there is no such option; did you mean --trainer.max_steps?"),
         (
             "--batch_size 3",
-            "unrecognized arguments: --batch_size 3; did you mean --data.batch_size, --probe.batch_size or "
+            "--batch_size: there is no such option; did you mean --data.batch_size, --probe.batch_size or "
             "--evaluation.batch_size?",
         ),
         (
             "--model RewardModule --centring 1",
-            "unrecognized arguments: --centring 1; did you mean --model.centering?",
+            "--centring: there is no such option; did you mean --model.centering?",
         ),
-        ("--model.polcy.path x", "unrecognized arguments: --polcy.path=x; did you mean --model.policy.path?"),
+        ("--model.polcy.path x", "--model.polcy.path: there is no such option; did you mean --model.policy.path?"),
         (
             "--model RewardModul",
-            "--model: 'RewardModul' is no file and no class; known are OnlineModule, PreferenceModule, SFTModule, "
-            "RewardModule; did you mean RewardModule?",
+            "--model: 'RewardModul' is no file and no class; known are OnlineModule, PreferenceModule, RewardModule, "
+            "SFTModule; did you mean RewardModule?",
         ),
         ("--model=torch.nn.Linear", "--model: 'torch.nn.Linear' is a class of another kind; known are "),
         (
@@ -71,7 +72,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "--model.schedule cosine",
             "--model.schedule: 'cosine' is no config file; it has options of its own: model.schedule.decay, ",
         ),
-        ("--model OnlineModule", "reward: a reward (LabReward, RewardModel or a class of yours) is missing"),
+        ("--model OnlineModule", "model.reward is missing, and has no default; it takes LabReward or RewardModel"),
         ("--config .", "--config: '.' is a folder; name a file in it."),
         ("--ckpt_path=", "ckpt_path is empty"),
         ("--trainer.barebones=true", "trainer.barebones is not supported"),
@@ -90,7 +91,7 @@ def test_flags(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("fti", "there is no verb 'fti'; the verbs are export, study, fit, validate, "),
+        ("fti", "there is no verb 'fti'; the verbs are fit, validate, "),
         ("fti", "; did you mean fit?"),
         ("exprot --ckpt_path x", "; did you mean export?"),
         (
@@ -100,7 +101,7 @@ def test_flags(
         ("--trainer.max_steps 3 fit", "the verb comes first, its options behind it: lit-isdpo fit --..."),
         ("", "a verb is missing"),
         ("export", "the following arguments are required: ckpt_path, output_dir"),
-        ("export --ckpt x", "unrecognized arguments: --ckpt x; did you mean --ckpt_path?"),
+        ("export --ckpt x", "--ckpt: there is no such option; did you mean --ckpt_path?"),
     ],
 )
 def test_verbs(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,11 +121,11 @@ def test_verbs(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]
         ("trainer:\n  logger:\n    init_args: {save_dir: x}\n", "trainer.logger: the class_path is missing beside {"),
         ("trainer: null\n", "trainer is null; leave the section out for its defaults."),
         ("probe: null\n", "probe is null; leave the section out for its defaults."),
-        ("model: null\n", "model: it is missing, and has no default"),
+        ("model: null\n", "model is missing, and has no default"),
         ("trainer:\n  max_steps: [1\nmodel: x\n", "file.yaml' is not valid YAML: "),
         ("- a\n", "file.yaml' does not map names to values"),
-        ("", "file.yaml' is empty"),
-        ("\udcff", "file.yaml' is no text file in UTF-8."),
+        ("", "file.yaml' does not map names to values"),
+        ("\udcff", "file.yaml' is not valid YAML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_config_files(content: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,5 +142,6 @@ def test_a_config_file_of_a_similar_name(verb: str, tmp_path: Path, capsys: pyte
 
 
 def test_what_is_not_known_stays() -> None:
-    assert explain_option("something else", []) == "something else"
-    assert explain_option('Parser key "trainer.max_steps": no', ["fit"]) == "trainer.max_steps: no"
+    parser = ArgumentParser()
+    assert explain_option("something else", [], parser) == "something else"
+    assert explain_option('Parser key "trainer.max_steps": no', ["fit"], parser) == "trainer.max_steps: no"

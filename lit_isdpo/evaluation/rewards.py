@@ -23,7 +23,7 @@ from lit_isdpo.policy.reward_model import (
     read_score_config,
 )
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
-from lit_isdpo.types import InputError, Prompt, Reward, TokenizedExample
+from lit_isdpo.types import InputError, Prompt, Reward, TokenizedExample, check_least
 
 
 class LabReward(Reward):
@@ -117,9 +117,8 @@ class RewardModel(Reward):
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
         self.truncation_mode = truncation_mode
         self.chat_template = chat_template
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-            if value < least:
-                raise InputError(f"reward.{name} must be at least {least}, not {value}.")
+        check_least("reward.batch_size", batch_size, 1)
+        check_least("reward.max_length", max_length, 2)
         if not 1 <= self.max_prompt_length < max_length:
             raise InputError(
                 f"reward.max_prompt_length must be at least 1 and less than reward.max_length, which is {max_length}, "

@@ -144,7 +144,7 @@ class Judge:
         answers = Answers(self._answers)
         if any(not _is_settled(answers[key]) for key in requests):
             self._ask(requests, answers)
-        invalid = [answers[key][-1] for key in requests if answers[key] and _first_preference(answers[key]) is None]
+        invalid = [answers[key][-1] for key in requests if answers[key] and isnan(_preference(answers[key]))]
         if invalid:
             logger.warning(
                 "judge: %d of %d answers hold no verdict, such as %r", len(invalid), len(requests), invalid[-1][-200:]
@@ -262,17 +262,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _first_preference(answers: Sequence[str]) -> float | None:
-    return next((found for found in map(parse_preference, answers) if found is not None), None)
-
-
 def _preference(answers: Sequence[str]) -> float:
-    found = _first_preference(answers)
-    return float("nan") if found is None else found
+    """The first one that an answer gives; NaN where none does."""
+    return next((found for found in map(parse_preference, answers) if found is not None), float("nan"))
 
 
 def _is_settled(answers: Sequence[str]) -> bool:
-    return len(answers) >= MAX_INVALID or _first_preference(answers) is not None
+    return len(answers) >= MAX_INVALID or not isnan(_preference(answers))
 
 
 def _prompt_text(prompt: Prompt) -> str:

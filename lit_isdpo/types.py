@@ -102,7 +102,8 @@ class SFTExample(NamedTuple):
 class TokenizedPair(NamedTuple):
     """A pair as token ids. The prompt is one list shared by both responses, so that they cannot disagree about it.
 
-    ``changes`` says what was cut of the text, in the words of ``data.truncation.Change``.
+    Between the ids and the changes are numbers, which a batch holds under the same names. ``changes`` says what was cut
+    of the text, in words.
     """
 
     prompt_ids: list[int]
@@ -198,20 +199,32 @@ class PreferenceBatch(NamedTuple):
 
     Attributes:
         tokens: the stacked sequences.
-        behavior_logps: ``(2B,)`` float32 in nats, NaN where the data has none.
-        pair_weights: ``(B,)`` float32, the data's own factor of each pair's loss, at least 0; 1 where it has none.
-        margins: ``(B,)`` float32, what the pair's scaled preference must exceed; 0 where the data has none.
+        numbers: what the data says of each pair in numbers, ``(B,)`` float32 under the names that
+            :class:`TokenizedPair` gives them; NaN where the data has none.
         row_ids: ``(B,)`` int64, the pair's line in its table; -1 marks a pair that only fills up the last batch of an
             evaluation.
         num_counted: how many pairs count: the first ones. The others, if any, only fill up the batch.
     """
 
     tokens: TokenBatch
-    behavior_logps: Tensor
-    pair_weights: Tensor
-    margins: Tensor
+    numbers: dict[str, Tensor]
     row_ids: Tensor
     num_counted: int
+
+    @property
+    def behavior_logps(self) -> Tensor:
+        """``(2B,)`` float32 in nats, NaN where the data has none."""
+        return torch.cat([self.numbers["chosen_behavior_logps"], self.numbers["rejected_behavior_logps"]])
+
+    @property
+    def pair_weights(self) -> Tensor:
+        """``(B,)`` the data's own factor of each pair's loss, at least 0; 1 where it has none."""
+        return self.numbers["weight"]
+
+    @property
+    def margins(self) -> Tensor:
+        """``(B,)`` what the pair's scaled preference must exceed; 0 where the data has none."""
+        return self.numbers["margin"]
 
 
 class SFTBatch(NamedTuple):

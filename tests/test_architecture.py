@@ -24,6 +24,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {
     "objective": {"lightning", "transformers", "datasets", "logging"},
     "data/formats": {"torch", "transformers"},
+    "data/row_fields": {"torch", "transformers"},
+    "data/examples": {"torch", "transformers"},
     "policy": {"lightning"},
     "lab": {"lightning"},
     "evaluation": {"lightning"},

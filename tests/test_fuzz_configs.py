@@ -22,7 +22,7 @@ from lit_isdpo.objective import losses, weights
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
-from lit_isdpo.training.module import Sampling
+from lit_isdpo.training.models import PredictSampling
 from lit_isdpo.training.optimization import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
@@ -41,7 +41,7 @@ SECTIONS: dict[str, type] = {
     "model": PreferenceModule,
     "model.policy": PolicyConfig,
     "model.schedule": Schedule,
-    "model.sampling": Sampling,
+    "model.sampling": PredictSampling,
     "data": PreferenceDataModule,
     "probe": SamplingProbe,
     "evaluation": Evaluation,
@@ -79,7 +79,7 @@ def test_the_options_are_found() -> None:
     assert "loss ChiPOLoss reward_bound" in METHODS
 
 
-CONSTRUCTED = [*LOSSES, *WEIGHTINGS, Schedule, Sampling, PreferenceDataModule, SamplingProbe, Evaluation]
+CONSTRUCTED = [*LOSSES, *WEIGHTINGS, Schedule, PredictSampling, PreferenceDataModule, SamplingProbe, Evaluation]
 CONSTRUCTED += [PreferenceLabels, LastCheckpoint, PolicyConfig]
 REQUIRED = {"logratio": "sum"}
 

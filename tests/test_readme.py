@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lit_isdpo.data import encoding, formats, readers
-from lit_isdpo.data.readers import Reason
-from lit_isdpo.data.truncation import Change
+from lit_isdpo.data.formats import FORMATS
+from lit_isdpo.data.outcomes import Change, Reason
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from tests.processes import start
 
@@ -121,8 +120,6 @@ def test_the_python_of_the_data_page(folder: Path, model_dir: str, monkeypatch: 
 
 def test_the_data_page_names_all_reasons_and_changes() -> None:
     notes = [reason.value for reason in Reason] + [change.value for change in Change]
-    notes += [formats.PROMPT_REMOVED, formats.PROMPT_REPEATED, readers.OTHER_PROMPT]
-    notes += [value for name, value in vars(encoding).items() if name.startswith(("PROMPT_", "RESPONSE_", "SPECIAL_"))]
     missing = [note for note in notes if f"`{note}" not in DATA_PAGE]
     assert missing == []
-    assert [name for name in formats.FORMATS if f"`{name}`" not in DATA_PAGE] == []
+    assert [name for name in FORMATS if f"`{name}`" not in DATA_PAGE] == []

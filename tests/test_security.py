@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from lit_isdpo.cli import main
-from lit_isdpo.data.readers import RowError
+from lit_isdpo.data.encoding import load_tokenizer
+from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.sources import DataSource, open_source
-from lit_isdpo.data.tokenization import TextEncoder, load_tokenizer, tokenize_pair
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.policy.adapters import CONFIG_NAME
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, load_config
@@ -306,7 +307,7 @@ def test_a_chat_template_reaches_no_python(model: Path) -> None:
     tokenizer = load_tokenizer(str(model))
     example = PreferenceExample([Message(role="user", content="POST: price")], " good", " bad")
     with pytest.raises(RowError, match="refused by the chat template"):
-        tokenize_pair(example, TextEncoder(tokenizer), max_length=64, max_prompt_length=32)
+        tokenize_pair(example, TextEncoder(tokenizer), Limits(64, 32))
 
 
 def test_a_runs_code_is_not_exported(
@@ -330,7 +331,7 @@ def test_a_loading_script_does_not_run(
     for path, why in ((folder, "no data files"), (script, "unknown suffix")):
         assert why in refusal(["fit", *tiny, "--trainer.max_steps=1", f"--data.train={path}"], capsys)
     shutil.copy(pairs_file, folder / "train.jsonl")
-    assert len(open_source(DataSource(str(folder)), "data.train").records("train")) == 40
+    assert len(open_source(DataSource(str(folder)), "data.train").read("train")) == 40
     assert not trace.exists()
 
 

@@ -38,7 +38,6 @@ from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.module import PolicyModule
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
@@ -177,7 +176,7 @@ class IsdpoCLI(LightningCLI):
     def before_predict(self) -> None:
         """Likewise; refuses a model that does not write."""
         self.before_validate()
-        if not isinstance(self.model, PolicyModule):
+        if not self.model.writes:
             raise InputError(
                 "predict: responses are sampled from a policy, and model is a reward model; give it to an evaluation."
             )

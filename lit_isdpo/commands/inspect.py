@@ -1,25 +1,27 @@
 """Shows the data as a fit will see it, before anything is trained: what is masked, what is learned, what is odd."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data import accounts
-from lit_isdpo.data.accounts import Split
+from lit_isdpo.data import outcomes
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.encoding import special_ids
-from lit_isdpo.data.profile import num_shared_prompts, profile_labels
-from lit_isdpo.data.rows import PAIRS, Rows
-from lit_isdpo.data.tokenization import terminator_ids
+from lit_isdpo.data.encoding import special_ids, terminator_ids
+from lit_isdpo.data.outcomes import Split
+from lit_isdpo.data.tokenized_rows import PAIRS, Rows
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -34,6 +36,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _BINS = 24
 _MOST_BYTES = 4  # of a character in UTF-8
 _SHOWN_TOKENS = 400  # of a part; the middle of a longer one is left out
+LONGER, SHORTER = "the chosen response is longer", "the rejected response is longer"
 _LENGTH_BIAS = 0.6  # share of the longer responses among the chosen ones that is worth a word
 
 
@@ -64,16 +67,17 @@ def inspect_data(
     if num_pairs < 0:
         raise InputError(f"num_pairs must be at least 0, not {num_pairs}.")
     trainer.strategy.connect(module)
-    module.trainer = datamodule.trainer = trainer
+    module.trainer = trainer
+    module.hand_over(datamodule)
     splits = datamodule.splits
     splits.max_dropped_fraction = None
-    console = accounts.console()
+    console = outcomes.console()
     splits.load("train" if datamodule.sources["train"] else split)
     if len(splits.rows.get("train", ())):
         splits.load("val")
     if splits.parts("test"):
         splits.load("test")
-    console.print(accounts.table(splits.counts, unit=splits.row_type.kind), markup=False)
+    console.print(outcomes.table(splits.counts, unit=splits.row_type.kind), markup=False)
     if listing is not None:
         _write_listing(Path(listing), [row for name in splits.counts for row in _noted(datamodule, name)], console)
     if split not in splits.rows:
@@ -112,19 +116,14 @@ def _lengths(datamodule: TextDataModule, split: Split) -> Table:
     """Quantiles and histograms of the tokens of each part of a row."""
     counts = datamodule.splits.rows[split].num_tokens()
     responses = [count for name, count in counts.items() if name != "prompt"]
-    counts["prompt + longest" if len(responses) > 1 else "prompt + completion"] = counts["prompt"] + torch.stack(
-        responses
-    ).amax(0)
-    grid = Table(title=f"\nTokens of {split}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    grid.add_column("")
-    for name in ("least", "5%", "median", "95%", "most", "mean"):
-        grid.add_column(name, justify="right")
+    both = "prompt + longest" if len(responses) > 1 else "prompt + completion"
+    counts[both] = counts["prompt"] + torch.stack(responses).amax(0)
+    grid = _grid(f"Tokens of {split}", "least", "5%", "median", "95%", "most", "mean")
     longest = max(int(count.max()) for count in counts.values())
     grid.add_column(f"0 to {longest:,}")
     for name, count in counts.items():
         ends = [int(count.double().quantile(q, interpolation="nearest")) for q in (0.0, 0.05, 0.5, 0.95, 1.0)]
-        numbers = [f"{number:,}" for number in ends]
-        grid.add_row(name, *numbers, f"{count.double().mean():,.1f}", bars(count, longest))
+        grid.add_row(name, *(f"{number:,}" for number in ends), f"{count.double().mean():,.1f}", bars(count, longest))
     return grid
 
 
@@ -142,44 +141,82 @@ def _print_labels(datamodule: TextDataModule, split: Split, console: Console) ->
     """Prints what the labels of the pairs prefer besides what they mean."""
     splits = datamodule.splits
     rows = splits.rows[split]
-    labels = profile_labels(rows, terminator_ids(datamodule.tokenizer))
-    unequal = labels.chosen_longer + labels.rejected_longer
-    share = labels.chosen_longer / max(1, unequal)
-    grid = Table(title=f"\nLabels of {split}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    grid.add_column("")
-    grid.add_column("pairs", justify="right")
-    grid.add_column("share", justify="right")
-
-    def add(label: str, number: int) -> None:
-        grid.add_row(label, f"{number:,}", f"{number / len(rows):.1%}")
-
-    add("the chosen response is longer", labels.chosen_longer)
-    add("the rejected response is longer", labels.rejected_longer)
-    add("both are equally long", len(rows) - unequal)
-    add("the chosen response was cut", labels.chosen_cut)
-    add("the rejected response was cut", labels.rejected_cut)
-    add("another pair says the opposite", labels.contradicted)
-    for other, others in splits.rows.items():
-        if other != "train" and "train" in splits.rows:
-            number = num_shared_prompts(others, splits.rows["train"])
-            grid.add_row(
-                f"{other} rows whose prompt is trained on", f"{number:,}", f"{number / max(1, len(others)):.1%}"
-            )
-    grid.add_row("different prompts", f"{labels.num_prompts:,}", "")
-    grid.add_row("most pairs of one prompt", f"{labels.most_pairs:,}", "")
-    grid.add_row("responses chosen here and rejected there", f"{labels.both_ways:,}", "")
-    grid.add_row("tokens, chosen minus rejected, mean", f"{labels.mean_difference:+.1f}", "")
+    of_pairs, others = profile_labels(rows, terminator_ids(datamodule.tokenizer))
+    grid = _grid(f"Labels of {split}", "pairs", "share")
+    shares = [(label, number, len(rows)) for label, number in of_pairs.items()]
+    for name in splits.rows if "train" in splits.rows else ():
+        if name != "train":
+            number = num_shared_prompts(splits.rows[name], splits.rows["train"])
+            shares.append((f"{name} rows whose prompt is trained on", number, len(splits.rows[name])))
+    for label, number, total in shares:
+        grid.add_row(label, f"{number:,}", f"{number / max(1, total):.1%}")
+    for label, value in others.items():
+        grid.add_row(label, value, "")
     console.print(grid)
+    share = of_pairs[LONGER] / max(1, of_pairs[LONGER] + of_pairs[SHORTER])
     favor = "long" if share > _LENGTH_BIAS else "short" if share < 1 - _LENGTH_BIAS else None
-    console.print(
-        f"Of responses of different length the longer one is chosen in {share:.1%}"
-        + (
-            f": the labels favor {favor} responses, and a policy will learn that too (R-DPO takes it out)."
-            if favor
-            else "."
-        ),
-        soft_wrap=True,
-    )
+    advice = f": the labels favor {favor} responses, and a policy will learn that too (R-DPO takes it out)."
+    said = f"Of responses of different length the longer one is chosen in {share:.1%}"
+    console.print(said + (advice if favor else "."), soft_wrap=True)
+
+
+def _grid(title: str, *columns: str) -> Table:
+    grid = Table("", title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(column, justify="right")
+    return grid
+
+
+def profile_labels(rows: Rows, terminator_ids: list[int]) -> tuple[dict[str, int], dict[str, str]]:
+    """Reads all pairs of a split once, and finds what their labels prefer besides what they mean.
+
+    Args:
+        rows: at least one pair.
+        terminator_ids: tokens that end a response; a response that was cut has none.
+
+    Returns:
+        Numbers of pairs, and other numbers as text.
+    """
+    lengths = rows.num_tokens()
+    difference = (lengths["chosen"] - lengths["rejected"]).double()
+    prompts = rows.prompt_keys().tolist()
+    sides = [list(_responses(rows, f"{name}_ids")) for name in ("chosen", "rejected")]
+    cut = [sum(last not in terminator_ids for _, last in side) for side in sides]
+    pairs = list(zip(prompts, *([key for key, _ in side] for side in sides), strict=True))
+    known = set(pairs)
+    chosen, rejected = ({(pair[0], pair[side]) for pair in pairs} for side in (1, 2))
+    of_pairs = {
+        LONGER: int((difference > 0).sum()),
+        SHORTER: int((difference < 0).sum()),
+        "both are equally long": int((difference == 0).sum()),
+        "the chosen response was cut": cut[0],
+        "the rejected response was cut": cut[1],
+        "another pair says the opposite": sum((prompt, worse, better) in known for prompt, better, worse in pairs),
+    }
+    return of_pairs, {
+        "different prompts": f"{len(set(prompts)):,}",
+        "most pairs of one prompt": f"{max(Counter(prompts).values()):,}",
+        "responses chosen here and rejected there": f"{len(chosen & rejected):,}",
+        "tokens, chosen minus rejected, mean": f"{float(difference.mean()):+.1f}",
+    }
+
+
+def num_shared_prompts(rows: Rows, others: Rows) -> int:
+    """Rows of a split whose prompt is one of another split's."""
+    return int(torch.isin(rows.prompt_keys(), others.prompt_keys()).sum())
+
+
+def _responses(rows: Rows, column: str) -> Iterator[tuple[bytes, int]]:
+    """A hash of each row's tokens, and the last one."""
+    start = 0
+    for chunk in rows.table.data.column(column).chunks:  # one by one: a table may hold more tokens than one array can
+        values: NDArray[np.int32] = chunk.values.to_numpy()
+        offsets = chunk.offsets.to_numpy()
+        inside = rows.positions[(rows.positions >= start) & (rows.positions < start + len(chunk))] - start
+        for at in inside.tolist():
+            tokens = values[offsets[at] : offsets[at + 1]]
+            yield hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), int(tokens[-1])
+        start += len(chunk)
 
 
 def _chosen_rows(datamodule: TextDataModule, split: Split, number: int, wanted: Sequence[int] | None) -> list[int]:
@@ -218,18 +255,11 @@ def show_row(datamodule: TextDataModule, split: Split, row_id: int, *, separator
     lines = [head]
     tokens = batch.tokens
     names = [name for name in rows.num_tokens() if name != "prompt"]
-    for name, ids, attended, completion, trained, positions in zip(
-        names,
-        tokens.input_ids,
-        tokens.attention_mask,
-        tokens.completion_ids,
-        tokens.completion_mask,
-        tokens.logit_positions,
-        strict=True,
-    ):
-        learned = (positions[trained] % len(ids)) + 1  # what position t predicts stands at t + 1
-        assert torch.equal(ids[learned], completion[trained])
-        masked = attended.clone()
+    for number, name in enumerate(names):
+        ids, trained = tokens.input_ids[number], tokens.completion_mask[number]
+        learned = (tokens.logit_positions[number][trained] % len(ids)) + 1  # position t predicts the token at t + 1
+        assert torch.equal(ids[learned], tokens.completion_ids[number][trained])
+        masked = tokens.attention_mask[number].clone()
         masked[learned] = False
         if name == names[0]:
             lines += _part("prompt", ids[masked].tolist(), datamodule.tokenizer, separator)

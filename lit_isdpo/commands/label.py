@@ -10,11 +10,12 @@ from typing import Any, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_isdpo.data.pairing import Pairing, choose_pairs
+from lit_isdpo.data.examples import Pairing, choose_pairs
 from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.lab.labelling import Labeller, PairRow, SampledRow, sampled_logps, to_rows
 from lit_isdpo.policy.generation import Sampling
-from lit_isdpo.training.module import PolicyModule, Prediction
+from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Response, Reward
 
@@ -71,7 +72,7 @@ class PreferenceLabels(Callback):
         """
         if self.reward is None:
             return
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         datamodule = pl_module.data
         split = datamodule.split_to_predict
         kinds = {type(datamodule.splits.prompt(split, row_id)) for row_id in datamodule.splits.first_rows(split)}
@@ -102,7 +103,7 @@ class PreferenceLabels(Callback):
         """Labels the responses to the prompts of a batch."""
         if self._labeller is None:
             return
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         datamodule = pl_module.data
         rows = []
         for row_id, predictions in groupby(outputs, key=lambda prediction: prediction.row_id):
@@ -136,7 +137,7 @@ class PreferenceLabels(Callback):
         """
         if self._labeller is None:
             return
-        assert isinstance(pl_module, PolicyModule)
+        assert isinstance(pl_module, LanguageModule)
         parts = pl_module.ranks.gather((self._pairs, self._counts))
         # Sorting keeps the order of a row's own pairs.
         pairs = [pair for _, pair in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]

@@ -90,7 +90,8 @@ def make_plan(
         InputError: whatever is wrong with the model or the data.
     """
     trainer.strategy.connect(module)
-    module.trainer = datamodule.trainer = trainer
+    module.trainer = trainer
+    module.hand_over(datamodule)
     rows, micro_batches = datamodule.split_batch(devices)
     strategy = trainer.strategy
     with _pretended_ranks(devices) if isinstance(strategy, FSDP2Strategy) else nullcontext():

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.commands.inspect import inspect_data
 from lit_isdpo.commands.plan import make_plan, print_plan
-from lit_isdpo.data.accounts import Split
 from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.reference_cache import cache_folder
@@ -101,17 +101,17 @@ class IsdpoTrainer(Trainer):
         Raises:
             InputError: there is no reference.
         """
-        if not isinstance(model, PreferenceModule) or model.reference_config is None:
+        if not isinstance(model, PreferenceModule) or model.comparison.config is None:
             raise InputError("precompute: there is no reference that scores pairs in training: nothing to compute.")
-        model.reference_config = replace(model.reference_config, cache=True)
-        model.caches_test_rows = True
+        model.comparison.config = config = replace(model.comparison.config, cache=True)
+        model.comparison.caches_test_rows = True
         # A fit of no steps: whatever launches ranks and sets up devices for a fit does it here.
         self.loggers = []
         untyped: Any = self
         untyped.callbacks = []
         self.fit_loop.epoch_loop.max_steps = 0
         self.fit(model, datamodule=datamodule)
-        rank_zero_info(f"The reference's log-probs are in {cache_folder(self, model.reference_config)}")
+        rank_zero_info(f"The reference's log-probs are in {cache_folder(self, config)}")
 
     def inspect(
         self,

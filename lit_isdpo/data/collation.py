@@ -14,8 +14,8 @@ layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is comp
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -196,13 +196,12 @@ def collate_pairs(
             [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs],
             pad_token_id=pad_token_id,
         )
-    behavior = [pair.chosen_behavior_logps for pair in pairs] + [pair.rejected_behavior_logps for pair in pairs]
-    behavior_logps = torch.tensor([math.nan if logps is None else logps for logps in behavior])
-    pair_weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
-    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float32)
-    return PreferenceBatch(
-        tokens, behavior_logps, pair_weights, margins, torch.tensor(row_ids), num_counted=_num_counted(row_ids)
-    )
+    rows = list(zip(*(pair[3:-1] for pair in pairs), strict=True))  # all between the ids and the changes
+    numbers = {
+        name: torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+        for name, values in zip(pairs[0]._fields[3:-1], rows, strict=True)
+    }
+    return PreferenceBatch(tokens, numbers, torch.tensor(row_ids), num_counted=_num_counted(row_ids))
 
 
 def collate_examples(examples: Sequence[TokenizedExample], row_ids: Sequence[int], *, pad_token_id: int) -> SFTBatch:
@@ -233,3 +232,9 @@ def batch_prompts(batch: PreferenceBatch | SFTBatch) -> list[tuple[int, list[int
     # The last prompt token predicts the first response token.
     ends = (tokens.logit_positions[:, 0] % length + 1).tolist()
     return [(row_id, tokens.input_ids[row, : ends[row]].tolist()) for row, row_id in enumerate(batch.row_ids.tolist())]
+
+
+def stack_rows(rows: Sequence[tuple[int, Any]], *, collate: Callable[..., Any]) -> Any:
+    """The batch of ``(row id, item)``."""
+    row_ids, items = zip(*rows, strict=True)
+    return collate(items, row_ids)

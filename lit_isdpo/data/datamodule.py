@@ -2,9 +2,8 @@
 
 sources -> files -> rows -> formats -> tokenization -> a memory-mapped table -> splits -> order -> collation -> batches
 
-It is longer than a module should be because its constructor is what a user configures: half of it documents the options
-and says in a sentence how each can be wrong. Which rows belong to which split is settled in ``splits``, how they are
-read and tokenized in ``files`` and ``rows``, their order in ``sampling``; what is left here needs the trainer.
+Which rows belong to which split is settled in ``splits``, how they are read and tokenized in ``tokenized_rows``, their
+order in ``sampling``. What a data module must know of the model and of the run is handed to it (``read_for``).
 """
 
 import hashlib
@@ -13,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
@@ -21,31 +20,25 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data import accounts
-from lit_isdpo.data.accounts import Split
-from lit_isdpo.data.collation import Layout
-from lit_isdpo.data.formats import FORMATS, check_pairing
-from lit_isdpo.data.pairing import Pairing
-from lit_isdpo.data.rows import DEMONSTRATIONS, PAIRS, Rows, RowType, TokenizedSource, tokenize_rows
+from lit_isdpo.data import outcomes
+from lit_isdpo.data.collation import Layout, stack_rows
+from lit_isdpo.data.encoding import check_template_options, load_tokenizer, pad_token_id
+from lit_isdpo.data.examples import Pairing, check_pairing
+from lit_isdpo.data.formats import FORMATS
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.data.sampling import (
     EvaluationOrder,
+    Reader,
     TrainingLoader,
     TrainingOrder,
     check_random_order,
-    limited_steps,
     rows_read,
     split_batch,
 )
 from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
-from lit_isdpo.data.tokenization import (
-    ChatTemplate,
-    TextEncoder,
-    check_template_options,
-    load_tokenizer,
-    pad_token_id,
-)
-from lit_isdpo.data.truncation import TruncationMode
+from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode
+from lit_isdpo.data.tokenized_rows import DEMONSTRATIONS, PAIRS, Recipe, Rows, RowType, TokenizedSource, tokenize_rows
 from lit_isdpo.types import InputError, ProbePrompt
 
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -173,8 +166,8 @@ class TextDataModule(LightningDataModule, ABC):
             duplicates=duplicates,
             read=self._read,
         )
+        self.reader = Reader()
         self._order: TrainingOrder | None = None
-        self._limits: tuple[Any, Any] | None = None  # of the trainer, before they were made whole steps
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def _check_arguments(self) -> None:
@@ -209,47 +202,49 @@ class TextDataModule(LightningDataModule, ABC):
                 f"data.val_size is {self.val_size}; it must be a fraction between 0 and 1 or a number of rows"
             )
 
+    def read_for(self, reader: Reader) -> None:
+        """Tells who will read the rows. A module must call it before each run, in ``configure_callbacks``."""
+        self.reader = reader
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that ``tokenizer`` names, else the one of the model that is being trained."""
         if self._tokenizer is None:
-            if self.tokenizer_path is not None:
-                self._tokenizer = load_tokenizer(self.tokenizer_path)
-            elif self.trainer is not None:
-                self._tokenizer = cast(PreTrainedTokenizerBase, self.trainer.lightning_module.tokenizer)
-            else:
-                raise InputError("data.tokenizer: without a model, a tokenizer must be named")
+            self._tokenizer = (
+                self.reader.tokenizer if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
+            )
+        if self._tokenizer is None:
+            raise InputError("data.tokenizer: without a model, a tokenizer must be named")
         return self._tokenizer
 
     @property
     def encoder(self) -> TextEncoder:
         """Writes prompts and responses as the model reads them."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        limit = getattr(module, "first_without_row", None)
+        limit = self.reader.first_without_row
         return TextEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs, first_without_row=limit)
 
     def prepare_data(self) -> None:
         """Reads and tokenizes on one rank of a node, so that the others find the tokens in ``setup``."""
-        assert self.trainer is not None
-        assert self.trainer.state.fn is not None
-        self._load(self.trainer.state.fn.value)
+        if self.reader == Reader():  # else every rank would read all rows
+            raise InputError("data: no module has told who reads the rows; call TextDataModule.read_for.")
+        self._load(self.reader.stage)
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes what the stage needs, and settles how optimizer steps are put together."""
         self._load(stage)
         if stage == "fit" and self._order is None:
-            if self._mixes_pairs:
+            if self.reader.mixes_pairs:
                 check_random_order(self.length_window)
             self._order = TrainingOrder(
                 [counts.kept for counts in self.splits.counts["train"]],
                 weights=[source.weight for source in self.sources["train"]],
                 batch_size=self.batch_size,
                 micro_batch_size=self.rows_per_forward,
-                world_size=self._world_size,
-                rank=self._rank,
+                world_size=self.reader.world_size,
+                rank=self.reader.rank(),
                 seed=self.seed,
-                optimizer_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
-                lengths=self.splits.rows["train"].lengths() if self.length_window and not self._mixes_pairs else None,
+                optimizer_step=lambda: self.reader.step(),
+                lengths=self.splits.rows["train"].lengths() if self._by_length else None,
                 length_window=max(1, self.length_window),
                 balanced=self.packing_length is not None,
             )
@@ -262,49 +257,8 @@ class TextDataModule(LightningDataModule, ABC):
                     "epoch of data.train"
                 )
             self._print_notes(self.splits.rows["train"], self._order)
-        if stage == "fit":
-            self._limit_epoch()
-
-    def _limit_epoch(self) -> None:
-        """Makes Lightning's limits whole optimizer steps; it would make the last one of a part of its micro-batches."""
-        trainer: Any = self.trainer
-        if trainer is None or not trainer.limit_train_batches:
-            return
-        assert self._order is not None
-        limit, micro_batches, whole = (
-            trainer.limit_train_batches,
-            trainer.accumulate_grad_batches,
-            self._order.steps_per_epoch,
-        )
-        steps = limited_steps(limit, whole, micro_batches)
-        given = limit if isinstance(limit, int) else int(limit * whole * micro_batches)
-        if given < steps * micro_batches:
-            rank_zero_info(
-                f"An epoch is limited to {steps:,} optimizer step(s) of {micro_batches:,} micro-batches, and not to "
-                f"{given:,} micro-batches, which would cut the last step."
-            )
-        self._limits = trainer.limit_train_batches, trainer.overfit_batches
-        trainer.limit_train_batches = steps * micro_batches
-        # Lightning would put a sampler of its own in place of this order, and every rank would read the same rows.
-        self._order.num_repeated = steps if trainer.overfit_batches else None
-        trainer.overfit_batches = 0
-
-    def teardown(self, stage: str) -> None:
-        """Gives a trainer that goes on with other data its own limits back."""
-        if stage == "fit" and self._limits is not None and self.trainer is not None:
-            untyped: Any = self.trainer
-            untyped.limit_train_batches, untyped.overfit_batches = self._limits
-            self._limits = None
 
     def _load(self, stage: str) -> None:
-        if stage == "fit" and self.trainer is not None:
-            accumulation = self.split_batch(self._world_size)[1]
-            if self.trainer.accumulate_grad_batches not in (1, accumulation):
-                raise InputError(
-                    f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size "
-                    f"and data.micro_batch_size make it {accumulation}; leave it out"
-                )
-            self.trainer.accumulate_grad_batches = accumulation
         missing = [split for split in self._stage_splits(stage) if split not in self.splits.rows]
         for split in missing:
             self.splits.load(split)
@@ -313,30 +267,21 @@ class TextDataModule(LightningDataModule, ABC):
 
     def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
         """A split of a source, tokenized; messages call it ``label``."""
-        return tokenize_rows(
-            source.records(name, self.columns),
-            self.row_type,
-            self.format,
-            self.encoder,
-            name=label,
-            num_proc=self.num_proc,
-            read_options=self.read_options,
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            truncation_mode=self.truncation_mode,
-        )
+        limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
+        recipe = Recipe(self.row_type, self.format, self.encoder, limits, self.read_options)
+        return tokenize_rows(source.read(name, self.columns), recipe, name=label, num_proc=self.num_proc)
 
     @rank_zero_only
     def _print_counts(self, splits: Sequence[Split]) -> None:
         counts = {split: self.splits.counts[split] for split in splits}
-        accounts.console().print(accounts.table(counts, unit=self.row_type.kind), markup=False)
+        outcomes.console().print(outcomes.table(counts, unit=self.row_type.kind), markup=False)
 
     @rank_zero_only
     def _print_notes(self, rows: Rows, order: TrainingOrder) -> None:
         unused = order.num_unused
-        items = [item for _, item in rows.__getitems__(list(range(min(len(rows), accounts.SPELLED_ROWS))))]
+        items = [item for _, item in rows.__getitems__(list(range(min(len(rows), outcomes.SPELLED_ROWS))))]
         texts = [ids for item in items for ids in item[:2]]  # prompts and responses
-        for note in accounts.notes(order.steps_per_epoch, self.batch_size, unused, texts, self.tokenizer.decode):
+        for note in outcomes.hints(order.steps_per_epoch, self.batch_size, unused, texts, self.tokenizer.decode):
             rank_zero_info(note)
 
     def _stage_splits(self, stage: str) -> tuple[Split, ...]:
@@ -351,17 +296,9 @@ class TextDataModule(LightningDataModule, ABC):
         return self.predict_split or ("test" if self.splits.parts("test") else "val")
 
     @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
     def rows_per_forward(self) -> int:
         """Rows of a training forward on one rank; known once the number of ranks is."""
-        return self.split_batch(self._world_size)[0]
+        return self.split_batch(self.reader.world_size)[0]
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
         """Rows of a micro-batch, and micro-batches of an optimizer step, on each of ``world_size`` ranks.
@@ -374,94 +311,76 @@ class TextDataModule(LightningDataModule, ABC):
     # Batches
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch of the trainer, its limit counted in.
-
-        The rows that do not fill a last one are left out, others in every epoch.
-        """
+    def order(self) -> TrainingOrder:
+        """Which training rows make up which batch; an epoch leaves out, each time, rows that fill no last step."""
         assert self._order is not None, "setup('fit') comes first"
-        whole = self._order.steps_per_epoch
-        if self.trainer is None:
-            return whole
-        return limited_steps(self.trainer.limit_train_batches, whole, self.trainer.accumulate_grad_batches)
+        return self._order
+
+    @property
+    def _by_length(self) -> bool:
+        """Whether rows are grouped by length at all; they are not where the weights mix the pairs of a micro-batch."""
+        return self.length_window > 0 and not self.reader.mixes_pairs
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro-batches, from the trainer's optimizer step on."""
-        assert self._order is not None, "setup('fit') comes first"
-        if self.packing_length is not None and self._layout == "plain":
+        if self.packing_length is not None and self.reader.layout == "plain":
             raise InputError("data.packing_length: rows are packed where pairs share prompts, which they do not here.")
         return TrainingLoader(
             self.splits.rows["train"],
             batch_size=self.rows_per_forward,
-            sampler=self._order,
+            sampler=self.order,
             persistent_workers=self.num_workers > 0,
-            **self._loader_options(),
-            collate_fn=self.collate(self._layout),
+            **self._loader_options(self.reader.layout),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation row once over the ranks."""
-        return self._evaluation_loader("val", self._layout, limit="limit_val_batches")
+        return self._evaluation_loader("val", self.reader.layout)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every test row once over the ranks."""
-        return self._evaluation_loader("test", self._layout, limit="limit_test_batches")
+        return self._evaluation_loader("test", self.reader.layout)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The rows of ``split_to_predict``, each once over the ranks."""
-        return self._evaluation_loader(self.split_to_predict, "plain")
+        return self._evaluation_loader(self.split_to_predict, "plain", in_own_order=True)
 
-    def _evaluation_loader(self, split: Split, layout: Layout, limit: str | None = None) -> DataLoader[Any]:
+    def _evaluation_loader(self, split: Split, layout: Layout, *, in_own_order: bool = False) -> DataLoader[Any]:
         """In the rows' own order; where all are read, by length; where the weights mix pairs, in random order."""
-        rows = self.splits.rows[split]
+        rows, reader = self.splits.rows[split], self.reader
         batch_size = self.eval_batch_size or self.rows_per_forward
-        by_length, mixed = False, 0
-        if limit is not None:
-            most = getattr(self.trainer, limit, 1.0)
-            reads_all = isinstance(most, float) and most == 1.0  # the integer 1 is one batch
-            by_length = reads_all and self.length_window > 0 and not self._mixes_pairs
-            # Permuted are those that are read, which are the same as those of other weightings.
-            mixed = rows_read(most, len(rows), batch_size, self._world_size) if self._mixes_pairs else 0
+        limit = reader.limits.get(split, 1.0)
+        reads_all = isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
+        # Permuted are those that are read, which are the same as those of other weightings.
+        mixed = reader.mixes_pairs and not in_own_order
         return DataLoader(
             rows,
             batch_size=batch_size,
             sampler=EvaluationOrder(
                 len(rows),
-                world_size=self._world_size,
-                rank=self._rank,
-                lengths=rows.lengths() if by_length else None,
-                mixed=mixed,
+                world_size=reader.world_size,
+                rank=reader.rank(),
+                lengths=rows.lengths() if self._by_length and reads_all and not in_own_order else None,
+                mixed=rows_read(limit, len(rows), batch_size, reader.world_size) if mixed else 0,
             ),
-            **self._loader_options(),
-            collate_fn=self.collate(layout),
+            **self._loader_options(layout),
         )
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _loader_options(self, layout: Layout) -> dict[str, Any]:
         # Rows are tokenized already and quick to stack: Lightning's advice to add workers is beside the point.
         few_workers = r"The '\w+_dataloader' does not have many workers"
         warnings.filterwarnings("ignore", few_workers, category=PossibleUserWarning)
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            "pin_memory": self.reader.pin_memory,
+            "collate_fn": self.collate(layout),
         }
-
-    @property
-    def _layout(self) -> Layout:
-        """How the model that is trained or tested wants its rows."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return "shared" if getattr(module, "shares_prompts", False) else "plain"
-
-    @property
-    def _mixes_pairs(self) -> bool:
-        """Whether a pair's weight depends on the others of its micro-batch, which must then be random."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "mixes_pairs", False)
 
     def collate(self, layout: Layout) -> Any:
         """What makes a batch of ``(row id, item)``."""
         options = {"layout": layout, "row_budget": self.packing_length} if layout == "shared" else {}
         return partial(
-            _stack, collate=partial(self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer), **options)
+            stack_rows, collate=partial(self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer), **options)
         )
 
     # What others ask for
@@ -544,21 +463,8 @@ class PreferenceDataModule(TextDataModule):
         self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}
         self.hparams.update(self.read_options)
 
-    def check_behavior_logps(self, split: Split) -> None:
-        """Checks that every pair of a split that was set up has behavior log-probs.
-
-        Raises:
-            InputError: says how many have none, and names the first.
-        """
-        self.splits.check_behavior_logps(split)
-
 
 class SFTDataModule(TextDataModule):
     """Demonstrations: a prompt and a response to it; of preference pairs the chosen one, of several the best."""
 
     row_type = DEMONSTRATIONS
-
-
-def _stack(rows: Sequence[tuple[int, Any]], *, collate: Any) -> Any:
-    row_ids, items = zip(*rows, strict=True)
-    return collate(items, row_ids)

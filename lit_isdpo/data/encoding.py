@@ -4,26 +4,82 @@ Tokenizers put in front of a text what they want at the beginning of a sequence,
 must have neither. Nothing here knows of pairs or lengths.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_isdpo.data.readers import THOUGHTS, Reason, RowError, noted
-from lit_isdpo.types import Answer, Conversation, Message
+from lit_isdpo.data.outcomes import Change, Reason, RowError, noted
+from lit_isdpo.data.row_fields import THOUGHTS
+from lit_isdpo.names import named_path
+from lit_isdpo.types import NEEDS_CODE, Answer, Conversation, InputError, Message
 
-PROMPT_REWRITTEN = "prompt not rendered as given"  # changes
-RESPONSE_BLANKS = "blanks inside a response changed by the chat template"
-RESPONSE_EXTENDED = "text added to a response by the chat template"
-SPECIAL_IN_PROMPT = "special token inside a prompt"
-SPECIAL_IN_RESPONSE = "special token inside a response"
 THINKS = "a template that thinks may need data.chat_template_kwargs, as in {enable_thinking: false} or true"
 _ANCHOR = "\n"
 _SHOWN = 80  # characters of a text in a message
 _ANYWHERE = ("system", "developer")  # some templates move their turns, into the last user turn for one
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a local folder or from the hub.
+
+    Args:
+        path: folder or hub id of a model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        InputError: there is none, or it has no EOS token.
+    """
+    try:
+        local = named_path(path, "reference")
+        tokenizer = AutoTokenizer.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        # The libraries' messages run over many lines; the first one says what went wrong.
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = NEEDS_CODE if "trust_remote_code" in str(error) else first
+        raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows up: EOS where the tokenizer has no padding token, as masks say what counts."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: EOS, and the one that ends an assistant's turn in the chat template."""
+    ids = [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template:
+        turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+        with suppress(RowError):  # the template refuses a plain turn
+            ids.append(_encode_turn(render_chat(turns, tokenizer, {}, add_generation_prompt=False), "b", tokenizer)[-1])
+    return list(dict.fromkeys(ids))
+
+
+def check_template_options(options: Mapping[str, Any]) -> None:
+    """Checks the further variables of a chat template.
+
+    Raises:
+        InputError: a name is no text or means something to ``apply_chat_template``, or JSON has no word for a value.
+    """
+    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"} | {"messages"}
+    for name, value in options.items():
+        if not isinstance(name, str) or name in own:
+            raise InputError(
+                f"data.chat_template_kwargs: {name!r} is no name for a variable of the template; rename it"
+            )
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data.chat_template_kwargs: {name} must be a plain value: {error}") from error
 
 
 class Encoded(NamedTuple):
@@ -38,7 +94,7 @@ class Encoded(NamedTuple):
 
     prompt_ids: list[int]
     completions: list[list[int]]
-    changes: tuple[str, ...] = ()
+    changes: Sequence[str] = ()
     rewritten: RowError | None = None
 
 
@@ -139,7 +195,7 @@ def encode_chat(
         completions.append(_encode_turn(completion, turn["content"], tokenizer))
     changes = added[:1]  # it is the row that is counted
     if lost := _left_out(before, prompt):
-        changes.append(noted(PROMPT_REWRITTEN, lost))
+        changes.append(noted(Change.PROMPT_REWRITTEN, lost))
     # The template writes BOS itself, where it wants one.
     return Encoded(_encode(prompt, tokenizer), completions, tuple(changes), rewritten)
 
@@ -197,12 +253,12 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
     others = list(_other_texts(turn)) if len(turn) > 2 else []  # role and content are in every turn
     missing = [text for text in [content, *others] if _find(text, completion) is None]
     if missing == [content] and _without_blanks(content) in _without_blanks(completion):
-        return [noted(RESPONSE_BLANKS, _beside(content, completion))]
+        return [noted(Change.RESPONSE_BLANKS, _beside(content, completion))]
     if missing:
         raise RowError(Reason.REWRITTEN, shown=_beside(missing[0], completion))
     blanks = turn["content"][: -len(turn["content"].lstrip())]
     if blanks and turn["content"].rstrip() not in completion:  # an indentation may be what a line means
-        return [noted(RESPONSE_BLANKS, _beside(turn["content"], completion))]
+        return [noted(Change.RESPONSE_BLANKS, _beside(turn["content"], completion))]
     if others:  # how a thought or a call is written is the template's business
         return []
     at = completion.find(content)
@@ -210,7 +266,7 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
     added = _special_pattern(tokenizer).sub("", before + after).strip()
     if any(tag in content for tag in re.findall(r"</?\w+>", added)):
         raise RowError(Reason.REWRITTEN, "it stands in markup that it has itself", _beside(content, completion))
-    return [noted(RESPONSE_EXTENDED, _beside(content, completion))] if added else []
+    return [noted(Change.RESPONSE_EXTENDED, _beside(content, completion))] if added else []
 
 
 def _left_out(messages: Conversation, rendered: str) -> str:
@@ -288,12 +344,3 @@ def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -
     if ids and ids[-1] in special_ids(tokenizer) and ids[-1] != tokenizer.unk_token_id:
         return _ended_once(ids)
     return with_eos(encode_inside(text, tokenizer) if text.endswith(response) else ids, tokenizer)
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an assistant's turn in the chat template; ``None`` where the template refuses a plain one."""
-    turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
-    try:
-        return _encode_turn(render_chat(turns, tokenizer, {}, add_generation_prompt=False), "b", tokenizer)[-1]
-    except RowError:
-        return None

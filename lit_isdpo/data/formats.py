@@ -1,98 +1,248 @@
-r"""The formats that rows come in, how they are recognised, and what is made of a row of each.
+r"""The formats that rows come in. A new format is one function and one line of ``FORMATS``.
 
-It is longer than most modules because of the table of formats and of what a row may hold besides its format's columns.
-A new format is one function in ``readers.py`` and one line of ``FORMATS``. Four of them, as pairs:
+Four of them, as pairs:
 
     strings      prompt "2 + 2 =", chosen " 4", rejected " 5"
     messages     chosen [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], rejected alike
     transcripts  chosen "\n\nHuman: 2 + 2?\n\nAssistant: 4", rejected alike
     ranked       prompt "2 + 2 =", responses [" 4", " 5", " 22"], scores [9, 3, 1]
+
+A function that reads one column of responses gives a demonstration; a pair is two demonstrations with the same prompt.
+A function that reads several scored responses gives them all. The result is only well formed: tokenization asks whether
+a response is empty or equals the other one.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from lit_isdpo.data.pairing import Pairing, by_score, choose_pairs
-from lit_isdpo.data.readers import (
-    Reader,
-    Reason,
+from lit_isdpo.data.outcomes import Change
+from lit_isdpo.data.row_fields import (
     Row,
-    RowError,
-    ScoredReader,
+    answer_of,
     decoded,
     is_list_of,
     is_transcript,
+    item_text,
+    joined,
+    list_in,
+    malformed,
+    messages_in,
     number,
-    read_comparison,
-    read_dialogue,
-    read_messages,
-    read_nectar,
-    read_query,
-    read_ranked,
-    read_strings,
-    read_system,
-    read_tools,
-    read_transcript,
-    read_ultrafeedback,
+    object_in,
+    open_dialogue,
+    prompt_in,
+    text_in,
+    transcript_turns,
+    turns_in,
 )
-from lit_isdpo.types import Answer, Conversation, InputError, Message, PreferenceExample, Prompt, SFTExample
+from lit_isdpo.types import Answer, Message, Prompt, SFTExample
 
 Kind = Literal["pairs", "demonstrations"]
-BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
-OF_ANY_FORMAT = ("prompt", "system", "tools", *BEHAVIOR_COLUMNS)  # columns that are read where they are there
-PROMPT_REMOVED = "prompt removed from responses that repeat it"  # changes
-PROMPT_REPEATED = "responses that begin with their prompt"
-_NO_CHANCE = 20  # characters; responses may begin with a shorter prompt by chance ("Hi" and "Hi there")
+
+
+class Scored(NamedTuple):
+    """Responses to one prompt; of two, the one with the higher score is the better one."""
+
+    prompt: Prompt
+    responses: Sequence[Answer]
+    scores: Sequence[float]
+    changes: tuple[str, ...] = ()
+
+
+# A prompt and the response in one column
+
+
+def read_strings(row: Row, column: str) -> SFTExample:
+    """A prompt and a response, used as they stand; the prompt may also be a list of messages.
+
+    >>> read_strings({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "chosen")
+    SFTExample(prompt='2 + 2 =', completion=' 4', changes=())
+    """
+    return SFTExample(prompt_in(row, "prompt"), text_in(row.get(column), column))
+
+
+def read_messages(row: Row, column: str) -> SFTExample:
+    """A conversation that ends in an assistant turn: the last turn is the response, all before it the prompt.
+
+    A ``prompt`` column is used if the conversation does not hold it. A string becomes a user turn if the conversation
+    is only the response. A list of messages comes before the conversation; turns at its end that the conversation
+    begins with are not repeated, and blanks around their text do not matter.
+
+    >>> read_messages({"prompt": "2 + 2?", "chosen": [{"role": "assistant", "content": "4"}]}, "chosen")
+    SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4', changes=())
+    """
+    *before, last = turns_in(row.get(column), column)
+    changes: tuple[str, ...] = ()
+    prompt = messages_in(row.get("prompt"))
+    if isinstance(prompt, list) and prompt:
+        before = joined(turns_in(prompt, "prompt"), before)
+    elif isinstance(prompt, str) and prompt.strip():
+        if not before:
+            before = [Message(role="user", content=text_in(prompt, "prompt"))]
+        elif not any(prompt.strip() in turn["content"] for turn in before):
+            changes = (Change.OTHER_PROMPT,)
+    if last["role"] != "assistant":
+        raise malformed(f"the last turn of {column} has another role than assistant")
+    if not before:
+        raise malformed(f"no prompt stands before the response, neither in {column} nor in prompt")
+    return SFTExample(before, answer_of(last), changes)
+
+
+def read_transcript(row: Row, column: str) -> SFTExample:
+    r"""A whole dialogue in one string, as in Anthropic/hh-rlhf; the last assistant turn is the response.
+
+    >>> read_transcript({"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4"}, "chosen")
+    SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4', changes=())
+    """
+    *before, last = transcript_turns(text_in(row.get(column), column), column)
+    return SFTExample(before, last["content"].removeprefix(" "))
+
+
+def read_dialogue(row: Row, column: str) -> SFTExample:
+    r"""A dialogue up to "\n\nAssistant:", and what the assistant said next, as in Dahoas/full-hh-rlhf.
+
+    >>> read_dialogue({"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": " 4"}, "chosen")
+    SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4', changes=())
+    """
+    before, opening = open_dialogue(row.get("prompt"))
+    text = opening + text_in(row.get(column), column)
+    return SFTExample(before, text if before[-1].get("prefix") else text.removeprefix(" "))
+
+
+def read_query(row: Row, column: str) -> SFTExample:
+    """A TL;DR query and a response, as in vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144.
+
+    Its responses were written for GPT-2's tokenizer and end in that one's terminator, which is no text. It puts query
+    and response together without the query's outer blanks (column ``query_chosen``), and so does this.
+
+    >>> read_query({"query": "POST: ... TL;DR:", "chosen": " Short.<|endoftext|>"}, "chosen")
+    SFTExample(prompt='POST: ... TL;DR:', completion=' Short.', changes=())
+    """
+    query, response = text_in(row.get("query"), "query"), text_in(row.get(column), column)
+    return SFTExample(query.strip(), response.removesuffix("<|endoftext|>"))
+
+
+def read_comparison(row: Row, column: str) -> SFTExample:
+    """A judged pair of summaries with the post that they are of, as in openai/summarize_from_feedback (comparisons).
+
+    The prompts are those of arXiv 2009.01325: Reddit posts with their subreddit and title, and articles, which have
+    neither (and here no line break behind "TL;DR:").
+
+    >>> info = {"subreddit": "AskReddit", "title": "Why?", "post": "I wonder.", "article": None}
+    >>> summaries = [{"text": " No.", "policy": "sup1"}, {"text": " He wonders.", "policy": "ref"}]
+    >>> read_comparison({"info": info, "summaries": summaries, "choice": 1}, "chosen").completion
+    ' He wonders.'
+    """
+    info, summaries = object_in(row.get("info"), "info"), list_in(row.get("summaries"), "summaries")
+    if len(summaries) != 2:
+        raise malformed("summaries has another number of items than 2")
+    choice = number(int(row["choice"]) if row.get("choice") in (True, False) else row.get("choice"), "choice")
+    if choice not in (0, 1):
+        raise malformed("choice is neither 0 nor 1")
+    if info.get("article") is not None:
+        prompt = f"Article:\n{text_in(info['article'], 'info.article')}\n\nTL;DR:"
+    else:
+        subreddit, title, post = (text_in(info.get(name), f"info.{name}") for name in ("subreddit", "title", "post"))
+        prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    place = int(1 - choice if column == "rejected" else choice)
+    return SFTExample(prompt, item_text(summaries, place, "text", "summaries"))
+
+
+# A prompt and several responses with their scores
+
+
+def read_ranked(row: Row) -> Scored:
+    """Responses with scores (higher is better) or ranks (1 is best).
+
+    A ``prompt`` is used as it stands or is a list of messages; a ``question`` or an ``instruction`` is a user turn.
+
+    >>> read_ranked({"question": "2 + 2?", "responses": ["4", "5"], "ranks": [1, 2]})
+    Scored(prompt=[{'role': 'user', 'content': '2 + 2?'}], responses=['4', '5'], scores=[-1.0, -2.0], changes=())
+    """
+    if "prompt" in row:
+        prompt = prompt_in(row, "prompt")
+    else:
+        column = "question" if "question" in row else "instruction"
+        prompt = [Message(role="user", content=text_in(row.get(column), column))]
+    sign, column = (1, "scores") if "scores" in row else (-1, "ranks")
+    marks, responses = list_in(row.get(column), column), list_in(row.get("responses"), "responses")
+    if len(marks) != len(responses):
+        raise malformed(f"{column} has another number of items than responses")
+    return Scored(
+        prompt,
+        [text_in(response, f"responses[{i}]") for i, response in enumerate(responses)],
+        [sign * number(mark, f"{column}[{i}]") for i, mark in enumerate(marks)],
+    )
+
+
+def read_nectar(row: Row) -> Scored:
+    r"""A dialogue up to "\n\nAssistant: " and answers with ranks, as in berkeley-nest/Nectar.
+
+    >>> answers = [{"answer": "4", "model": "a", "rank": 1.0}, {"answer": "5", "model": "b", "rank": 2.0}]
+    >>> read_nectar({"prompt": "\n\nHuman: 2 + 2?\n\nAssistant: ", "answers": answers}).scores
+    [-1.0, -2.0]
+    """
+    before, _ = open_dialogue(row.get("prompt"))
+    texts, ranks = _scored_items(row, "answers", "answer", "rank")
+    return Scored(before, texts, [-rank for rank in ranks])
+
+
+def read_ultrafeedback(row: Row) -> Scored:
+    """An instruction and completions with overall scores, as in openbmb/UltraFeedback.
+
+    >>> completions = [{"response": "4", "overall_score": 9.0}, {"response": "5", "overall_score": 1.0}]
+    >>> read_ultrafeedback({"instruction": "2 + 2?", "completions": completions}).scores
+    [9.0, 1.0]
+    """
+    prompt = [Message(role="user", content=text_in(row.get("instruction"), "instruction"))]
+    return Scored(prompt, *_scored_items(row, "completions", "response", "overall_score"))
+
+
+def _scored_items(row: Row, column: str, text: str, mark: str) -> tuple[list[str], list[float]]:
+    items = list_in(row.get(column), column)
+    texts = [item_text(items, place, text, column) for place in range(len(items))]
+    return texts, [number(item.get(mark), f"{column}[{place}].{mark}") for place, item in enumerate(items)]
 
 
 class Format(NamedTuple):
-    """A line of ``FORMATS`` for rows that hold a pair or a demonstration.
+    """A line of ``FORMATS``.
 
-    Columns are listed as ``"prompt, completion | chosen"``: a prompt, and a completion or else a chosen response. The
-    last one of a demonstration is where its response is read from.
+    Columns are listed as ``"prompt, completion | chosen"``: a prompt, and a completion or else a chosen response.
 
     Attributes:
-        read: row and response column -> demonstration.
+        read: row and column of a response -> demonstration; of a ranked format: row -> its responses and scores.
         pairs: the columns of a preference pair, whose responses are read as ``chosen`` and ``rejected``.
-        demonstrations: the columns of a demonstration.
+        demonstrations: the columns of a demonstration; its response is read from the last one.
         holds: whether a row with these columns looks like this format's, given the last of them.
         looks: the format in words, for messages.
+        is_ranked: whether a row holds several scored responses.
+        score_column: the column of nothing but the scores, which may be named as the margin.
     """
 
-    read: Reader
+    read: Callable[..., SFTExample | Scored]
     pairs: str
     demonstrations: str
     holds: Callable[[Row, str], bool]
     looks: str
+    is_ranked: bool = False
+    score_column: str | None = None
 
     def columns(self, kind: Kind) -> str:
         """The columns of a kind of row, as a list in words."""
         return self.pairs if kind == "pairs" else self.demonstrations
 
 
-class RankedFormat(NamedTuple):
-    """A line of ``FORMATS`` for rows that hold several responses; attributes as in :class:`Format`.
-
-    Attributes:
-        read: row -> all its responses and their scores.
-        responses: the columns.
-        holds: as above.
-        looks: as above.
-        score_column: where the scores are a column of their own, which may be named as the margin.
-    """
-
-    read: ScoredReader
-    responses: str
-    holds: Callable[[Row, str], bool]
-    looks: str
-    score_column: str | None = None
-
-    def columns(self, kind: Kind) -> str:
-        """The columns of a row, the same for pairs and for demonstrations."""
-        return self.responses
+def _is_text(row: Row, column: str) -> bool:
+    return isinstance(row.get(column), str)
 
 
-FORMATS: dict[str, Format | RankedFormat] = {  # the first that fits is taken
+def _lists(*keys: str) -> Callable[[Row, str], bool]:
+    return lambda row, column: is_list_of(row.get(column), *keys)
+
+
+_JUDGED = "info, choice, summaries"
+_SEVERAL = "prompt | question | instruction, scores | ranks, responses"
+FORMATS: dict[str, Format] = {  # the first that fits is taken
     "transcripts": Format(
         read_transcript,
         "chosen, rejected",
@@ -104,282 +254,50 @@ FORMATS: dict[str, Format | RankedFormat] = {  # the first that fits is taken
         read_dialogue,
         "prompt, chosen, rejected",
         "prompt, completion | chosen",
-        lambda row, column: is_transcript(row.get("prompt")) and isinstance(row.get(column), str),
+        lambda row, column: is_transcript(row.get("prompt")) and _is_text(row, column),
         r'strings, the prompt such as "\n\nHuman: ...\n\nAssistant:"',
     ),
     "messages": Format(
         read_messages,
         "chosen, rejected",
         "messages | completion | chosen",
-        lambda row, column: is_list_of(row.get(column), "role"),
+        _lists("role"),
         "lists of {role, content}; a prompt column is optional",
     ),
-    "strings": Format(
-        read_strings,
-        "prompt, chosen, rejected",
-        "prompt, completion | chosen",
-        lambda row, column: isinstance(row.get(column), str),
-        "strings",
-    ),
+    "strings": Format(read_strings, "prompt, chosen, rejected", "prompt, completion | chosen", _is_text, "strings"),
     "queries": Format(
         read_query,
         "query, chosen, rejected",
         "query, reference_response | chosen",
-        lambda row, column: isinstance(row.get(column), str),
+        _is_text,
         'strings, the responses with "<|endoftext|>" at their end',
     ),
     "comparisons": Format(
-        read_comparison,
-        "info, choice, summaries",
-        "info, choice, summaries",
-        lambda row, column: is_list_of(row.get(column), "text"),
-        "a post, 0 or 1, and a list of two {text}",
+        read_comparison, _JUDGED, _JUDGED, _lists("text"), "a post, 0 or 1, and a list of two {text}"
     ),
-    "ranked": RankedFormat(
+    "ranked": Format(
         read_ranked,
-        "prompt | question | instruction, scores | ranks, responses",
+        _SEVERAL,
+        _SEVERAL,
         lambda row, column: isinstance(decoded(row.get(column)), list),
         "lists of as many strings and numbers",
+        is_ranked=True,
         score_column="scores",
     ),
-    "nectar": RankedFormat(
+    "nectar": Format(
         read_nectar,
         "prompt, answers",
-        lambda row, column: is_list_of(row.get(column), "answer", "rank"),
+        "prompt, answers",
+        _lists("answer", "rank"),
         "lists of {answer, rank}",
+        is_ranked=True,
     ),
-    "ultrafeedback": RankedFormat(
+    "ultrafeedback": Format(
         read_ultrafeedback,
         "instruction, completions",
-        lambda row, column: is_list_of(row.get(column), "response", "overall_score"),
+        "instruction, completions",
+        _lists("response", "overall_score"),
         "lists of {response, overall_score}",
+        is_ranked=True,
     ),
 }
-
-
-def required_columns(format: str, kind: Kind, columns: Collection[str]) -> list[str]:
-    """The columns that a format reads, given those that the data set has.
-
-    >>> required_columns("strings", "demonstrations", ["prompt", "chosen", "rejected"])
-    ['prompt', 'chosen']
-    """
-    choices = [choice.split(" | ") for choice in FORMATS[format].columns(kind).split(", ")]
-    return [next((name for name in choice if name in columns), " or ".join(choice)) for choice in choices]
-
-
-def detect_format(columns: Sequence[str], rows: Iterable[Row], *, kind: Kind = "pairs", name: str = "") -> str:
-    """Recognises a format by the columns and by the values of the first row that has some.
-
-    Args:
-        columns: the data set's columns.
-        rows: its first rows.
-        kind: what is to be read, preference pairs or demonstrations.
-        name: the data set, for the message.
-
-    Returns:
-        A key of ``FORMATS``.
-
-    Raises:
-        InputError: no format fits; the message has the columns found, what is missing, and the formats known.
-
-    >>> detect_format(["prompt", "chosen", "rejected"], [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
-    'strings'
-    """
-    required = {key: required_columns(key, kind, columns) for key in FORMATS}
-    missing = {key: [name for name in names if name not in columns] for key, names in required.items()}
-    possible = [key for key in FORMATS if not missing[key]]
-    for row in rows:
-        for key in possible:
-            if FORMATS[key].holds(row, required[key][-1]):
-                return key
-    # Reversed, as of two formats with the same columns the plainer one comes later.
-    nearest = min(reversed(FORMATS), key=lambda key: (len(missing[key]) - len(required[key]), len(missing[key])))
-    if missing[nearest]:
-        hint = f"lacks {', '.join(missing[nearest])}"
-    else:
-        hint = f"has {FORMATS[nearest].looks} in them, and no row at the beginning has"
-    formats = "; ".join(f"{key} ({known.columns(kind)})" for key, known in FORMATS.items())
-    raise InputError(
-        f"{name or 'the data set'}: the format of its columns {_listed(columns)} is not known"
-        + f", the nearest, {nearest!r}, {hint}" * (missing[nearest] != required[nearest])
-        + f"; known for {kind}: {formats}; if yours have other names, map them with data.columns, as in "
-        + "{prompt: question}"
-    )
-
-
-def check_format(key: str, columns: Sequence[str], *, kind: Kind = "pairs", name: str = "") -> str:
-    """Returns a format that was named by hand.
-
-    Raises:
-        InputError: there is no such format, or the data set lacks one of its columns.
-    """
-    if key not in FORMATS:
-        raise InputError(f"data.format: no format {key!r}; known: auto, {', '.join(FORMATS)}")
-    for column in required_columns(key, kind, columns):
-        if column not in columns:
-            raise InputError(
-                f"{name or 'the data set'}: format {key!r} needs a column {column!r}; it has {_listed(columns)}; "
-                "data.columns maps names"
-            )
-    return key
-
-
-def check_pairing(pairing: Pairing, format: str, *, name: str = "") -> None:
-    """Refuses a choice of pairs where there is nothing to choose from.
-
-    Raises:
-        InputError: ``pairing`` is set although a row of the format is one pair.
-    """
-    if pairing != "best_worst" and isinstance(FORMATS[format], Format):
-        ranked = ", ".join(key for key, known in FORMATS.items() if isinstance(known, RankedFormat))
-        raise InputError(
-            f"{name and name + ': '}data.pairing is {pairing!r}, but a row of format {format!r} is one pair; leave it "
-            f"out, or name data with several responses to a prompt ({ranked})"
-        )
-
-
-def to_examples(row: Row, format: str) -> list[SFTExample]:
-    """Reads a row as one demonstration: of a preference pair the chosen response, of several the best.
-
-    Raises:
-        RowError: the row cannot be used.
-
-    >>> to_examples({"prompt": "2 + 2 =", "completion": " 4"}, "strings")
-    [SFTExample(prompt='2 + 2 =', completion=' 4', changes=())]
-    """
-    known = FORMATS[format]
-    if isinstance(known, Format):
-        prompt, response, changes = known.read(row, required_columns(format, "demonstrations", row)[-1])
-    else:
-        ranked = known.read(row)
-        if not ranked.responses:
-            raise RowError(Reason.EMPTY_RESPONSE)
-        prompt, response, changes = ranked.prompt, ranked.responses[by_score(*ranked)[0]], ()
-    (response,), repeated = _without_prompt(prompt, [response])
-    return [SFTExample(_in_context(prompt, row), response, changes + repeated)]
-
-
-def to_pairs(
-    row: Row,
-    format: str,
-    *,
-    pairing: Pairing = "best_worst",
-    weight_column: str | None = None,
-    margin_column: str | None = None,
-) -> list[PreferenceExample]:
-    """Reads a row as preference pairs: one, or as many as ``pairing`` makes of several responses.
-
-    Args:
-        row: the row.
-        format: a key of ``FORMATS``.
-        pairing: which of several responses become pairs, see ``pairing.choose_pairs``.
-        weight_column: holds the factor of the row's loss, at least 0.
-        margin_column: holds the row's margin. Where it is the ``scores`` of several responses, the margin of a pair is
-            the difference of its scores.
-
-    Raises:
-        RowError: the row cannot be used.
-
-    >>> to_pairs({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "strings")[0].rejected
-    ' 5'
-    """
-    known = FORMATS[format]
-    weight = 1.0 if weight_column is None else number(row.get(weight_column), weight_column)
-    if weight < 0:
-        raise RowError(Reason.MALFORMED, f"{weight_column} is below 0")
-    if isinstance(known, RankedFormat):
-        return _ranked_pairs(known, row, pairing, weight, margin_column)
-    margin = 0.0 if margin_column is None else number(row.get(margin_column), margin_column)
-    chosen, rejected = known.read(row, "chosen"), known.read(row, "rejected")
-    if chosen.prompt != rejected.prompt:
-        raise RowError(Reason.TWO_PROMPTS)
-    logps = [_behavior_logps(row, column) for column in BEHAVIOR_COLUMNS]
-    if (logps[0] is None) != (logps[1] is None):
-        lacking, there = BEHAVIOR_COLUMNS if logps[0] is None else BEHAVIOR_COLUMNS[::-1]
-        raise RowError(Reason.MALFORMED, f"{lacking} is missing and {there} is not")
-    responses, repeated = _without_prompt(chosen.prompt, [chosen.completion, rejected.completion])
-    changes = tuple(dict.fromkeys(chosen.changes + rejected.changes + repeated))
-    prompt, (better, worse) = _in_context(chosen.prompt, row), responses
-    return [PreferenceExample(prompt, better, worse, logps[0], logps[1], weight, margin, changes)]
-
-
-def read_prompt(row: Row, format: str, kind: Kind) -> Prompt:
-    """The prompt of a row, which all that is made of it shares.
-
-    Raises:
-        RowError: the row cannot be used.
-
-    >>> read_prompt({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "strings", "pairs")
-    '2 + 2 ='
-    """
-    known = FORMATS[format]
-    if isinstance(known, Format):
-        return _in_context(known.read(row, required_columns(format, kind, row)[-1]).prompt, row)
-    return _in_context(known.read(row).prompt, row)
-
-
-def _in_context(prompt: Prompt, row: Row) -> Prompt:
-    """A prompt with what the columns ``system`` and ``tools`` say; a text is a user's turn in data that has them.
-
-    Raises:
-        RowError: the conversation begins with other words of the system.
-    """
-    system, tools = read_system(row), read_tools(row)
-    if not {"system", "tools"} & row.keys():
-        return prompt
-    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-    if system.strip():
-        if turns[0]["role"] not in ("system", "developer"):
-            turns.insert(0, Message(role="system", content=system))
-        elif turns[0]["content"].strip() != system.strip():
-            raise RowError(Reason.MALFORMED, "system is not what the conversation's system turn says")
-    return Conversation(turns, tools)
-
-
-def _without_prompt(prompt: Prompt, responses: Sequence[Answer]) -> tuple[Sequence[Answer], tuple[str, ...]]:
-    """Responses without the prompt, if all of them begin with it, and what was changed in words.
-
-    Some data sets hold prompt and response in one text beside the prompt, which would then be there twice.
-    """
-    if not isinstance(prompt, str) or not prompt.strip():
-        return responses, ()
-    texts = [response for response in responses if isinstance(response, str) and response.startswith(prompt)]
-    if len(texts) < len(responses):
-        return responses, ()
-    if len(prompt.strip()) < _NO_CHANCE:
-        return responses, (PROMPT_REPEATED,)
-    return [text[len(prompt) :] for text in texts], (PROMPT_REMOVED,)
-
-
-def _behavior_logps(row: Row, column: str) -> float | None:
-    if row.get(column) in (None, ""):
-        return None
-    value = number(row[column], column)
-    if value > 1e-3:  # rounding aside
-        raise RowError(Reason.MALFORMED, f"{column} is above 0, which no log-probability is")
-    return value
-
-
-def _ranked_pairs(
-    known: RankedFormat, row: Row, pairing: Pairing, weight: float, margin_column: str | None
-) -> list[PreferenceExample]:
-    prompt, responses, scores = known.read(row)
-    chosen = choose_pairs(prompt, responses, scores, pairing)
-    if not chosen:
-        raise RowError(Reason.NO_PREFERENCE)
-    if margin_column is None:
-        margins = [0.0] * len(chosen)
-    elif margin_column == known.score_column:
-        margins = [number(scores[better] - scores[worse], f"the margin of {margin_column}") for better, worse in chosen]
-    else:
-        margins = [number(row.get(margin_column), margin_column)] * len(chosen)
-    context = _in_context(prompt, row)
-    pairs = []
-    for places, margin in zip(chosen, margins, strict=True):
-        (better, worse), changes = _without_prompt(prompt, [responses[place] for place in places])
-        pairs.append(PreferenceExample(context, better, worse, weight=weight, margin=margin, changes=changes))
-    return pairs
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns) or "(none)"

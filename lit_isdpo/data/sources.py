@@ -1,11 +1,13 @@
 """Where rows come from: local files, folders, globs and hub data sets, and which of their splits is read.
 
-A path that is there is read from disk; ``owner/name`` is otherwise a data set on the hub. Files are told apart by what
-they are called: in a folder with ``train.jsonl`` and ``val-00000-of-00002.parquet`` those are the splits ``train`` and
-``validation``; a file that is not named after a split is ``train`` too. In Python a source may also be rows in memory.
+A path that exists is read from disk; ``owner/name`` is otherwise a data set on the hub. The names of files tell their
+split: in a folder, ``train.jsonl`` and ``val-00000-of-00002.parquet`` are the splits ``train`` and ``validation``; a
+file that is not named after a split is ``train`` too. In Python a source may also be rows in memory.
 """
 
 import glob
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.files import READERS, is_one_object, read_files, reader_of, rows_in_memory, suffixes
-from lit_isdpo.data.hub import open_hub
-from lit_isdpo.data.records import Records
+from lit_isdpo.data.file_readers import (
+    READERS,
+    first_line,
+    is_one_object,
+    missing_shards,
+    quiet,
+    read_files,
+    reader_of,
+    suffixes,
+)
+from lit_isdpo.data.raw_rows import RawRows, cache_file, rows_in_memory
 from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError
 
@@ -30,8 +42,11 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_OTHERS = "other files"  # a split of those that no word tells, beside several splits for training
+_OTHERS = "other files"  # the split of files without such a word, beside several splits for training
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+_HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)")
+# Options of the readers of `datasets` in a data set's card, and the values that leave a file what its suffix says.
+_PLAIN = {"sep": (",", None), "delimiter": (",", None), "names": (None,), "column_names": (None,), "field": (None,)}
 
 
 @dataclass
@@ -65,7 +80,7 @@ class DataSource:
 
 _OPTIONS = [option.name for option in fields(DataSource) if option.name != "rows"]
 Sources = str | dict[str, Any] | list[str | dict[str, Any]]
-if TYPE_CHECKING:  # what Python may give besides, which the command line cannot write
+if TYPE_CHECKING:  # Python may also give these, which the command line cannot write
     Given = Sources | datasets.Dataset | datasets.DatasetDict | pd.DataFrame | Sequence[Mapping[str, Any]] | Path
 else:
     Given = Sources
@@ -75,9 +90,8 @@ def as_sources(value: Any, option: str) -> list[DataSource]:
     """Puts what a user may write for ``data.train`` into one form.
 
     Args:
-        value: path, source, or a list of either; a mapping stands for a source. Or rows in memory: a
-            ``datasets.Dataset`` or ``DatasetDict``, a ``DataFrame``, or a list of mappings that are rows.
-        option: what it was written for, for the messages.
+        value: path, source, or a list of either; a mapping stands for a source. Or rows in memory.
+        option: the option's name, for messages.
 
     Raises:
         InputError: a path or a weight that cannot be.
@@ -173,54 +187,102 @@ class OpenSource:
             )
         return found
 
-    def records(self, split: str, columns: Mapping[str, str | None] | None = None) -> Records:
-        """Reads a split.
-
-        Args:
-            split: its name.
-            columns: what the user calls a column -> its name in the data; the source's own come first.
+    def read(self, split: str, columns: Mapping[str, str | None] | None = None) -> RawRows:
+        """Reads a split; ``columns`` has the user's names of columns -> names in the data, and the source's come first.
 
         Raises:
             InputError: a file cannot be read, or there are no rows.
         """
-        if self.tables:
-            records = rows_in_memory(self.tables[split], self.option)
+        if split in self.tables:
+            rows = rows_in_memory(self.tables[split], self.option)
         else:
-            records = read_files(self.files[split], self.option)
-        if not len(records):
+            rows = read_files(self.files[split], self.option)
+        if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
-        records.renamed = {**(columns or {}), **(self.source.columns or {})}
-        return records if self.source.first is None else records.first(self.source.first)
+        rows.renamed = {**(columns or {}), **(self.source.columns or {})}
+        return rows if self.source.first is None else rows.first(self.source.first)
 
 
 def open_source(source: DataSource, option: str) -> OpenSource:
-    """Finds a source and its splits; local files are not read yet.
-
-    Args:
-        source: what to look for.
-        option: what it was written for (``data.train``), for the messages.
+    """Finds a source and its splits; local files are not read yet. Messages name its option (``data.train``).
 
     Raises:
         InputError: there is nothing of that name, or nothing that can be read.
     """
+    files: list[Path] = []
+    if source.rows is None:
+        try:
+            files, folder = _find(Path(named_path(source.path, "pairs")).expanduser(), source.path, option)
+        except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
+        if not files:
+            named, tables = _open_hub(source.path, source.name, source.revision, option)
+            return OpenSource(source, option, files=named, tables=tables)
+    if source.name or source.revision:
+        kind = "a local path" if files else "none"
+        raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is {kind}")
     if source.rows is not None:
-        if source.name or source.revision:
-            raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is none")
         tables = source.rows if isinstance(source.rows, datasets.DatasetDict) else {"train": source.rows}
         return OpenSource(source, option, tables=tables)
-    try:
-        files, folder = _find(Path(named_path(source.path, "pairs")).expanduser(), source.path, option)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, ~nobody
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{option}: {source.path!r} cannot be looked up: {reason}") from error
-    if not files:
-        named, tables = open_hub(source.path, source.name, source.revision, option)
-        return OpenSource(source, option, files=named, tables=tables)
-    if source.name or source.revision:
-        raise InputError(f"{option}: name and revision are for hub data sets; {source.path!r} is a local path")
     for file in files:
         reader_of(file, option)
     return OpenSource(source, option, files=_by_split(files, folder))
+
+
+def _open_hub(
+    path: str, name: str | None, revision: str | None, option: str
+) -> tuple[dict[str, list[Path]], Mapping[str, Any]]:
+    """Downloads a data set of the hub: the files of each split if they are text, else a table of each split.
+
+    ``datasets`` would guess the types of the columns of JSON and CSV files. It only says which files are which split.
+
+    Raises:
+        InputError: there is no such data set, the hub cannot be asked, or the data set cannot be loaded.
+    """
+    nothing = f"{option}: no such file, folder, glob or hub data set: {path!r}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) or suffixes(Path(path))[0] in READERS:
+        raise InputError(nothing)
+    is_offline = False
+    try:
+        HfApi().dataset_info(path, revision=revision, timeout=20)
+    except OfflineModeIsEnabled:
+        is_offline = True  # `datasets` looks into its cache
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(f"{nothing} (or it is not open to you)") from error
+    except Exception as error:  # the kind of a network's failure depends on the HTTP library
+        # Asked here, because `datasets` would try for half a minute to tell a mistyped path from a lost network.
+        raise InputError(
+            f"{nothing} on this machine, and the hub cannot be asked; HF_HUB_OFFLINE=1 uses what it loaded before"
+        ) from error
+    try:
+        with quiet():
+            listed = _text_files(path, name, revision, is_offline)
+            files = {
+                split: [Path(hf_hub_download(repo, file, repo_type="dataset", revision=at)) for repo, at, file in some]
+                for split, some in listed.items()
+            }
+            return files, {} if files else datasets.load_dataset(path, name, revision=revision)
+    except Exception as error:
+        raise InputError(f"{option}: cannot load {path!r} from the hub: {first_line(error)}") from error
+
+
+def _text_files(path: str, name: str | None, revision: str | None, is_offline: bool) -> dict[str, list[Any]]:
+    """The files of each split as (data set, commit, file), kept for runs without the hub; none if not all are text."""
+    key = hashlib.blake2b(json.dumps([path, name, revision]).encode(), digest_size=16).hexdigest()
+    note = cache_file(f"hub-{key}").with_suffix(".json")
+    if is_offline:
+        return dict(json.loads(note.read_text())) if note.is_file() else {}
+    config = datasets.load_dataset_builder(path, name, revision=revision).config
+    split_files = (config.data_files or {}).items()
+    found = {str(split): [_HUB_FILE.fullmatch(str(file)) for file in files] for split, files in split_files}
+    is_plain = all(getattr(config, option, None) in plain for option, plain in _PLAIN.items())
+    files = [match and Path(match[3]) for matches in found.values() for match in matches]
+    if not is_plain or not all(file and READERS.get(suffixes(file)[0]) in ("json", "csv") for file in files):
+        found = {}
+    listed = {split: [match.groups() for match in matches if match] for split, matches in found.items()}
+    note.write_text(json.dumps(listed))
+    return listed
 
 
 def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
@@ -239,15 +301,13 @@ def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
         # A link to a folder above would give each file many times.
         files = list({file.parent.resolve() / file.name: file for file in matches if file.is_file()}.values())
         folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-    by_folder: dict[Path, list[str]] = {}
-    for file in files:
-        by_folder.setdefault(file.parent, []).append(file.name)
-    for parent, names in by_folder.items():
-        if missing := missing_shards(names):
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise InputError(
-                f"{option}: {str(parent)!r} lacks {some}; to read a part of the data, name its files in a list"
-            )
+    if missing := missing_shards(files):
+        parent = missing[0].parent
+        names = [file.name for file in missing if file.parent == parent]
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise InputError(
+            f"{option}: {str(parent)!r} lacks {some}; to read a part of the data, name its files in a list"
+        )
     return files, folder
 
 
@@ -256,26 +316,6 @@ def _is_data(file: Path, folder: Path) -> bool:
     left_behind = file.name.startswith(("cache-", "tmp")) and file.suffix == ".arrow"  # by `datasets`, of what it made
     named_so = not hidden and not left_behind and file.name not in _NOT_DATA and suffixes(file)[0] in READERS
     return named_so and not file.is_dir()
-
-
-def missing_shards(names: Sequence[str]) -> list[str]:
-    """The files that are not there of sets such as ``train-00000-of-00003.parquet``.
-
-    >>> missing_shards(["train-00001-of-00003.jsonl", "test.jsonl"])
-    ['train-00000-of-00003.jsonl', 'train-00002-of-00003.jsonl']
-    """
-    sets: dict[tuple[str, str, str], dict[int, int]] = {}
-    for name in names:
-        if match := re.fullmatch(r"(.*?)(\d+)-of-(\d+)(.*)", name, re.DOTALL):
-            before, number, total, after = match.groups()
-            sets.setdefault((before, total, after), {})[int(number)] = len(number)
-    missing = []
-    for (before, total, after), widths in sets.items():
-        first = int(int(total) in widths and 0 not in widths)  # some count from 1
-        width = max(widths.values())
-        expected = range(first, min(int(total), 100_000) + first)
-        missing += [f"{before}{number:0{width}}-of-{total}{after}" for number in expected if number not in widths]
-    return missing
 
 
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
@@ -303,10 +343,7 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for split, groups in named.items():
         splits |= {split: next(iter(groups.values()))} if len(groups) == 1 else groups
-    if others and ("train" in splits or "train" not in named):
-        splits = {"train": sorted([*splits.get("train", []), *others])} | {
-            name: part for name, part in splits.items() if name != "train"
-        }
-    elif others:
-        splits[_OTHERS] = others
+    if others:
+        name = "train" if "train" in splits or "train" not in named else _OTHERS
+        splits[name] = sorted([*splits.get(name, []), *others])
     return splits

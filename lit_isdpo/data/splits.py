@@ -14,12 +14,12 @@ import datasets
 import torch
 from torch import Tensor
 
-from lit_isdpo.data.accounts import SourceCounts, Split, check_dropped
-from lit_isdpo.data.formats import read_prompt
-from lit_isdpo.data.readers import Reason
-from lit_isdpo.data.records import Records
-from lit_isdpo.data.rows import Rows, RowType, TokenizedSource, hold_out
+from lit_isdpo.data.examples import read_prompt
+from lit_isdpo.data.outcomes import Reason, SourceCounts, Split, check_dropped, count_notes, words_of
+from lit_isdpo.data.raw_rows import RawRows
+from lit_isdpo.data.sampling import permutation
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
+from lit_isdpo.data.tokenized_rows import Rows, RowType, TokenizedSource
 from lit_isdpo.names import named_path
 from lit_isdpo.types import InputError, Prompt
 
@@ -33,7 +33,7 @@ class Splits:
     Args:
         sources: what was named for each split.
         row_type: whether rows are pairs or demonstrations.
-        val_size: how much is held out where there are no validation rows, as in :func:`~lit_isdpo.data.rows.hold_out`.
+        val_size: how much is held out where there are no validation rows, as in :func:`hold_out`.
         max_dropped_fraction: of a source's rows; where more must be left out, nothing is read. ``None``: read all the
             same, be there no row left.
         duplicates: what becomes of a row whose tokens are all those of an earlier one of its split.
@@ -60,8 +60,9 @@ class Splits:
         self.counts: dict[Split, list[SourceCounts]] = {}
         self.max_dropped_fraction, self.duplicates = max_dropped_fraction, duplicates
         self._read = read
-        self._raw: dict[Split, list[Records]] = {}
+        self._raw: dict[Split, list[RawRows]] = {}
         self._opened: dict[Split, list[OpenSource]] = {}
+        self._ends: dict[Split, list[int]] = {}  # of each source's lines in the table
         self._repeated: dict[Split, Tensor] = {}  # row ids
 
     def parts(self, split: Split) -> list[tuple[OpenSource, str]]:
@@ -101,41 +102,40 @@ class Splits:
         if not parts:  # and split == "val"
             self._hold_out()
             return
-        sources = []
+        names, sources = [], []
         for source, name in parts:
-            path = source.source.path + (f" [{name}]" if len(source.splits) > 1 else "")
-            sources.append((path, self._read(source, name, f"data.{split}: {path}")))
-        tables = [source.table for _, source in sources]
+            names.append(source.source.path + (f" [{name}]" if len(source.splits) > 1 else ""))
+            sources.append(self._read(source, name, f"data.{split}: {names[-1]}"))
+        tables = [source.table for source in sources]
         table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-        offsets = accumulate((len(part) for part in tables[:-1]), initial=0)
-        positions = [source.kept + offset for (_, source), offset in zip(sources, offsets, strict=True)]
-        rows = Rows(table, torch.cat(positions), self.row_type)
+        ends = list(accumulate((len(part) for part in tables), initial=0))
+        kept = [source.kept() for source in sources]
+        rows = Rows(table, torch.cat([part + end for part, end in zip(kept, ends, strict=False)]), self.row_type)
         repeated = rows.repeated()
         counts = [
-            self._count(path, source, part)
-            for (path, source), part in zip(sources, repeated.split([len(part) for part in positions]), strict=True)
+            self._count(name, source, lines, part)
+            for name, source, lines, part in zip(
+                names, sources, kept, repeated.split([len(lines) for lines in kept]), strict=True
+            )
         ]
         if self.max_dropped_fraction is not None:
             for part in counts:
                 check_dropped(part, split, self.max_dropped_fraction)
-        self._raw[split] = [source.rows for _, source in sources]
+        self._raw[split], self._ends[split] = [source.rows for source in sources], ends[1:]
         self._repeated[split] = rows.positions[repeated]
         self.counts[split] = counts
-        if self.duplicates == "drop":
-            rows = Rows(table, rows.positions[~repeated], self.row_type)
-        self.rows[split] = rows
+        self.rows[split] = Rows(table, rows.positions[~repeated], self.row_type) if self.duplicates == "drop" else rows
 
-    def _count(self, path: str, source: TokenizedSource, repeated: Tensor) -> SourceCounts:
+    def _count(self, name: str, source: TokenizedSource, kept: Tensor, repeated: Tensor) -> SourceCounts:
         """Counts what became of a source, of whose ``(N,)`` kept lines some repeat others."""
-        number = int(repeated.sum())
-        counted = {Reason.DUPLICATE.value: number} if number else {}
-        if self.duplicates == "drop":
-            kept = source.kept[~repeated]
-            dropped, changed = source.dropped | counted, source.changes(kept)
-        else:
-            kept = source.kept
-            dropped, changed = source.dropped, source.changes(kept) | counted
-        return SourceCounts(path, source.format, len(source.rows), len(kept), 0, dropped, changed, source.example)
+        notes = source.dropped()
+        dropped = count_notes(notes)
+        example = next((note for note in notes if words_of(note) == next(iter(dropped))), "").partition("\n")[2]
+        kept = kept[~repeated] if self.duplicates == "drop" else kept
+        changed = count_notes(source.changes(kept))
+        if number := int(repeated.sum()):
+            (dropped if self.duplicates == "drop" else changed)[Reason.DUPLICATE.value] = number
+        return SourceCounts(name, source.format, len(source.rows), len(kept), 0, dropped, changed, example)
 
     def _hold_out(self) -> None:
         """Moves a part of the training rows to the validation rows."""
@@ -188,20 +188,17 @@ class Splits:
 
     def first_rows(self, split: Split) -> list[int]:
         """The id of the first row of each source that the split has rows of."""
-        ends = list(accumulate(source.lines for source in self.counts[self._read_as(split)]))
-        positions = self.rows[split].positions.tolist()
-        firsts = {bisect_right(ends, row_id): row_id for row_id in reversed(positions)}
-        return sorted(firsts.values())
+        ends, positions = self._ends[self._read_as(split)], self.rows[split].positions.tolist()
+        return sorted({bisect_right(ends, row_id): row_id for row_id in reversed(positions)}.values())
 
     def _read_as(self, split: Split) -> Split:
         """The split that its rows were read with, which is that of training where they were held out."""
         return split if split in self._raw else "train"
 
-    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, Records]:
+    def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, RawRows]:
         """The source of a row, the row's place in it, and the source's rows."""
         read_as = self._read_as(split)
-        ends = list(accumulate(source.lines for source in self.counts[read_as]))
-        number = bisect_right(ends, row_id)
+        number = bisect_right(self._ends[read_as], row_id)
         return self.counts[read_as][number], self.rows[split].table[row_id]["row"], self._raw[read_as][number]
 
     def folders(self, split: Split) -> list[Path]:
@@ -220,9 +217,40 @@ class Splits:
         Raises:
             InputError: says how many have none, and names the first.
         """
-        missing = self.rows[split].without_behavior_logps()
+        rows = self.rows[split]
+        missing = rows.positions[rows.numbers("chosen_behavior_logps").isnan()]
         if len(missing):
             raise InputError(
                 f"data.{split}: model.mu is 'data', but {len(missing)} pairs have no behavior log-probs, the first of "
                 f"them {self.row_name(split, int(missing[0]))}."
             )
+
+
+def hold_out(prompt_keys: Tensor, size: int | float) -> Tensor:
+    """Chooses rows to validate on. Rows with the same prompt stay together: a prompt that was trained on tells little.
+
+    The choice depends on the data alone, not on a seed: a later ``validate`` must never see rows that were trained on.
+
+    Args:
+        prompt_keys: ``(N,)`` int64, one a row.
+        size: fraction of the rows, or (``int``) number of rows; whole prompts are taken until it is reached.
+
+    Returns:
+        ``(N,)`` bool, true where a row is held out.
+
+    Raises:
+        InputError: nothing is left to train on.
+
+    >>> hold_out(torch.tensor([7, 7, 8, 9]), 1).sum() in (1, 2)
+    True
+    """
+    prompts, prompt_of_row, num_rows = prompt_keys.unique(return_inverse=True, return_counts=True)
+    order = permutation(len(prompts), "held out")
+    wanted = size if isinstance(size, int) else max(1, round(size * len(prompt_keys)))
+    num_prompts = int((num_rows[order].cumsum(0) < wanted).sum()) + 1
+    if num_prompts >= len(prompts):
+        raise InputError(
+            f"data.val_size: no rows are left to train on when {size} of the {len(prompt_keys)} rows, which have "
+            f"{len(prompts)} different prompt(s), are held out; name validation rows with data.val"
+        )
+    return torch.isin(prompt_of_row, order[:num_prompts])

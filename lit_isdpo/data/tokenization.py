@@ -1,28 +1,27 @@
 r"""Text in, token ids out: one prompt for both responses, and exact boundaries between prompt and response.
 
-What is encoded, for a conversation with one turn and the response "4":
+For a conversation with one turn and the response "4", these texts are encoded:
 
     a string prompt      "2 + 2 ="  (with the tokenizer's BOS)               " 4" + EOS
     a chat template      "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"   "4<|im_end|>"
     without a template   "\n\nHuman: 2 + 2?\n\nAssistant:"  (with BOS)        " 4" + EOS
 
-A prompt that is too long loses its first messages, else its beginning (or its end), see ``truncation``; a response that
-is too long loses its end, EOS included, so that the model does not learn to stop where the data was merely cut. The
-module is long because it documents the limits of pairs, demonstrations and sampled responses.
+A dialogue that is too long loses its first messages: at most 30 tokens of
+
+    system  "Be brief."      user "2 + 2?"     assistant "4"     user "And 3 + 3?"        (41 tokens)
+    system  "Be brief."                                          user "And 3 + 3?"        (22 tokens)
+
+If one message is too long by itself, its tokens are cut at the end that the user chose, but never those that open the
+assistant's turn. A response that is too long loses its end and EOS, so that the model does not learn to stop there.
 """
 
-import inspect
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.encoding import (
-    PROMPT_REWRITTEN,
-    SPECIAL_IN_PROMPT,
-    SPECIAL_IN_RESPONSE,
     Encoded,
     encode_chat,
     encode_inside,
@@ -31,14 +30,10 @@ from lit_isdpo.data.encoding import (
     render_chat,
     special_in,
     split_prefix,
-    turn_end,
     with_eos,
 )
-from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.data.truncation import Change, Fitted, TruncationMode, fit_length
-from lit_isdpo.names import named_path
+from lit_isdpo.data.outcomes import Change, Reason, RowError
 from lit_isdpo.types import (
-    NEEDS_CODE,
     Answer,
     Conversation,
     InputError,
@@ -51,63 +46,27 @@ from lit_isdpo.types import (
 )
 
 ChatTemplate = Literal["auto", "always", "never"]
-_OPENING = "\n\nAssistant:"  # of a plain transcript's answer
+TruncationMode = Literal["keep_end", "keep_start", "drop"]
+_OPENING = "\n\nAssistant:"  # opens the answer in a plain transcript
 _CUTS = {Change.FIRST_MESSAGES_CUT, Change.PROMPT_CUT, Change.RESPONSE_CUT}
 
 
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a local folder or from the hub.
+@dataclass(frozen=True)
+class Limits:
+    """How long texts may be, in tokens.
 
     Args:
-        path: folder or hub id of a model.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: whether Python code that comes with the model may run.
-
-    Raises:
-        InputError: there is none, or it has no EOS token.
+        max_length: of the prompt and a response together; a response that is longer loses its end.
+        max_prompt_length: at least 1 and less than ``max_length``.
+        truncation_mode: which end of a prompt that is too long is kept; ``drop`` leaves the row out.
     """
-    try:
-        local = named_path(path, "reference")
-        tokenizer = AutoTokenizer.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        # The libraries' messages run over many lines; the first one says what went wrong.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if "trust_remote_code" in str(error):
-            reason = NEEDS_CODE
-        raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")
-    return tokenizer
 
+    max_length: int
+    max_prompt_length: int
+    truncation_mode: TruncationMode = "keep_end"
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows up: EOS where the tokenizer has no padding token, as masks say what counts."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
-def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: EOS, and what the chat template ends an assistant turn with, where it differs."""
-    eos = int(tokenizer.eos_token_id)
-    end = turn_end(tokenizer) if tokenizer.chat_template else None
-    return [eos] if end is None else list(dict.fromkeys([eos, end]))
-
-
-def check_template_options(options: Mapping[str, Any]) -> None:
-    """Checks the further variables of a chat template.
-
-    Raises:
-        InputError: a name is no text or means something to ``apply_chat_template``, or JSON has no word for a value.
-    """
-    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"} | {"messages"}
-    for name, value in options.items():
-        if not isinstance(name, str) or name in own:
-            raise InputError(
-                f"data.chat_template_kwargs: {name!r} is no name for a variable of the template; rename it"
-            )
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"data.chat_template_kwargs: {name} must be a plain value: {error}") from error
+    def __post_init__(self) -> None:
+        assert 1 <= self.max_prompt_length < self.max_length
 
 
 @dataclass(frozen=True)
@@ -169,8 +128,7 @@ class TextEncoder:
             prefix = split_prefix(prompt)[1]
             return encode_inside(_OPENING + (f" {prefix}" if prefix else ""), self.tokenizer)
         turns, prefix = split_prefix(messages)
-        opened = self._rendered(turns, add_generation_prompt=True)
-        before = self._rendered(turns, add_generation_prompt=False)
+        opened, before = (self._rendered(turns, add_generation_prompt=added) for added in (True, False))
         text = (opened[len(before) :] if opened.startswith(before) else "") + prefix
         return encode_inside(text, self.tokenizer) if text else []
 
@@ -195,10 +153,9 @@ class TextEncoder:
         texts = [response if isinstance(response, str) else response["content"] for response in responses]
         if not all(isinstance(response, str) for response in responses):
             rewritten = RowError(Reason.REWRITTEN, "a plain transcript has no place for thoughts and tool calls")
-        if not isinstance(prompt, str) and (
-            any(has_more_than_text(turn) for turn in prompt) or (isinstance(prompt, Conversation) and prompt.tools)
-        ):
-            changes.append(PROMPT_REWRITTEN)
+        has_tools = isinstance(prompt, Conversation) and bool(prompt.tools)
+        if has_tools or (not isinstance(prompt, str) and any(map(has_more_than_text, prompt))):
+            changes.append(Change.PROMPT_REWRITTEN)
         return Encoded(
             encode_prompt(self.render(prompt), tokenizer),
             [with_eos(encode_inside(space + text, tokenizer), tokenizer) for text in texts],
@@ -228,84 +185,47 @@ class TextEncoder:
         return messages
 
 
-def tokenize_pair(
-    example: PreferenceExample,
-    encoder: TextEncoder,
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: TruncationMode = "keep_end",
-) -> TokenizedPair:
+def transcript(messages: Sequence[Message]) -> str:
+    r"""A conversation as plain text, in the form of Anthropic's hh-rlhf; a system turn stands without a name.
+
+    >>> transcript([{"role": "user", "content": "2 + 2?"}])
+    '\n\nHuman: 2 + 2?\n\nAssistant:'
+    """
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", **dict.fromkeys(("tool", "function"), "\n\nTool: ")}
+    text = "".join(names.get(turn["role"], "\n\n" if i else "") + turn["content"] for i, turn in enumerate(messages))
+    return text if messages[-1].get("prefix") else text + _OPENING
+
+
+def tokenize_pair(example: PreferenceExample, encoder: TextEncoder, limits: Limits) -> TokenizedPair:
     """Encodes a pair. Both responses follow the same prompt ids.
 
-    Args:
-        example: the pair as text.
-        encoder: writes it.
-        max_length: of the prompt and a response together, in tokens.
-        max_prompt_length: in tokens, at least 1 and less than ``max_length``.
-        truncation_mode: which end of a prompt that is too long is kept, or ``drop``.
-
     Raises:
-        RowError: the prompt has no tokens or may not be cut, a response is empty or not what the chat template writes,
-            the responses are the same, or they were cut although they have behavior log-probs, which are those of the
-            whole response.
+        RowError: the prompt has no tokens or may not be cut, a response is empty or not rendered as given, the
+            responses are the same, or they were cut although they have behavior log-probs, which are those of the whole
+            response.
         InputError: as :meth:`TextEncoder.encode`.
     """
     if example.chosen == example.rejected:
         raise RowError(Reason.IDENTICAL)
-    prompt_ids, (chosen_ids, rejected_ids), changes = _tokenize(
-        example.prompt,
-        [example.chosen, example.rejected],
-        encoder,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-    )
+    fitted = _tokenize(example.prompt, [example.chosen, example.rejected], encoder, limits)
+    chosen_ids, rejected_ids = fitted.completions
     if chosen_ids == rejected_ids:
         raise RowError(Reason.IDENTICAL_TOKENS)
-    if example.chosen_behavior_logps is not None and _CUTS.intersection(changes):
+    if example.chosen_behavior_logps is not None and _CUTS.intersection(fitted.changes):
         raise RowError(Reason.CUT_BEHAVIOR)
-    return TokenizedPair(
-        prompt_ids,
-        chosen_ids,
-        rejected_ids,
-        example.chosen_behavior_logps,
-        example.rejected_behavior_logps,
-        example.weight,
-        example.margin,
-        [*changes, *example.changes],
-    )
+    shared = {name: getattr(example, name) for name in PreferenceExample._fields if name in TokenizedPair._fields}
+    shared["changes"] = [*fitted.changes, *example.changes]
+    return TokenizedPair(fitted.prompt_ids, chosen_ids, rejected_ids, **shared)
 
 
-def tokenize_example(
-    example: SFTExample,
-    encoder: TextEncoder,
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: TruncationMode = "keep_end",
-) -> TokenizedExample:
-    """Encodes a demonstration; arguments and errors as in :func:`tokenize_pair`."""
-    prompt_ids, (completion_ids,), changes = _tokenize(
-        example.prompt,
-        [example.completion],
-        encoder,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-    )
+def tokenize_example(example: SFTExample, encoder: TextEncoder, limits: Limits) -> TokenizedExample:
+    """Encodes a demonstration; errors as in :func:`tokenize_pair`."""
+    prompt_ids, (completion_ids,), changes, _ = _tokenize(example.prompt, [example.completion], encoder, limits)
     return TokenizedExample(prompt_ids, completion_ids, [*changes, *example.changes])
 
 
 def tokenize_response(
-    prompt: Prompt,
-    response: str,
-    encoder: TextEncoder,
-    *,
-    finished: bool,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: TruncationMode = "keep_end",
+    prompt: Prompt, response: str, encoder: TextEncoder, limits: Limits, *, finished: bool
 ) -> TokenizedExample:
     """Encodes a response that was sampled, as :func:`tokenize_example` would.
 
@@ -314,11 +234,9 @@ def tokenize_response(
     Args:
         prompt: as the data has it.
         response: text, special tokens left out.
-        encoder: writes it.
-        finished: false where the token limit cut the response, which then gets no EOS.
-        max_length: as in :func:`tokenize_pair`.
-        max_prompt_length: as in :func:`tokenize_pair`.
-        truncation_mode: as in :func:`tokenize_pair`.
+        encoder: writes the text.
+        limits: the largest lengths.
+        finished: false if the token limit cut the response, which then gets no EOS.
 
     Raises:
         RowError: the prompt has no tokens or may not be cut, or the chat template refuses it.
@@ -331,43 +249,11 @@ def tokenize_response(
         encoded = encoder.encode(prompt, [response])
         return encoded if finished else encoded._replace(completions=[ids[:-1] for ids in encoded.completions])
 
-    prompt_ids, (ids,), changes = fit_length(
-        prompt,
-        encode,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-        bos_token_id=encoder.tokenizer.bos_token_id,
-        header=lambda: encoder.header(prompt),
-    )
+    prompt_ids, (ids,), changes, _ = fit_length(prompt, encode, limits, encoder)
     return TokenizedExample(prompt_ids, ids, changes)
 
 
-def transcript(messages: Sequence[Message]) -> str:
-    r"""A conversation as plain text, in the form of Anthropic's hh-rlhf; a system turn stands without a name.
-
-    >>> transcript([{"role": "user", "content": "2 + 2?"}])
-    '\n\nHuman: 2 + 2?\n\nAssistant:'
-    """
-    names = {
-        "user": "\n\nHuman: ",
-        "assistant": "\n\nAssistant: ",
-        "tool": "\n\nTool: ",
-        "function": "\n\nTool: ",
-    }
-    text = "".join(names.get(turn["role"], "\n\n" if i else "") + turn["content"] for i, turn in enumerate(messages))
-    return text if messages[-1].get("prefix") else text + _OPENING
-
-
-def _tokenize(
-    prompt: Prompt,
-    responses: list[Answer],
-    encoder: TextEncoder,
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: TruncationMode,
-) -> Fitted:
+def _tokenize(prompt: Prompt, responses: list[Answer], encoder: TextEncoder, limits: Limits) -> Encoded:
     """Encodes a prompt with its responses, and makes them fit."""
     texts = [response if isinstance(response, str) else response["content"] for response in responses]
     if not all(text.strip() or text is not response for text, response in zip(texts, responses, strict=True)):
@@ -381,19 +267,79 @@ def _tokenize(
             raise RowError(Reason.EMPTY_RESPONSE)
         return encoded
 
-    fitted = fit_length(
-        prompt,
-        encode,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncation_mode=truncation_mode,
-        bos_token_id=encoder.tokenizer.bos_token_id,
-        header=lambda: encoder.header(prompt),
-    )
+    fitted = fit_length(prompt, encode, limits, encoder)
+    odd = []
     if encoder.has_special(prompt):
-        fitted.changes.append(SPECIAL_IN_PROMPT)
-    if Change.INNER_TERMINATOR not in fitted.changes and any(
-        special_in(text.rstrip()[:-1], encoder.tokenizer) for text in texts
-    ):
-        fitted.changes.append(SPECIAL_IN_RESPONSE)
-    return fitted
+        odd.append(Change.SPECIAL_IN_PROMPT)
+    inside = any(special_in(text.rstrip()[:-1], encoder.tokenizer) for text in texts)
+    if inside and Change.INNER_TERMINATOR not in fitted.changes:
+        odd.append(Change.SPECIAL_IN_RESPONSE)
+    return fitted._replace(changes=(*fitted.changes, *odd))
+
+
+def fit_length(prompt: Prompt, encode: Callable[[Prompt], Encoded], limits: Limits, encoder: TextEncoder) -> Encoded:
+    """Encodes a prompt with its responses, and cuts what is too long.
+
+    Args:
+        prompt: a text, or the messages of a conversation.
+        encode: gives the ids of a prompt, and of the responses to it with their terminators.
+        limits: the largest lengths.
+        encoder: tells which ids of a prompt are never cut: BOS, and those that open the assistant's turn.
+
+    Raises:
+        RowError: a prompt is too long and may not be cut, or there is no room for more than the header.
+    """
+    encoded, changes = encode(prompt), []
+    if len(encoded.prompt_ids) > limits.max_prompt_length:
+        if limits.truncation_mode == "drop":
+            raise RowError(Reason.LONG_PROMPT)
+        shorter = _last_messages(prompt, encode, limits) if limits.truncation_mode == "keep_end" else None
+        if shorter is not None:
+            encoded = shorter
+            changes.append(Change.FIRST_MESSAGES_CUT)
+        else:
+            header, bos = encoder.header(prompt), encoder.tokenizer.bos_token_id
+            encoded = encoded._replace(prompt_ids=_cut(encoded.prompt_ids, header, limits, bos))
+            changes.append(Change.PROMPT_CUT)
+    if any(ids and ids[-1] in ids[:-1] for ids in encoded.completions):
+        changes.append(Change.INNER_TERMINATOR)
+    room = limits.max_length - len(encoded.prompt_ids)
+    if any(len(ids) > room for ids in encoded.completions):
+        changes.append(Change.RESPONSE_CUT)
+    return encoded._replace(
+        completions=[ids[:room] for ids in encoded.completions], changes=(*changes, *encoded.changes)
+    )
+
+
+def _last_messages(prompt: Prompt, encode: Callable[[Prompt], Encoded], limits: Limits) -> Encoded | None:
+    """The longest end of a conversation that fits, from a user's turn on; the system's words go last."""
+    if isinstance(prompt, str):
+        return None
+    for messages in _ends(prompt):
+        try:
+            encoded = encode(Conversation.like(prompt, messages))
+        except RowError:  # a template may refuse a conversation that it accepts as a whole
+            continue
+        if len(encoded.prompt_ids) <= limits.max_prompt_length:
+            return encoded
+    return None
+
+
+def _ends(messages: list[Message]) -> Iterator[list[Message]]:
+    first = next((at for at, turn in enumerate(messages) if turn["role"] not in ("system", "developer")), len(messages))
+    users = [at for at in range(first + 1, len(messages)) if messages[at]["role"] == "user"]
+    for at in users:
+        yield messages[:first] + messages[at:]
+    if first:
+        yield messages[max([first, *users]) :]
+
+
+def _cut(ids: list[int], header: list[int], limits: Limits, bos_token_id: int | None) -> list[int]:
+    """The ids of a prompt that fit, BOS and the header among them."""
+    head = ids[:1] if ids[0] == bos_token_id else []
+    room = limits.max_prompt_length - len(head) - len(header)
+    if room < bool(header):
+        raise RowError(Reason.LONG_PROMPT)
+    if limits.truncation_mode == "keep_start":
+        return head + ids[len(head) :][:room] + header
+    return head + ids[len(ids) - limits.max_prompt_length + len(head) :]

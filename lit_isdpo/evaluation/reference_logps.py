@@ -21,7 +21,7 @@ import transformers
 from rich.progress import Progress
 from torch import Tensor
 
-from lit_isdpo.data.rows import Rows
+from lit_isdpo.data.tokenized_rows import Rows
 from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
 from lit_isdpo.evaluation.store import read_table, write_table, write_text
 from lit_isdpo.policy.loading import attention_of

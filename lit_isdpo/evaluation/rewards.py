@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import ChatTemplate, TextEncoder, load_tokenizer, terminator_ids, tokenize_response
-from lit_isdpo.data.truncation import TruncationMode
+from lit_isdpo.data.encoding import load_tokenizer, terminator_ids
+from lit_isdpo.data.outcomes import RowError
+from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode, tokenize_response
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.adapters import fingerprint
 from lit_isdpo.policy.reward_model import (
@@ -203,14 +203,7 @@ class RewardModel(Reward):
 
     def _encode(self, prompt: Prompt, response: str, finished: bool) -> TokenizedExample:
         try:
-            return tokenize_response(
-                prompt,
-                response,
-                self.encoder,
-                finished=finished,
-                max_length=self.max_length,
-                max_prompt_length=self.max_prompt_length,
-                truncation_mode=self.truncation_mode,
-            )
+            limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
+            return tokenize_response(prompt, response, self.encoder, limits, finished=finished)
         except RowError as error:
             raise InputError(f"reward.path: {self.path!r} cannot score a response: {error.reason.value}.") from error

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_example
+from lit_isdpo.data.outcomes import RowError
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import Conversation, InputError, Message, Prompt, Response, Reward, SFTExample, score
 
-_WHOLE = 2**31  # tokens: nothing is cut
+_WHOLE = Limits(2**31, 2**31 - 1)  # nothing is cut
 PairRow = dict[str, Any]  # of a file of pairs; log-probs in nats, summed, EOS included, of the sampled distribution
 
 
@@ -137,7 +137,7 @@ class Labeller:
         for text in dict.fromkeys((decoded, decoded.removeprefix(" "))):
             example = SFTExample(row.prompt, text)
             try:
-                read = tokenize_example(example, self.encoder, max_length=_WHOLE, max_prompt_length=_WHOLE - 1)
+                read = tokenize_example(example, self.encoder, _WHOLE)
             except RowError as error:
                 raise UnusableError(f"responses left out as {error.reason.value}") from error
             except InputError:  # a template that shows some responses otherwise than others

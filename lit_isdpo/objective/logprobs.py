@@ -4,12 +4,13 @@ A head of V = 128,256 columns makes 4 V bytes of fp32 logits a token, several ti
 gradient. Three things keep that small: only positions that predict a completion token are projected (not the prompt,
 not the padding), in chunks, and the backward pass computes a chunk's logits anew instead of keeping them.
 
-Shapes: R rows, T positions, H hidden size, S sequences, C completion positions, N completion tokens in the batch.
+Shapes: R rows, T positions, H hidden size, S sequences, C completion positions, N completion tokens in the batch, B
+pairs.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,3 +190,64 @@ def sequence_logps(
     num_tokens = tokens.completion_mask.sum(dim=1)
     aligned = per_token.detach() - tokens.spread(log_collisions)
     return SequenceLogps(per_token.sum(dim=1), num_tokens, per_token, aligned.sum(dim=1) / num_tokens)
+
+
+class PairLogps(NamedTuple):
+    """What a loss or a weighting may look at. All ``(B,)``, fp32; the policy's carry its gradient, all others none.
+
+    Attributes:
+        chosen_logps: ``log pi(y_w|x)`` of the policy, in nats, like all log-probs here.
+        rejected_logps: ``log pi(y_l|x)``, likewise.
+        ref_chosen_logps: of the reference; NaN where none is held.
+        ref_rejected_logps: likewise.
+        mu_chosen_logps: of the behavior policy, which wrote the responses; NaN where it is not known.
+        mu_rejected_logps: likewise.
+        chosen_num_tokens: length of the response in tokens, EOS included.
+        rejected_num_tokens: likewise.
+        margins: what the data asks the preference to exceed; 0 where it asks nothing.
+        chosen_alignment: mean over the response's tokens of ``log pi(y_t) - log sum_v pi(v)^2``, in nats; NaN where the
+            weighting does not need it.
+        rejected_alignment: likewise.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    mu_chosen_logps: Tensor
+    mu_rejected_logps: Tensor
+    chosen_num_tokens: Tensor
+    rejected_num_tokens: Tensor
+    margins: Tensor
+    chosen_alignment: Tensor
+    rejected_alignment: Tensor
+
+    @classmethod
+    def unstack(cls, policy: SequenceLogps, ref_logps: Tensor, mu_logps: Tensor, margins: Tensor) -> "PairLogps":
+        """From B pairs stacked as ``[chosen; rejected]``; ``ref_logps`` and ``mu_logps`` are ``(2B,)``."""
+        stacked = (policy.logps, ref_logps, mu_logps, policy.num_tokens)
+        halves = [half for both in stacked for half in both.chunk(2)]
+        return cls._make((*halves, margins, *policy.alignment.chunk(2)))
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """``(B,)`` ``s_w = log pi(y_w|x) - log ref(y_w|x)``."""
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """``(B,)`` ``s_l``, likewise."""
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def importance_logratios(self) -> tuple[Tensor, Tensor]:
+        """``(b_w, b_l)``, each ``(B,)``: ``log pi(y|x) - log mu(y|x)``."""
+        return self.chosen_logps - self.mu_chosen_logps, self.rejected_logps - self.mu_rejected_logps
+
+    def at_reference(self) -> "PairLogps":
+        """The same pairs seen by a policy that is the reference: where every fresh run begins."""
+        return self._replace(chosen_logps=self.ref_chosen_logps, rejected_logps=self.ref_rejected_logps)
+
+    def detach(self) -> "PairLogps":
+        """The same values without gradient."""
+        return PairLogps(*(field.detach() for field in self))

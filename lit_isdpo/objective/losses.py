@@ -1,13 +1,13 @@
-"""Per-pair preference losses; the weight and the mean over pairs are the caller's.
+"""Per-pair losses; the weight and the mean over pairs are the caller's.
 
-Every offline method is one row of a single core,
+A loss is a ``PairLoss``. Most offline methods are one row of a single core, a ``PreferenceLoss``,
 
     r    = beta phi(u)                                   reward that the loss implies, of a response
     x    = clip( r_w - r_l ) + shift - m                 preference for the chosen response, without unit
     loss = w f(x) + auxiliary                            the weight w does not touch the auxiliary term
 
 with u a response's utility (by default its log-ratio, policy over reference), phi a link, m a margin of the data and f
-a penalty. A new loss is one subclass of ``PreferenceLoss`` that overrides what it changes, and one YAML file.
+a penalty. A new loss is one subclass of either that overrides what it changes, and one YAML file.
 
 Shapes: B pairs. All log-probs are sums over the response's tokens, EOS included, in nats, unless a name says mean.
 """
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.types import InputError
 
 _MAX_EXPONENT = 20.0  # of chi-PO's link: the paper's own bound, far from where fp32 overflows
 
 
-class PreferenceLoss(ABC):
-    """The core of the module's docstring; a subclass gives the penalty and overrides what else it changes.
+class PairLoss(ABC):
+    """A loss of B pairs: a subclass gives ``__call__``, and what else it changes.
 
     Args:
         beta: strength of the implicit KL constraint, above 0; small beta lets the policy drift far.
@@ -43,16 +43,36 @@ class PreferenceLoss(ABC):
     needs_reference: bool = True
     is_weighed: bool = False
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float = 0.1) -> None:
         self.beta = checked("beta", beta, above=0.0)
 
+    @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Computes the unweighted loss of each pair, ``(B,)``, with the policy's gradient."""
+        """Computes what a weight multiplies of each pair's loss, ``(B,)``, with the policy's gradient."""
+
+    def auxiliary(self, pairs: PairLogps) -> Tensor:
+        """A term beside it that importance weights do not touch, ``(B,)``: here none."""
+        return torch.zeros_like(pairs.margins)
+
+    def weighted(self, pairs: PairLogps, weights: Tensor | float = 1.0) -> Tensor:
+        """All of each pair's loss, ``(B,)``, under ``(B,)`` weights."""
+        return weights * self(pairs) + self.auxiliary(pairs)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """``(r_w, r_l)``, each ``(B,)``: the rewards that the policy implies under this loss."""
+        return self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
+
+
+class PreferenceLoss(PairLoss):
+    """The core of the module's docstring; a subclass gives the penalty and overrides what else it changes."""
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Computes ``f(x)`` of each pair."""
         chosen, rejected = self.rewards(pairs)
         return self.penalty(self.clip(chosen - rejected) + self.shift(pairs) - pairs.margins)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """``(r_w, r_l)``, each ``(B,)``: the rewards that the policy implies under this loss."""
+        """``beta phi(u)`` of both responses."""
         chosen, rejected = self.utilities(pairs)
         return self.beta * self.link(chosen), self.beta * self.link(rejected)
 
@@ -76,16 +96,9 @@ class PreferenceLoss(ABC):
     def penalty(self, preference: Tensor) -> Tensor:
         """F, ``(B,) -> (B,)``: the loss of a preference ``x``."""
 
-    def auxiliary(self, pairs: PairLogps) -> Tensor:
-        """A term beside the preference loss that importance weights do not touch, ``(B,)``: here none."""
-        return torch.zeros_like(pairs.margins)
-
 
 class DPOLoss(PreferenceLoss):
     """Logistic: ``-log sigmoid(beta h)`` (DPO, arXiv 2305.18290 eq. 7). At the reference: ln 2."""
-
-    def __init__(self, beta: float = 0.1) -> None:
-        super().__init__(beta)
 
     def penalty(self, preference: Tensor) -> Tensor:
         """``logsigmoid`` is exact where ``sigmoid`` saturates."""
@@ -109,12 +122,10 @@ class IPOLoss(PreferenceLoss):
 
     def utilities(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Summed or per-token log-ratios. The importance weight always uses sums."""
+        chosen, rejected = super().utilities(pairs)
         if self.logratio == "sum":
-            return pairs.chosen_logratios, pairs.rejected_logratios
-        return (
-            pairs.chosen_logratios / pairs.chosen_num_tokens,
-            pairs.rejected_logratios / pairs.rejected_num_tokens,
-        )
+            return chosen, rejected
+        return chosen / pairs.chosen_num_tokens, rejected / pairs.rejected_num_tokens
 
     def penalty(self, preference: Tensor) -> Tensor:
         """The preference ``beta h`` is to be 1/2; the factor makes the square that of ``h``."""
@@ -124,9 +135,6 @@ class IPOLoss(PreferenceLoss):
 class SLiCLoss(PreferenceLoss):
     """Hinge: ``max(0, 1 - beta h)`` (SLiC-HF, arXiv 2305.10425, as in GPO, 2402.05749). At the reference: 1."""
 
-    def __init__(self, beta: float = 0.1) -> None:
-        super().__init__(beta)
-
     def penalty(self, preference: Tensor) -> Tensor:
         """No gradient once the margin is won; its second derivative at 0 is 0, so the theory of IS is silent here."""
         return (1 - preference).relu()
@@ -135,8 +143,7 @@ class SLiCLoss(PreferenceLoss):
 class CDPOLoss(DPOLoss):
     """Conservative DPO: ``(1-e) L(h) + e L(-h)``, L the logistic loss and e the share of flipped labels.
 
-    From E. Mitchell's note on noisy preferences (2023), which arXiv 2403.00409 takes up. The optimum is a finite
-    preference, ``log((1-e)/e)``. At the reference: ln 2.
+    E. Mitchell's note of 2023, see arXiv 2403.00409. The optimum is a finite ``log((1-e)/e)``. At the reference: ln 2.
 
     Args:
         beta: above 0.
@@ -282,6 +289,30 @@ class SimPOLoss(DPOLoss):
     def shift(self, pairs: PairLogps) -> Tensor:
         """The target margin, gamma."""
         return torch.full_like(pairs.margins, -self.gamma_beta_ratio * self.beta)
+
+
+def bradley_terry_losses(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margins: Tensor, *, centering: float = 0.0
+) -> Tensor:
+    """A reward model's ``-log sigmoid(r_w - r_l - margin) + centering (r_w + r_l)^2``, ``(B,)``, in nats.
+
+    The first term is the negative log-likelihood of the Bradley-Terry model (arXiv
+    2203.02155, eq. 1; with margins, arXiv 2307.09288, eq. 2). It knows only differences; the second (arXiv 2312.09244,
+    eq. 7) keeps the rewards of different prompts around 0.
+
+    Args:
+        chosen_rewards: ``(B,)``.
+        rejected_rewards: ``(B,)``.
+        margins: ``(B,)`` what the difference must exceed.
+        centering: at least 0.
+
+    >>> import torch
+    >>> one, zero = torch.ones(1), torch.zeros(1)
+    >>> round(bradley_terry_losses(one, zero, zero).item(), 4), round(bradley_terry_losses(one, zero, one).item(), 4)
+    (0.3133, 0.6931)
+    """
+    losses = -logsigmoid(chosen_rewards - rejected_rewards - margins)
+    return losses + centering * (chosen_rewards + rejected_rewards).square()
 
 
 def checked(

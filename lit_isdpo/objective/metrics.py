@@ -1,40 +1,92 @@
-"""Sums and counts in, scalars out: what is logged about B pairs, and estimators of KL.
+"""Columns in, scalars out: what is logged about the rows of a step or of an evaluation, and estimators of KL.
 
-Values of micro-batches are never averaged: sums and counts are added over the accumulation window and over the ranks,
-and divided once, so a short last batch and uneven ranks change nothing.
+A column holds one value per row, under its log key. Values of micro-batches are never averaged: sums and counts are
+added over the accumulation window and over the ranks, and divided once, so a short last batch and uneven ranks change
+nothing.
 """
 
 import math
-from collections.abc import Collection, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_isdpo.objective.losses import PreferenceLoss
-from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.weights import PairWeights
 
-MEANS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "logratios/chosen",
-    "logratios/rejected",
-    "logratios/chosen_fell",
-    "logratios/importance",
-    "weights/mean",
-    "weights/clip_fraction",
-)
-"""Log keys that are means over pairs, in the order of ``PairMetrics``' columns."""
-OF_REFERENCE = ("logratios/chosen", "logratios/rejected", "logratios/chosen_fell")
-OF_BEHAVIOR = ("logratios/importance",)
+LOG_WEIGHTS = "log_weights"
+"""Key of the column that is kept whole: its largest value, its effective sample size and its histogram are logged."""
+
+
+class Ratio(NamedTuple):
+    """A column whose mean is taken over something else than rows, such as tokens.
+
+    Attributes:
+        numerator: ``(B,)``; in a total, a float64 scalar.
+        denominator: likewise, what the sum of the numerators is divided by.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+
+
+Columns = Mapping[str, Tensor | Ratio]
+
+
+def pair_columns(
+    losses: Tensor,
+    rewards: tuple[Tensor, Tensor],
+    pairs: PairLogps,
+    weights: PairWeights,
+    *,
+    has_reference: bool = True,
+    has_mu: bool = True,
+) -> dict[str, Tensor]:
+    """What is logged about B pairs.
+
+    Args:
+        losses: ``(B,)`` weighted losses, the auxiliary term included.
+        rewards: ``(r_w, r_l)`` that the policy implies, each ``(B,)``.
+        pairs: log-probs of the B pairs.
+        weights: their weights.
+        has_reference: whether there is a reference to measure against.
+        has_mu: whether there is a behavior policy to measure against.
+    """
+    of_reference = {
+        "logratios/chosen": pairs.chosen_logratios,
+        "logratios/rejected": pairs.rejected_logratios,
+        "logratios/chosen_fell": (pairs.chosen_logratios < 0).float(),
+    }
+    of_mu = {"logratios/importance": torch.stack(pairs.importance_logratios).sum(dim=0)}
+    return {
+        "loss": losses,
+        **_reward_columns(*rewards),
+        "logps/chosen": pairs.chosen_logps,
+        "logps/rejected": pairs.rejected_logps,
+        **(of_reference if has_reference else {}),
+        **(of_mu if has_mu else {}),
+        "weights/mean": weights.weights,
+        "weights/clip_fraction": weights.clipped,
+        LOG_WEIGHTS: weights.log_weights,
+    }
+
+
+def score_columns(losses: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """What is logged about a reward model on B pairs, from its losses and rewards, each ``(B,)``."""
+    return {"loss": losses, **_reward_columns(chosen, rejected), "rewards/mean": (chosen + rejected) / 2}
+
+
+def _reward_columns(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Rewards of B pairs, each ``(B,)``; a tie counts one half in the accuracy."""
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float() + (chosen == rejected).float() / 2,
+        "rewards/margins": chosen - rejected,
+    }
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -49,86 +101,73 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp().float()
 
 
-class RowMeans(Metric):
-    """Means over rows of what ``KEYS`` names: a subclass's ``update`` calls ``add``.
-
-    Attributes:
-        KEYS: log keys, in the order of the columns.
-    """
-
-    KEYS: ClassVar[Sequence[str]]
+class RowMetrics(Metric):
+    """Means over rows of the columns that it is given, by name."""
 
     full_state_update = False
-    sums: Tensor
-    num_rows: Tensor
+    sums: Tensor  # (2, K) numerators and denominators of the K columns
+    keys: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(len(self.KEYS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_rows", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(2, 0, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def add(self, columns: list[Tensor], num_counted: int) -> None:
-        """Adds the first ``num_counted`` of B rows, a ``(B,)`` column a key; the others only fill up a batch."""
-        self.sums += torch.stack(columns, dim=1)[:num_counted].double().sum(dim=0)
-        self.num_rows += num_counted
+    def update(self, columns: Columns, num_counted: int) -> None:
+        """Adds the first ``num_counted`` of B rows; the others only fill up a batch. Every update has the same keys."""
+        ratios = [
+            column if isinstance(column, Ratio) else Ratio(column, torch.ones_like(column))
+            for column in columns.values()
+        ]
+        stacked = torch.stack([value.double() for parts in zip(*ratios, strict=True) for value in parts], dim=1)
+        added = stacked[:num_counted].sum(dim=0).view(2, -1)
+        self.keys = tuple(columns)
+        self.sums = self.sums + added if self.sums.numel() else added
+
+    def totals(self) -> dict[str, Ratio]:
+        """The sums of each column; of all ranks inside a sync."""
+        return {key: Ratio(*sums) for key, sums in zip(self.keys, self.sums.T, strict=True)}
 
     def compute(self) -> dict[str, Tensor]:
         """The log keys without their stage prefix."""
-        return dict(zip(self.KEYS, (self.sums / self.num_rows).float(), strict=True))
+        return {key: (total.numerator / total.denominator).float() for key, total in self.totals().items()}
+
+    def reset(self) -> None:
+        """Begins with new sums, of any columns."""
+        super().reset()
+        self.keys = ()
+
+    def forget(self) -> None:
+        """Takes back what was added in the last window of sums, which a reset may have closed."""
+        self.reset()
 
 
-class PairMetrics(RowMeans):
-    """Means over pairs of everything in ``MEANS``, the largest weight, and the effective sample size.
+class PairMetrics(RowMetrics):
+    """Means over pairs, the largest weight, and the effective sample size.
 
     Args:
-        loss: gives the rewards that the policy implies.
-        unknown: keys that are left out, because there is no reference or no behavior policy to measure against.
         window: the effective sample size is taken over this many most recent pairs of this rank, across resets (a
             small batch cannot show a small ESS/N: it is at least 1/N); ``None`` takes it over all pairs since the
             last reset.
     """
 
-    KEYS = MEANS
-
     max_log_weight: Tensor
     recent: list[Tensor]
 
-    def __init__(self, loss: PreferenceLoss, *, unknown: Collection[str] = (), window: int | None = None) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
-        self.loss = loss
-        self.unknown = frozenset(unknown)
         self.window = window
         self.add_state("max_log_weight", torch.tensor(-math.inf), dist_reduce_fx="max")
         self.add_state("recent", [], dist_reduce_fx="cat")  # a list: ranks may hold different numbers of pairs
+        self._before: list[Tensor] = []  # `recent` as it was when the last window of sums began
 
-    def update(self, losses: Tensor, pairs: PairLogps, weights: PairWeights, num_counted: int) -> None:
-        """Adds the first ``num_counted`` of B pairs; the others only fill up a batch.
-
-        Args:
-            losses: ``(B,)`` weighted losses, the auxiliary term included.
-            pairs: log-probs of the B pairs.
-            weights: their weights.
-            num_counted: between 0 and B.
-        """
-        pairs = pairs.detach()
-        chosen, rejected = self.loss.rewards(pairs)
-        columns = [
-            losses.detach(),
-            chosen,
-            rejected,
-            (chosen > rejected).float() + (chosen == rejected).float() / 2,
-            chosen - rejected,
-            pairs.chosen_logps,
-            pairs.rejected_logps,
-            pairs.chosen_logratios,
-            pairs.rejected_logratios,
-            (pairs.chosen_logratios < 0).float(),
-            torch.stack(pairs.importance_logratios).sum(dim=0),
-            weights.weights,
-            weights.clipped,
-        ]
-        self.add(columns, num_counted)
-        log_weights = weights.log_weights[:num_counted]
+    def update(self, columns: Columns, num_counted: int) -> None:
+        """As of ``RowMetrics``, with a column of log-weights."""
+        if not self.keys:
+            self._before = list(self.recent)
+        super().update({key: column for key, column in columns.items() if key != LOG_WEIGHTS}, num_counted)
+        of_all = columns[LOG_WEIGHTS]
+        assert isinstance(of_all, Tensor)
+        log_weights = of_all[:num_counted]
         if num_counted:
             self.max_log_weight = torch.maximum(self.max_log_weight, log_weights.max())
         recent = torch.cat([*self.recent, log_weights])
@@ -144,18 +183,20 @@ class PairMetrics(RowMeans):
         """Returns the log keys without their stage prefix; ``weights/ess`` is a share of the pairs, ESS/N."""
         log_weights = self.recent_log_weights
         ess = effective_sample_size(log_weights) / log_weights.numel()
-        return {
-            **{key: mean for key, mean in super().compute().items() if key not in self.unknown},
-            "weights/max": self.max_log_weight.exp(),
-            "weights/ess": ess,
-        }
+        return super().compute() | {"weights/max": self.max_log_weight.exp(), "weights/ess": ess}
 
     def reset(self) -> None:
-        """Starts a new window of sums; the recent log-weights stay where a window was asked for."""
+        """Begins with new sums; the recent log-weights stay where a window was asked for."""
         recent = list(self.recent)
         super().reset()
         if self.window is not None:
             self.recent = recent
+
+    def forget(self) -> None:
+        """Takes back the recent log-weights too."""
+        super().forget()
+        if self.window is not None:
+            self.recent = list(self._before)
 
 
 class Estimate(NamedTuple):

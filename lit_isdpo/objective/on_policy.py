@@ -21,9 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, checked
-from lit_isdpo.objective.metrics import RowMeans
-from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.logprobs import PairLogps
+from lit_isdpo.objective.losses import DPOLoss, PairLoss, checked
 
 _STD_FLOOR = 1e-4  # GRPO: what keeps a group of equal rewards finite, as trainers set it
 
@@ -87,7 +86,7 @@ class OnPolicyObjective(ABC):
     def losses(self, rollouts: Rollouts) -> Tensor:
         """As ``__call__``."""
 
-    def implied(self) -> PreferenceLoss:
+    def implied(self) -> PairLoss:
         """The offline loss by which held-out pairs measure this policy: here DPO's, of rewards ``beta log pi/ref``."""
         return DPOLoss(self.beta)
 
@@ -161,15 +160,14 @@ class OnlineDPOObjective(OnPolicyObjective):
         loss: of the pair, its auxiliary term included; ``beta`` is its own.
     """
 
-    def __init__(self, loss: PreferenceLoss) -> None:
+    def __init__(self, loss: PairLoss) -> None:
         super().__init__(loss.beta)
         self.loss = loss
 
     def losses(self, rollouts: Rollouts) -> Tensor:
         """No gradient goes through the choice of the pair."""
         pairs = self.pairs(rollouts)
-        losses = self.loss(pairs) + self.loss.auxiliary(pairs)
-        return losses * ~_equal(rollouts.rewards)
+        return self.loss.weighted(pairs) * ~_equal(rollouts.rewards)
 
     def pairs(self, rollouts: Rollouts) -> PairLogps:
         """One pair of each of the P prompts: the policy wrote it, so mu is the policy."""
@@ -191,7 +189,7 @@ class OnlineDPOObjective(OnPolicyObjective):
             rejected_alignment=unknown,
         )
 
-    def implied(self) -> PreferenceLoss:
+    def implied(self) -> PairLoss:
         """The pair's loss itself."""
         return self.loss
 
@@ -214,46 +212,29 @@ def on_policy_kl(rollouts: Rollouts) -> Tensor:
     return logratios.mean(dim=1) + (surrogate - surrogate.detach())
 
 
-class RolloutMetrics(RowMeans):
-    """Means over prompts of what ``KEYS`` names; sums and counts in, so micro-batches of any size give the whole.
+def rollout_columns(losses: Tensor, rollouts: Rollouts, finished: Tensor) -> dict[str, Tensor]:
+    """What is logged about P prompts with K responses each.
 
     ``loss`` is a surrogate's value. ``reward/std`` is the standard deviation within a prompt (correction 1), and
     ``reward/equal_fraction`` the share of prompts whose K rewards are all equal, which teach nothing but the penalty.
     ``kl/k1`` is the samples' mean log-ratio and ``entropy`` their mean ``-log pi(y|x)``, both in nats a response;
     ``response_length`` is in tokens, EOS included; ``finished_fraction`` is of responses.
+
+    Args:
+        losses: ``(P,)``.
+        rollouts: of the P prompts, K at least 2.
+        finished: ``(P, K)`` bool, true at responses that end with EOS.
     """
-
-    KEYS = (
-        "loss",
-        "reward/mean",
-        "reward/std",
-        "reward/equal_fraction",
-        "kl/k1",
-        "entropy",
-        "response_length",
-        "finished_fraction",
-    )
-
-    def update(self, losses: Tensor, rollouts: Rollouts, finished: Tensor, num_counted: int) -> None:
-        """Adds the first ``num_counted`` of P prompts, with K responses (at least 2) to each.
-
-        Args:
-            losses: ``(P,)``.
-            rollouts: of the P prompts.
-            finished: ``(P, K)`` bool, true at responses that end with EOS.
-            num_counted: between 0 and P; the other prompts only fill up a batch.
-        """
-        columns = [  # torchmetrics keeps no gradient of an update
-            losses,
-            rollouts.rewards.mean(dim=1),
-            rollouts.rewards.std(dim=1),
-            _equal(rollouts.rewards).float(),
-            rollouts.logratios.mean(dim=1),
-            -rollouts.logps.mean(dim=1),
-            rollouts.num_tokens.float().mean(dim=1),
-            finished.float().mean(dim=1),
-        ]
-        self.add(columns, num_counted)
+    return {
+        "loss": losses,
+        "reward/mean": rollouts.rewards.mean(dim=1),
+        "reward/std": rollouts.rewards.std(dim=1),
+        "reward/equal_fraction": _equal(rollouts.rewards).float(),
+        "kl/k1": rollouts.logratios.detach().mean(dim=1),
+        "entropy": -rollouts.logps.detach().mean(dim=1),
+        "response_length": rollouts.num_tokens.float().mean(dim=1),
+        "finished_fraction": finished.to(losses.device).float().mean(dim=1),
+    }
 
 
 def _score_function(returns: Tensor, logps: Tensor) -> Tensor:

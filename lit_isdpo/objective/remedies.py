@@ -12,8 +12,8 @@ Shapes: B pairs. Log-probs are sums over the response's tokens, in nats.
 import torch
 from torch import Tensor
 
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import DPOLoss, checked
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
 from lit_isdpo.types import InputError
 

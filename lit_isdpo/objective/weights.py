@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.types import InputError
 
 

@@ -19,7 +19,7 @@ from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.vllm_sampler import check_vllm
 from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.probe import SamplingProbe, log_texts
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Reward, check_least
@@ -145,7 +145,7 @@ class Evaluation(Callback):
         """
         if stage != "test":
             return
-        if isinstance(pl_module, PolicyModule):
+        if isinstance(pl_module, LanguageModule) and pl_module.writes:
             num_prompts, limits = self._extent(trainer)
             for name in limits if num_prompts else ():
                 pl_module.check_positions("test", limits[name], f"evaluation.{name}", num_prompts)
@@ -161,7 +161,7 @@ class Evaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates, and logs."""
-        if not isinstance(pl_module, PolicyModule):
+        if not (isinstance(pl_module, LanguageModule) and pl_module.writes):
             return
         num_prompts, limits = self._extent(trainer)
         if not num_prompts:

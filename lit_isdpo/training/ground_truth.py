@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_isdpo.data.accounts import Split
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.evaluation.rewards import LabReward
 from lit_isdpo.lab.folder import exact_evaluation_for
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, ProbePrompt, Prompt
 
 
@@ -34,7 +34,9 @@ def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward |
     return None
 
 
-def exact_values(module: PolicyModule, stage: Split, prompts: Sequence[ProbePrompt]) -> Callable[[], dict[str, float]]:
+def exact_values(
+    module: LanguageModule, stage: Split, prompts: Sequence[ProbePrompt]
+) -> Callable[[], dict[str, float]]:
     """Gives exact values of the policy as it is when they are asked for; none where the task has none, or not for it.
 
     Args:

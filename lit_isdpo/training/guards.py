@@ -1,6 +1,5 @@
-"""What stops training that would learn something wrong, and warns of training that learns nothing."""
+"""What stops a fit before a step that would put NaN into the weights."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,41 +9,9 @@ from lightning import pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting
-from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError, Ranks
-
-MEAN_WEIGHT_WARNING = 0.1
-ESS_WARNING = 0.01
-
-
-@torch.no_grad()
-def check_first_step(
-    logratios: Tensor, num_tokens: Tensor, numerics: PolicyConfig, row_ids: Tensor, trainer: pl.Trainer
-) -> None:
-    """Stops a fit whose policy is not its reference although it says so: a wrong mask, packing or dtype.
-
-    Args:
-        logratios: ``(B,)`` the largest absolute log-ratio of each of the first micro-batch's rows, in nats.
-        num_tokens: ``(B,)`` the length of its longest response.
-        numerics: of both models.
-        row_ids: ``(B,)`` the micro-batch's rows.
-        trainer: knows the rows' names.
-
-    Raises:
-        InputError: a log-ratio is not 0 within the numerics' noise.
-    """
-    # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding a token.
-    tolerance = 1e-3 if numerics.compute_dtype == numerics.dtype == "float32" else 0.02
-    bad = logratios > tolerance * num_tokens.float().sqrt()
-    # Together, or the others would wait for a rank that has stopped.
-    if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
-        raise InputError(
-            f"At the first step the policy is the reference, yet log pi/ref is up to {logratios.max():.3g} nats "
-            f"({_row_names(trainer, row_ids[bad])}): the model's forward is not deterministic, or the two were not "
-            "loaded alike."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +99,7 @@ class StepGuard:
         """Marks the step as one to skip, or raises; every rank comes here."""
         ranks = all_ranks() if trainer.world_size > 1 else Ranks()
         rows = [row for part in ranks.gather(row_ids[row_ids >= 0].tolist()) for row in part]
-        named = f"{'for' if what == 'loss' else 'in the step of'} {_row_names(trainer, torch.tensor(rows))}"
+        named = f"{'for' if what == 'loss' else 'in the step of'} {row_names(trainer, torch.tensor(rows))}"
         said = f"The {what} is NaN or infinite at optimizer step {trainer.global_step} {named}"
         if self.nonfinite.action == "stop":
             self._forget()
@@ -161,37 +128,13 @@ class StepGuard:
         self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
 
 
-def _row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
+def row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
     """A few rows in words, as they were read."""
     some, others = row_ids.tolist()[:8], row_ids.numel() - 8
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, TextDataModule):
         return f"training rows {some}"
     if not some:
         return "training rows of another rank"
-    names = ", ".join(datamodule.row_name("train", row_id) for row_id in some)
+    names = ", ".join(data.row_name("train", row_id) for row_id in some)
     return f"{names} and {others} more" if others > 0 else names
-
-
-def warn_of_vanishing_weights(weighting: PairWeighting, values: dict[str, Tensor]) -> None:
-    """Warns where importance weights have all but left the data, or stand on a few pairs.
-
-    Args:
-        weighting: of the pairs.
-        values: what ``PairMetrics`` computed of an optimizer step.
-    """
-    # Of other weightings a small weight says something else: a negative epsilon, say, is small from the start.
-    if isinstance(weighting, ImportanceWeighting) and weighting.epsilon >= 0:
-        if values["weights/mean"].item() < MEAN_WEIGHT_WARNING:
-            warnings.warn(
-                f"The mean importance weight of the training pairs fell below {MEAN_WEIGHT_WARNING}: the policy hardly "
-                "produces them any more and learns little from them. A larger model.loss.beta, a lower learning rate "
-                "or fewer epochs keep it nearer.",
-                stacklevel=2,
-            )
-        if values["weights/ess"].item() < ESS_WARNING:
-            warnings.warn(
-                f"The effective sample size fell below {ESS_WARNING:.0%} of the last training pairs: a few pairs "
-                "hold all the weight.",
-                stacklevel=2,
-            )

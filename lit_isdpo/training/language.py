@@ -1,36 +1,60 @@
-"""What all training shares, of policies and reward models: the optimizer, checks, gradient clipping."""
+"""What all training shares: the step and what is logged of it, checkpoints, sampling, and what the data must be."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.tokenization import load_tokenizer
-from lit_isdpo.policy.adapters import check_same_tensors
-from lit_isdpo.policy.loading import PolicyConfig, attention_of, compile_layers, model_path
-from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.reference import Reference
+from lit_isdpo.data.encoding import load_tokenizer
+from lit_isdpo.data.outcomes import Split
+from lit_isdpo.objective.metrics import LOG_WEIGHTS, Columns, PairMetrics, RowMetrics
+from lit_isdpo.policy.generation import Vocabulary
+from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
+from lit_isdpo.policy.reference import Reference, ResidentReference
 from lit_isdpo.policy.reward_model import ScoreModel
-from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.sharding import all_ranks, whole
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
+from lit_isdpo.training.comparison import Comparison
 from lit_isdpo.training.guards import NonFinite, StepGuard
+from lit_isdpo.training.models import (
+    BASE_KEY,
+    Prediction,
+    PredictSampling,
+    check_base,
+    check_length,
+    check_positions,
+    check_tensors,
+    load_policy,
+    of_adapter,
+    outline_policy,
+    outline_source,
+    pin_rope,
+    predict,
+    vocabulary_of,
+)
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
-from lit_isdpo.types import InputError, Ranks
+from lit_isdpo.training.reading import Limits, hand_over, lift_limits, limit_epoch, steps_per_epoch
+from lit_isdpo.training.reference_cache import cached_logps
+from lit_isdpo.types import InputError, PreferenceBatch, Ranks, Reward, SFTBatch
 
 SKIPPED_KEY = "skipped_steps"  # of a checkpoint
+
+Stage = Literal["train", "val", "test", "plan"]
+"""What a step is for; a plan of memory and time asks for the losses of a training step without values."""
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -39,26 +63,40 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 
 
 class LanguageModule(LightningModule, ABC):
-    """A language model in training, whatever it is trained to say.
+    """A language model in training, whatever it is trained to say. A method gives ``step``.
 
     Args:
         source: names the model.
         architecture: its configuration.
+        comparison: scores pairs beside a reference, if the method has one.
+        sampling: how ``predict`` samples.
         optimizer: makes the optimizer from the parameters that are trained.
         schedule: of the learning rate.
         decay_norms_and_biases: whether the optimizer's weight decay acts on these too, and not only on matrices.
         nonfinite: what becomes of a step whose loss or gradient is NaN.
+
+    Attributes:
+        network_name: the attribute that holds what is trained, the first part of its tensors' names in a checkpoint.
+        writes: whether responses can be sampled from it; then ``policy`` is there from ``configure_model`` on.
+        samples: whether it is trained on responses of its own.
+        micro_batch: number of the training micro-batch in its epoch.
 
     Raises:
         InputError: the optimizer refuses its numbers, or one of them is not finite; or the tokenizer has tokens that
             the model has no rows for.
     """
 
+    network_name: ClassVar[str] = "policy"
+    writes: ClassVar[bool] = True
+    policy: LogProbModel
+
     def __init__(
         self,
         source: PolicyConfig,
         architecture: PretrainedConfig,
         *,
+        comparison: Comparison | None = None,
+        sampling: PredictSampling = PredictSampling(),  # noqa: B008 - immutable
         optimizer: OptimizerCallable = adamw,
         schedule: Schedule = Schedule(),  # noqa: B008 - immutable
         decay_norms_and_biases: bool = False,
@@ -68,27 +106,27 @@ class LanguageModule(LightningModule, ABC):
         check_options(optimizer)
         self.source = source
         self.architecture = architecture
+        self.comparison = comparison
+        self.sampling = sampling
         self.make_optimizer = optimizer
-        self.shares_prompts = False  # whether its batches hold a pair a row, with one prompt for both responses
-        self.samples = False  # whether it is trained on responses of its own
         self.schedule = schedule
         self.decay_norms_and_biases = decay_norms_and_biases
+        self.samples = False
+        self.micro_batch = 0
+        self._limits: Limits | None = None  # of the trainer, before they were made whole steps
+        self.train_metrics, self.val_metrics, self.test_metrics = RowMetrics(), RowMetrics(), RowMetrics()
         self.guard = StepGuard(nonfinite, self.forget_window)
         self.tokenizer = load_tokenizer(
             model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
         check_rows(source, architecture, self.tokenizer, option="model.policy.path")
         self.first_without_row = first_without_row(architecture, self.tokenizer)
+        if comparison is not None:
+            comparison.check_vocabulary(self.tokenizer, architecture)
 
-    @property
     @abstractmethod
-    def network(self) -> LogProbModel | ScoreModel:
-        """What is trained; there from ``configure_model`` on."""
-
-    @property
-    @abstractmethod
-    def tensors_option(self) -> str:
-        """The option that decides which tensors a checkpoint must have, for messages."""
+    def step(self, batch: Any, stage: Stage) -> tuple[Tensor, Columns]:
+        """``(B,)`` losses of a batch, with gradient, and what is logged about its rows."""
 
     @property
     @abstractmethod
@@ -96,126 +134,35 @@ class LanguageModule(LightningModule, ABC):
         """The method's name and its numbers, for tables of runs."""
 
     @property
-    @abstractmethod
     def random_start(self) -> str | None:
         """A sentence that says what of the model is drawn at random before a fit; ``None`` if all of it is loaded."""
+        if self.source.init == "pretrained":
+            return None
+        return (
+            "The policy starts from random weights, as model.policy.init is random: "
+            f"{self.source.path!r} gives only its architecture."
+        )
 
-    @abstractmethod
-    def configure_outline(self) -> None:
-        """Does as ``configure_model``, without weights: all that is in memory in a fit is there, on the meta device."""
-
-    @abstractmethod
-    def micro_batch_loss(self, batch: Any) -> Tensor:
-        """What ``training_step`` returns, and nothing else: no metrics, no checks, no logs."""
-
-    @abstractmethod
-    def log_window(self) -> None:
-        """Logs the micro-batches of an optimizer step as a whole, before their gradient is used."""
-
-    @abstractmethod
-    def forget_window(self) -> None:
-        """Forgets them, where the step is not made."""
+    @property
+    def network(self) -> LogProbModel | ScoreModel:
+        """What is trained; there from ``configure_model`` on."""
+        network: LogProbModel | ScoreModel = getattr(self, self.network_name)
+        return network
 
     @property
     def reference(self) -> Reference | None:
-        """The frozen model that KL is measured to; only preference training has one."""
+        """The frozen model that KL is measured to, if there is one."""
+        return None if self.comparison is None else self.comparison.reference
+
+    @property
+    def reward(self) -> Reward | None:
+        """What the policy is trained on; only online methods have one."""
         return None
 
-    def setup(self, stage: str) -> None:
-        """Checks what only the trainer and the data together can tell.
-
-        Raises:
-            InputError: rows longer than the model's positions, another tokenizer than the model's, or a device without
-                float64, in which sums are kept.
-        """
-        if self.trainer.strategy.root_device.type == "mps":
-            raise InputError("trainer.accelerator: Apple GPUs have no float64 and are not supported; use cpu.")
-        self._say_what_is_left_out()
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            return
-        self._pin_rope(datamodule.max_length)
-        if datamodule.tokenizer_path is not None:
-            raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
-        positions = self.positions
-        if positions is not None and datamodule.max_length > positions:
-            raise InputError(
-                f"data.max_length: {datamodule.max_length} tokens are more than the model's {positions}"
-                + (f", as rope_length is {self.source.rope_length}." if self._has_short_rope else ".")
-            )
-
     @property
-    def positions(self) -> int | None:
-        """The longest input, in tokens, that the model computes as it was trained to; ``None`` has no limit."""
-        positions: int | None = getattr(self.architecture, "max_position_embeddings", None)
-        return switch_length(self.architecture) if self._has_short_rope else positions
-
-    @property
-    def _has_short_rope(self) -> bool:
-        """Whether LongRoPE has the frequencies for short inputs in this run."""
-        switch = switch_length(self.architecture)
-        chosen = self.source.rope_length or self.trainer.datamodule.max_length  # type: ignore[attr-defined]
-        return switch is not None and chosen <= switch
-
-    def _pin_rope(self, max_length: int) -> None:
-        """Decides which of its frequencies LongRoPE has in this run."""
-        if self.source.rope_length is not None:
-            return
-        self.source = replace(self.source, rope_length=max_length)
-        switch = switch_length(self.architecture)
-        if switch is not None:
-            kind = "long" if max_length > switch else "short"
-            rank_zero_info(
-                f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
-                f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
-                "model.policy.rope_length can say otherwise."
-            )
-
-    def say_attention(self, model: PreTrainedModel, option: str) -> None:
-        """Names the attention of a model that has not the one that was asked for."""
-        if (kernel := attention_of(model)) != self.source.attn_implementation:
-            rank_zero_info(
-                f"{option}: {type(model).__name__} has no {self.source.attn_implementation} attention, so its "
-                f"attn_implementation is {kernel}."
-            )
-
-    def _say_what_is_left_out(self) -> None:
-        """Names a term that transformers' own loss would have."""
-        if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.architecture, "router_aux_loss_coef", None):
-            rank_zero_info(
-                "The model is a mixture of experts. Its load-balancing loss (router_aux_loss_coef) is not added to the "
-                "loss."
-            )
-
-    def on_train_start(self) -> None:
-        """Says what a fresh fit starts from that is random, and compiles what the config wants compiled."""
-        if self.random_start and self.trainer.global_step == 0:
-            rank_zero_info(self.random_start)
-        if self.source.compile:
-            compile_layers(self.network.model)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes back what ``state_dict`` gave, all of it and nothing else, whatever ``strict`` says.
-
-        Raises:
-            InputError: the checkpoint is of another model.
-        """
-        self.check_tensors(state_dict)
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-    def check_tensors(self, tensors: Mapping[str, Any]) -> None:
-        """Compares names and shapes of a checkpoint's tensors with those of ``state_dict``.
-
-        Raises:
-            InputError: the checkpoint is of another model.
-        """
-        try:
-            check_same_tensors(self.state_dict(), tensors)
-        except ValueError as error:
-            raise InputError(
-                f"ckpt_path: the checkpoint's tensors are not those of {self.tensors_option} ({error}); use the "
-                "config.yaml of its own run."
-            ) from error
+    def shares_prompts(self) -> bool:
+        """Whether its batches hold one row per pair, with one prompt for both responses."""
+        return self.comparison is not None and self.comparison.shares_prompts
 
     @property
     def data(self) -> TextDataModule:
@@ -240,42 +187,145 @@ class LanguageModule(LightningModule, ABC):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every > 0 and (self.trainer.global_step + 1) % every == 0)
 
-    def log_step(self) -> None:
-        """Puts a validation inside a fit at the number of optimizer steps taken; Lightning would put it one before."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log("step", float(self.trainer.global_step))
+    def hand_over(self, data: TextDataModule) -> None:
+        """Tells a data module that this model reads its rows."""
+        hand_over(
+            self.trainer,
+            data,
+            tokenizer=self.tokenizer,
+            first_without_row=self.first_without_row,
+            mixes_pairs=self.comparison is not None and self.comparison.weighting.mixes_pairs,
+            shares_prompts=lambda: self.shares_prompts,
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds none: this is the first hook of a run, in which the data module hears of it."""
+        self.hand_over(self.data)
+        return []
+
+    # Models
+
+    def setup(self, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell.
+
+        Raises:
+            InputError: rows longer than the model's positions, another tokenizer than the model's, or a device without
+                float64, in which sums are kept.
+        """
+        if self.trainer.strategy.root_device.type == "mps":
+            raise InputError("trainer.accelerator: Apple GPUs have no float64 and are not supported; use cpu.")
+        if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.architecture, "router_aux_loss_coef", None):
+            rank_zero_info(
+                "The model is a mixture of experts. Its load-balancing loss (router_aux_loss_coef) is not added to the "
+                "loss."
+            )
+        if self.data.tokenizer_path is not None:
+            raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
+        if stage == "fit":
+            self._limits = limit_epoch(self.trainer, self.data)
+        self.source = pin_rope(self.source, self.architecture, self.data.max_length)
+        check_length(self.source, self.architecture, self.data.max_length)
+        if stage == "predict":
+            split, option = self.data.split_to_predict, "model.sampling.max_new_tokens"
+            self.check_positions(split, self.sampling.max_new_tokens, option)
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the trainer as it was."""
+        if stage == "fit" and self._limits is not None:
+            lift_limits(self.trainer, self._limits)
+            self._limits = None
+
+    def check_positions(self, split: Split, max_new_tokens: int, option: str, num_prompts: int | None = None) -> None:
+        """Raises for responses beyond the positions that the model knows, as ``models.check_positions``."""
+        check_positions(self.source, self.architecture, self.data, split, max_new_tokens, option, num_prompts)
+
+    def configure_model(self) -> None:
+        """Loads what the run needs; Lightning calls this once for each of fit, validate, test and predict."""
+        is_new = not hasattr(self, self.network_name)
+        if is_new:
+            # Dropout is 0; gradient checkpointing works only in training mode.
+            setattr(self, self.network_name, self.load_network().train())
+        if self.comparison is not None and self.trainer.state.fn != TrainerFn.PREDICTING:
+            self.comparison.load(self.source, self.policy, self.load_model, self._cached_logps, is_new=is_new)
+
+    def configure_outline(self) -> None:
+        """Does as ``configure_model``, without weights: all that is in memory in a fit is there, on the meta device."""
+        setattr(self, self.network_name, self.load_network(outline=True).train())
+        if self.comparison is not None:
+            self.comparison.outline(outline_source(self.source), self.policy)
+
+    def load_network(self, *, outline: bool = False) -> LogProbModel | ScoreModel:
+        """What is trained; an outline has no weights."""
+        return outline_policy(self.source) if outline else self.load_model(self.source, option="model.policy.path")
+
+    def load_model(self, config: PolicyConfig, *, option: str) -> LogProbModel:
+        """A model as the trainer's strategy holds it: whole, or this rank's part of it."""
+        sharding = getattr(self.trainer.strategy, "sharding", None)
+        return load_policy(config, self.tokenizer, load_logprob_model if sharding is None else sharding.load, option)
+
+    def _cached_logps(self, reference: Reference, layout: Layout) -> dict[str, Tensor]:
+        """The reference's log-probs of all rows, by split."""
+        assert self.comparison is not None
+        assert self.comparison.config is not None
+        if not self.policy.is_sharded:
+            # Where an adapter's base is; else it goes there soon anyway.
+            self.policy.to(self.trainer.strategy.root_device)
+        with_test = self.comparison.caches_test_rows
+        return cached_logps(self.trainer, self.comparison.config, reference, self.ranks, layout, with_test=with_test)
+
+    # The reference is not a submodule, so Lightning does not move it.
+
+    def on_fit_start(self) -> None:
+        """Moves the reference to the policy's device."""
+        if self.reference is not None:
+            self.reference.to(self.device)
+
+    on_validation_start = on_test_start = on_fit_start
+
+    def on_train_start(self) -> None:
+        """Says what a fresh fit starts from that is random, and compiles what the config wants compiled."""
+        if self.random_start and self.trainer.global_step == 0:
+            rank_zero_info(self.random_start)
+        if self.source.compile:
+            compile_layers(self.network.model)
+            if isinstance(self.reference, ResidentReference):
+                compile_layers(self.reference.model.model)
+
+    # Steps
+
+    def on_train_batch_start(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> None:
+        """Holds no more of the reference than a step needs."""
+        if self.reference is not None:
+            self.reference.release()
+
+    def training_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> Tensor:
+        """Loss of the micro-batch."""
+        self.micro_batch = batch_idx
+        losses, columns = self.step(batch, "train")
+        self.train_metrics.update(columns, batch.num_counted)
+        self.guard.add(losses, batch.row_ids)
+        return self.reduced(losses)
+
+    def micro_batch_loss(self, batch: PreferenceBatch | SFTBatch) -> Tensor:
+        """What ``training_step`` returns, and nothing else: no metrics, no checks, no logs."""
+        return self.reduced(self.step(batch, "plan")[0])
+
+    def reduced(self, losses: Tensor) -> Tensor:
+        """What is differentiated: all micro-batches are equally large, so the mean of their means is the mean."""
+        return losses.mean()
+
+    def validation_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> None:
+        """Adds a batch to the sums of the validation."""
+        self.val_metrics.update(self.step(batch, "val")[1], batch.num_counted)
+
+    def test_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> None:
+        """Adds a batch to the sums of the test."""
+        self.test_metrics.update(self.step(batch, "test")[1], batch.num_counted)
 
     @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole fit.
-
-        Lightning's ``estimated_stepping_batches`` is not read: it sets up the loaders before their state is restored.
-        """
-        limits = []
-        if self.trainer.max_steps != -1:
-            limits.append(self.trainer.max_steps)
-        if self.trainer.max_epochs is not None and self.trainer.max_epochs != -1:
-            limits.append(self.trainer.max_epochs * self.trainer.datamodule.steps_per_epoch)  # type: ignore[attr-defined]
-        if not limits:
-            raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
-        return min(limits)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over what is trained, one schedule over optimizer steps."""
-        trained = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
-        optimizer = build_optimizer(self.make_optimizer, trained, decay_norms_and_biases=self.decay_norms_and_biases)
-        total_steps = 1 if self.schedule.decay == "constant" else self.total_steps
-        scheduler = ScheduledRate(optimizer, self.schedule, total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps how many steps were skipped."""
-        checkpoint[SKIPPED_KEY] = self.guard.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes that back."""
-        if SKIPPED_KEY in checkpoint:
-            self.guard.load_state_dict(checkpoint[SKIPPED_KEY])
+    def is_first_micro_batch(self) -> bool:
+        """Whether the policy has learned nothing yet."""
+        return self.micro_batch == 0 and self.trainer.global_step == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the step as it is, NaN too where it will be skipped.
@@ -285,6 +335,37 @@ class LanguageModule(LightningModule, ABC):
         """
         self.guard.check_losses(self.trainer)
         self.log_window()
+
+    def log_window(self) -> None:
+        """Logs the micro-batches of an optimizer step as a whole, before their gradient is used."""
+        self.log_metrics("train")
+
+    def forget_window(self) -> None:
+        """Forgets them, where the step is not made."""
+        self.train_metrics.forget()
+
+    def log_metrics(self, stage: Stage) -> dict[str, Tensor]:
+        """Logs and returns the means of a stage's rows, and begins new ones."""
+        metrics: RowMetrics = getattr(self, f"{stage}_metrics")
+        values: dict[str, Tensor] = metrics.compute()
+        metrics.reset()
+        self.log_dict({f"{stage}/{key}": value for key, value in values.items()})
+        return values
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation set's values and the histograms of its weights and the last training pairs'."""
+        for stage, metrics in (("train", self.train_metrics), ("val", self.val_metrics)):
+            if isinstance(metrics, PairMetrics) and len(weights := metrics.recent_log_weights):
+                for logger in self.loggers if torch.isfinite(weights).all() else ():
+                    if isinstance(logger, TensorBoardLogger):
+                        logger.experiment.add_histogram(f"{stage}/{LOG_WEIGHTS}", weights, self.trainer.global_step)
+        self.log_metrics("val")
+        if self.trainer.state.fn == TrainerFn.FITTING:  # the steps that were taken; Lightning would put it one before
+            self.log("step", float(self.trainer.global_step))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test set's values."""
+        self.log_metrics("test")
 
     def optimizer_step(
         self,
@@ -321,3 +402,77 @@ class LanguageModule(LightningModule, ABC):
         self.log("train/grad_norm", norm)
         if gradient_clip_val:
             self.log("train/grad_clipped", (norm > gradient_clip_val).float())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole fit.
+
+        Lightning's ``estimated_stepping_batches`` is not read: it sets up the loaders before their state is restored.
+        """
+        limits = []
+        if self.trainer.max_steps != -1:
+            limits.append(self.trainer.max_steps)
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs != -1:
+            limits.append(self.trainer.max_epochs * steps_per_epoch(self.trainer, self.data))
+        if not limits:
+            raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
+        return min(limits)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer over what is trained, one schedule over optimizer steps."""
+        trained = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+        optimizer = build_optimizer(self.make_optimizer, trained, decay_norms_and_biases=self.decay_norms_and_biases)
+        total_steps = 1 if self.schedule.decay == "constant" else self.total_steps
+        scheduler = ScheduledRate(optimizer, self.schedule, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What a checkpoint holds: of a policy with an adapter, only the adapter."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return state if self.network.adapter is None else of_adapter(state, self.network.adapter)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes back what ``state_dict`` gave, all of it and nothing else, whatever ``strict`` says.
+
+        Raises:
+            InputError: the checkpoint is of another model.
+        """
+        self.check_tensors(state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def check_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """Compares names and shapes of a checkpoint's tensors with those of ``state_dict``.
+
+        Raises:
+            InputError: the checkpoint is of another model.
+        """
+        check_tensors(self.state_dict(), tensors, self.network.adapter)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps how many steps were skipped and, beside an adapter, what tells its base from others."""
+        checkpoint[SKIPPED_KEY] = self.guard.state_dict()
+        if self.network.adapter is not None:
+            checkpoint[BASE_KEY] = self.network.adapter.base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes that back.
+
+        Raises:
+            InputError: an adapter meets a whole model, or another base than its own.
+        """
+        if SKIPPED_KEY in checkpoint:
+            self.guard.load_state_dict(checkpoint[SKIPPED_KEY])
+        check_base(self.network.adapter, checkpoint.get(BASE_KEY), self.source.path)
+
+    # Responses
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer; a response also ends at the tokens that the model's generation config names."""
+        return vocabulary_of(self.policy, self.tokenizer)
+
+    def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> list[Prediction]:
+        """Samples responses to each prompt of the batch; the batch's own responses are not looked at."""
+        return predict(self.policy, batch, self.sampling, self.vocabulary, batch_idx, self.global_rank)

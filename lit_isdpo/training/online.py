@@ -1,18 +1,19 @@
 """Online methods beside the offline ones: the policy samples, a reward judges, the same prompts are trained on."""
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from jsonargparse.typing import lazy_instance
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, RolloutMetrics
-from lit_isdpo.objective.pairs import PairLogps
-from lit_isdpo.objective.weights import ImportanceWeighting, PairWeights
-from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.reference import ReferenceConfig, starts_at_reference
-from lit_isdpo.training.alignment import AlignmentModule, Mu, described
-from lit_isdpo.training.guards import check_first_step
+from lit_isdpo.objective.metrics import Columns, PairMetrics
+from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, rollout_columns
+from lit_isdpo.objective.weights import ImportanceWeighting
+from lit_isdpo.policy.loading import PolicyConfig, load_config
+from lit_isdpo.policy.reference import ReferenceConfig
+from lit_isdpo.training.comparison import Comparison, Mu, described
+from lit_isdpo.training.language import LanguageModule, Stage
 from lit_isdpo.training.rollouts import (
     RolloutConfig,
     SampledResponses,
@@ -24,10 +25,32 @@ from lit_isdpo.training.rollouts import (
 from lit_isdpo.types import InputError, PreferenceBatch, Reward, score
 
 
-class OnlineModule(AlignmentModule):
+@dataclass(frozen=True)
+class Judge:
+    """What scores sampled responses. It is no ``nn.Module``, so a reward that is one is no part of the policy's.
+
+    Attributes:
+        reward: scores them.
+        missing_eos_penalty: what a response loses that the token limit cut, at least 0.
+
+    Raises:
+        InputError: the penalty is out of range.
+    """
+
+    reward: Reward
+    missing_eos_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.missing_eos_penalty < float("inf"):
+            raise InputError(
+                f"model.missing_eos_penalty must be a finite number of at least 0, not {self.missing_eos_penalty}."
+            )
+
+
+class OnlineModule(LanguageModule):
     """A policy that is trained on its own responses, by RLOO, GRPO or online DPO.
 
-    Of the data's pairs it is trained on the prompts alone: ``data.batch_size`` prompts an optimizer step, with
+    Of the data's pairs it is trained only on the prompts: ``data.batch_size`` prompts an optimizer step, with
     ``rollout.num_responses`` responses each, which a reward scores. The held-out pairs measure it as they do an offline
     policy: by the loss that its objective implies, and by the importance weights, which say how much of the data's
     responses it would still produce.
@@ -41,10 +64,10 @@ class OnlineModule(AlignmentModule):
         rollout: how responses are sampled.
         missing_eos_penalty: what a response loses that the token limit cut, at least 0.
         mu: which policy the weights of the held-out pairs take for the one that wrote them, as of ``PreferenceModule``.
-        **options: those of :class:`PolicyModule`.
+        **options: those of :class:`LanguageModule`.
     """
 
-    trains_on_pairs: ClassVar[bool] = False
+    comparison: Comparison
 
     def __init__(
         self,
@@ -58,25 +81,15 @@ class OnlineModule(AlignmentModule):
         **options: Any,
     ) -> None:
         check_rollouts(reference, "model")
-        if not 0 <= missing_eos_penalty < float("inf"):
-            raise InputError(
-                f"model.missing_eos_penalty must be a finite number of at least 0, not {missing_eos_penalty}."
-            )
-        super().__init__(
-            policy=policy,
-            reference=reference,
-            loss=objective.implied(),
-            weighting=ImportanceWeighting(),
-            mu=mu,
-            prefix_sharing="auto",
-            **options,
-        )
+        judge = Judge(reward, missing_eos_penalty)
+        loss, weighting = objective.implied(), ImportanceWeighting()
+        comparison = Comparison(policy, reference, loss=loss, weighting=weighting, mu=mu, prefix_sharing="auto")
+        super().__init__(policy, load_config(policy).get_text_config(), comparison=comparison, **options)
         self.samples = True
-        self._reward = (reward,)  # in a tuple: a reward that is an nn.Module is not a part of this module
+        self.judge = judge
         self.objective = objective
         self.rollout = rollout
-        self.missing_eos_penalty = missing_eos_penalty
-        self.train_metrics = RolloutMetrics()
+        self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:
@@ -85,74 +98,55 @@ class OnlineModule(AlignmentModule):
         if (loss := numbers.pop("loss", None)) is not None:
             of_loss, own = described(loss)
             name, numbers = f"{name} x {of_loss}", {**own, **numbers}
-        more = {"num_responses": self.rollout.num_responses, "missing_eos_penalty": self.missing_eos_penalty}
-        return name, {**numbers, **more, "reward": type(self.reward).__name__}
+        more = {"num_responses": self.rollout.num_responses, "missing_eos_penalty": self.judge.missing_eos_penalty}
+        return name, {**numbers, **more, "reward": type(self.judge.reward).__name__}
 
     @property
     def reward(self) -> Reward:
         """Scores what is sampled."""
-        return self._reward[0]
+        return self.judge.reward
 
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
         super().setup(stage)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and not isinstance(datamodule, PreferenceDataModule):
+        if stage == "fit" and not isinstance(self.data, PreferenceDataModule):
             raise InputError("data: online methods take their prompts from PreferenceDataModule.")
-        if datamodule is not None and datamodule.packing_length is not None:
+        if self.data.packing_length is not None:
             raise InputError("data.packing_length: online methods sample from single prompts; leave the option out.")
-        if datamodule is not None and datamodule.read_options.get("margin_column"):
+        if self.data.read_options.get("margin_column"):
             raise InputError("data.margin_column: online methods know no margins of pairs; leave the option out.")
         if stage == "fit":
             self.check_positions("train", self.rollout.max_new_tokens, "model.rollout.max_new_tokens")
+        self.comparison.check_data(self.data, stage, trains_on_pairs=False)
 
-    def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
-        """Mean loss of the micro-batch's prompts; responses that would be sampled are as long as they may be."""
-        assert self.reference is not None
-        return self.objective(imitate_rollouts(self.policy, self.reference, batch, self.rollout)).mean()
+    def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:
+        """Losses of the prompts' sampled responses; in evaluations those of the pairs.
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Samples, scores, and returns the mean loss of the micro-batch's prompts."""
+        The pairs' are without the weights, which fade as the policy leaves the data, and any loss with them.
+        """
         assert self.reference is not None
-        sampled = sample_rollouts(self, batch, batch_idx, self.rollout)
+        if stage == "plan":
+            return self.objective(imitate_rollouts(self.policy, self.reference, batch, self.rollout)), {}
+        if stage != "train":
+            pairs = self.comparison.pair_logps(self.policy, batch, stage)
+            losses = batch.pair_weights * self.comparison.loss.weighted(pairs)
+            return losses, self.comparison.columns(losses, pairs, self.comparison.weighting(pairs))
+        sampled = sample_rollouts(self, batch, self.micro_batch, self.rollout)
         # Together, or the others would wait for one whose reward fails.
         rewards = self.ranks.agree(lambda: self._rewards(batch, sampled))[self.ranks.rank]
         rollouts = score_rollouts(self.policy, self.reference, sampled, self.vocabulary.pad_token_id, rewards)
-        numerics, config = self.source, self.reference_config
-        is_first = batch_idx == 0 and self.trainer.global_step == 0
-        if is_first and config is not None and starts_at_reference(numerics, config):
-            largest = rollouts.logratios.detach().abs().amax(dim=1)
-            check_first_step(largest, rollouts.num_tokens.amax(dim=1), numerics, batch.row_ids, self.trainer)
+        if self.is_first_micro_batch:
+            largest = rollouts.logratios.abs().amax(dim=1)
+            self.comparison.check_start(largest, rollouts.num_tokens.amax(dim=1), batch, self.trainer)
         losses = batch.pair_weights * self.objective(rollouts)
-        self.train_metrics.update(losses, rollouts, sampled.finished.to(losses.device), batch.num_counted)
-        self.guard.add(losses, batch.row_ids)
-        return losses.mean()
-
-    def _losses(self, pairs: PairLogps, weights: PairWeights, batch: PreferenceBatch) -> Tensor:
-        """Of held-out pairs, without the weights: these fade as the policy leaves the data, and any loss with them."""
-        return batch.pair_weights * (self.loss(pairs) + self.loss.auxiliary(pairs))
-
-    def log_window(self) -> None:
-        """Logs the accumulation window once, as a whole."""
-        values: dict[str, Tensor] = self.train_metrics.compute()
-        self.train_metrics.reset()
-        self.log_dict({f"train/{key}": value for key, value in values.items()})
-
-    def forget_window(self) -> None:
-        """Empties the sums."""
-        self.train_metrics.reset()
+        return losses, rollout_columns(losses, rollouts, sampled.finished)
 
     def _rewards(self, batch: PreferenceBatch, sampled: SampledResponses) -> list[float]:
         """Of each response, to its prompt as the data has it."""
-        prompt = self.trainer.datamodule.splits.prompt  # type: ignore[attr-defined]
-        sources = [
-            source
-            for source in (prompt("train", row_id) for row_id in batch.row_ids.tolist())
-            for _ in range(sampled.num_responses)
-        ]
+        prompts = [self.data.splits.prompt("train", row_id) for row_id in batch.row_ids.tolist()]
+        sources = [prompt for prompt in prompts for _ in range(sampled.num_responses)]
         texts = [self.vocabulary.decode(response.token_ids) for response in sampled.responses]
         finished = [response.finished for response in sampled.responses]
-        scores = score(self.reward, sources, texts, finished, option="model.reward")
-        return [
-            value - (0.0 if ended else self.missing_eos_penalty) for value, ended in zip(scores, finished, strict=True)
-        ]
+        scores = score(self.judge.reward, sources, texts, finished, option="model.reward")
+        penalty = self.judge.missing_eos_penalty
+        return [value - (0.0 if ended else penalty) for value, ended in zip(scores, finished, strict=True)]

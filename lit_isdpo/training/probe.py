@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_isdpo.evaluation.evaluator import Evaluator, SampledText
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import Ranks, check_least
 
 
@@ -69,14 +69,16 @@ class SamplingProbe(Callback):
             InputError: it has not.
         """
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
-        if validates and self.num_prompts and isinstance(pl_module, PolicyModule):
+        if validates and self.num_prompts and isinstance(pl_module, LanguageModule) and pl_module.writes:
             pl_module.check_positions("val", self.sampling.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
         self._evaluator = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
         is_wanted = self.num_prompts and not trainer.sanity_checking
-        if not is_wanted or not isinstance(pl_module, PolicyModule):  # a reward model writes nothing
+        if not is_wanted or not (
+            isinstance(pl_module, LanguageModule) and pl_module.writes
+        ):  # a reward model writes nothing
             return
         if self._evaluator is None:
             prompts = pl_module.data.prompts("val", self.num_prompts)

@@ -1,13 +1,14 @@
 """A reward model, trained on the same pairs: what to optimize a policy against, or to judge it by."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import PreferenceDataModule
-from lit_isdpo.data.tokenization import terminator_ids
-from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
+from lit_isdpo.data.encoding import terminator_ids
+from lit_isdpo.objective.losses import bradley_terry_losses
+from lit_isdpo.objective.metrics import Columns, score_columns
 from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_config, read_config
 from lit_isdpo.policy.reward_model import (
     ScoreModel,
@@ -18,7 +19,8 @@ from lit_isdpo.policy.reward_model import (
     pad_token_id,
     read_score_config,
 )
-from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.language import LanguageModule, Stage
+from lit_isdpo.training.models import PredictSampling, say_attention
 from lit_isdpo.types import InputError, PreferenceBatch
 
 REWARD_WEIGHTS_PREFIX = "reward_model.model."  # of the model's tensors in a checkpoint
@@ -39,6 +41,8 @@ class RewardModule(LanguageModule):
         **options: those of :class:`LanguageModule`.
     """
 
+    network_name: ClassVar[str] = "reward_model"
+    writes: ClassVar[bool] = False
     reward_model: ScoreModel
 
     def __init__(
@@ -56,12 +60,9 @@ class RewardModule(LanguageModule):
         config = read_config(policy, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(policy, option=option)
-        super().__init__(policy, config.get_text_config(), **options)
+        super().__init__(policy, config.get_text_config(), sampling=PredictSampling(), **options)
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
-        self.train_metrics = RewardMetrics()
-        self.val_metrics = RewardMetrics()
-        self.test_metrics = RewardMetrics()
 
     def _pad_token_id(self, configured: int | None) -> int:
         """The id that fills rows: with a head of its own the model's, else one that no response ends with."""
@@ -78,16 +79,6 @@ class RewardModule(LanguageModule):
         return terminators[0] if chosen is None else chosen
 
     @property
-    def network(self) -> ScoreModel:
-        """The reward model."""
-        return self.reward_model
-
-    @property
-    def tensors_option(self) -> str:
-        """What decides which tensors a checkpoint must have."""
-        return "model.policy.path"
-
-    @property
     def method(self) -> tuple[str, dict[str, Any]]:
         """Bradley-Terry."""
         return "Bradley-Terry", {"centering": self.centering}
@@ -102,80 +93,28 @@ class RewardModule(LanguageModule):
     def setup(self, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
         super().setup(stage)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is not None and not isinstance(datamodule, PreferenceDataModule):
+        if not isinstance(self.data, PreferenceDataModule):
             raise InputError("data: a reward model is trained on pairs; use PreferenceDataModule.")
 
-    def configure_model(self) -> None:
-        """Loads the model; Lightning calls this once for each of fit, validate and test."""
-        if not hasattr(self, "reward_model"):
-            model = load_score_model(self.source)
-            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-            self.say_attention(model, "model.policy.path")
-            self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
-            self.reward_model.train()  # dropout is 0; gradient checkpointing works in training mode alone
-
-    def configure_outline(self) -> None:
-        """Lays out the model."""
-        model = outline_score_model(self.source)
+    def load_network(self, *, outline: bool = False) -> ScoreModel:
+        """The reward model that ``policy`` begins."""
+        model = (outline_score_model if outline else load_score_model)(self.source)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.reward_model = ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
-        self.reward_model.train()
+        if not outline:
+            say_attention(model, self.source, "model.policy.path")
+        return ScoreModel(model, compute_dtype=DTYPES[self.source.compute_dtype])
 
-    def micro_batch_loss(self, batch: PreferenceBatch) -> Tensor:
-        """Mean loss of the micro-batch."""
-        return self._losses(batch)[0].mean()
-
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Mean loss of the micro-batch. All micro-batches are equally large, so the mean of means is the mean."""
-        losses = self._update(self.train_metrics, batch)
-        self.guard.add(losses, batch.row_ids)
-        return losses.mean()
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Adds a batch to the sums of the validation."""
-        self._update(self.val_metrics, batch)
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Adds a batch to the sums of the test."""
-        self._update(self.test_metrics, batch)
-
-    def log_window(self) -> None:
-        """Logs the accumulation window once, as a whole."""
-        self._log("train", self.train_metrics)
-
-    def forget_window(self) -> None:
-        """Empties the sums."""
-        self.train_metrics.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the validation set's values."""
-        self._log("val", self.val_metrics)
-        self.log_step()
+    def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:
+        """Weighted losses of the pairs."""
+        chosen, rejected = self.reward_model(batch.tokens).chunk(2)
+        losses = batch.pair_weights * bradley_terry_losses(chosen, rejected, batch.margins, centering=self.centering)
+        return losses, score_columns(losses.detach(), chosen.detach(), rejected.detach())
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test set's values, and prints those that a reader looks for."""
-        values = self._log("test", self.test_metrics)
+        """Prints the values that a reader looks for too."""
+        values = self.log_metrics("test")
         loss, accuracy = values["loss"].item(), values["rewards/accuracies"].item()
         rank_zero_info(f"Test: loss {loss:.4f}, accuracy {accuracy:.3f}.")
-
-    def _update(self, metrics: RewardMetrics, batch: PreferenceBatch) -> Tensor:
-        """Weighted losses of the batch, ``(B,)``, which are added to the sums."""
-        losses, chosen, rejected = self._losses(batch)
-        metrics.update(losses, chosen, rejected, batch.num_counted)
-        return losses
-
-    def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted losses and both rewards, ``(B,)`` each."""
-        chosen, rejected = self.reward_model(batch.tokens).chunk(2)
-        losses = bradley_terry_losses(chosen, rejected, batch.margins, centering=self.centering)
-        return batch.pair_weights * losses, chosen, rejected
-
-    def _log(self, stage: str, metrics: RewardMetrics) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = metrics.compute()
-        metrics.reset()
-        self.log_dict({f"{stage}/{key}": value for key, value in values.items()})
-        return values
 
 
 def _check_policy(policy: PolicyConfig) -> None:

@@ -16,7 +16,7 @@ from lit_isdpo.objective.on_policy import Rollouts
 from lit_isdpo.policy.generation import Sampling, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference, ReferenceConfig
-from lit_isdpo.training.module import PolicyModule
+from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.types import InputError, PreferenceBatch, Response
 
 
@@ -103,7 +103,7 @@ def check_rollouts(reference: ReferenceConfig | None, option: str) -> None:
 
 
 def sample_rollouts(
-    module: PolicyModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
+    module: LanguageModule, batch: PreferenceBatch, batch_idx: int, config: RolloutConfig
 ) -> SampledResponses:
     """Samples responses to the prompts of a training micro-batch; the batch's own responses are not looked at.
 

@@ -20,13 +20,13 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard.summary import hparams
 
-from lit_isdpo.data import accounts
+from lit_isdpo.data import outcomes
 from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.code import copy_code
 from lit_isdpo.policy.loading import read_config
 from lit_isdpo.policy.rope import switch_length, unpin_rope
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.module import Prediction
+from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.training.run_folder import run_dir
 
@@ -83,7 +83,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             write_model_folder(pl_module, folder / "model")
         for logger in trainer.loggers:
-            logger.log_metrics(accounts.metrics(trainer.datamodule.splits.counts), step=trainer.global_step)  # type: ignore[attr-defined]
+            logger.log_metrics(outcomes.metrics(trainer.datamodule.splits.counts), step=trainer.global_step)  # type: ignore[attr-defined]
         if trainer.global_step == 0 and trainer.enable_validation:
             _validate(trainer)
             self.before = _numbers(trainer)

@@ -52,7 +52,7 @@ CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: y
         (f"{PreferenceModule.__module__}.PreferenceModule.training_step", MemoryError(), "gradient_checkpointing to"),
         (f"{PreferenceModule.__module__}.PreferenceModule.validation_step", CUDA, "lower data.eval_batch_size"),
         ("lit_isdpo.training.probe.Evaluator", CUDA, "for the probe of a validation (CUDA out of memory"),
-        ("lit_isdpo.training.alignment.AlignmentModule.configure_model", CUDA, "for this command (CUDA out of memory"),
+        ("lit_isdpo.training.language.LanguageModule.configure_model", CUDA, "for this command (CUDA out of memory"),
     ],
 )
 def test_out_of_memory(

@@ -13,10 +13,9 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lit_isdpo.data import files
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
-from lit_isdpo.data.formats import to_examples, to_pairs
-from lit_isdpo.data.readers import RowError
+from lit_isdpo.data.examples import to_examples, to_pairs
+from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.splits import Splits
 from lit_isdpo.types import InputError
 
@@ -117,10 +116,7 @@ def test_nested_text_stays_the_text_that_it_is(read: Read, tmp_path: Path) -> No
     assert splits.counts["val"][0].dropped == {"malformed row: info.post is a number": 1}
 
 
-def test_a_column_may_come_late_and_rows_may_differ(
-    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "_CHUNK", 1000)  # bytes that are read at once: many portions
+def test_a_column_may_come_late_and_rows_may_differ(read: Read, tmp_path: Path) -> None:
     first = [{"prompt": None, "chosen": None, "rejected": None}] * 20
     rows = [{"prompt": f"p{i}", "chosen": "a" * 90, "rejected": "b"} for i in range(200)]
     late = [{"prompt": "p", "chosen": "c", "rejected": "d", "note": {"a": [1]}}, pair([turn("user", "u")])]

@@ -1,17 +1,20 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lit_isdpo.data import rows as rows_module
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
+from lit_isdpo.data.tokenized_rows import Recipe
+from lit_isdpo.training.reading import hand_over, lift_limits, limit_epoch
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedPair
 from tests.data.conftest import RANKED, pairs
 
@@ -23,11 +26,29 @@ REAL = Path(__file__).parents[3] / "shared" / "data"
 class Reader(LightningModule):
     """Learns nothing, and writes down which rows it is given."""
 
+    shares_prompts = mixes_pairs = False
+    ranks = None
+
     def __init__(self, save_at=None, path=None, hook=""):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen = {"train": [], "val": [], "test": [], "predict": []}
         self.save_at, self.path, self.hook = save_at, path, hook
+
+    def configure_callbacks(self):
+        data = self.trainer.datamodule
+        hand_over(self.trainer, data, shares_prompts=lambda: self.shares_prompts, mixes_pairs=self.mixes_pairs)
+        if self.ranks is not None:
+            data.read_for(replace(data.reader, world_size=self.ranks[1], rank=lambda: self.ranks[0]))
+        return []
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.limits = limit_epoch(self.trainer, self.trainer.datamodule)
+
+    def teardown(self, stage):
+        if stage == "fit":
+            lift_limits(self.trainer, self.limits)
 
     def training_step(self, batch):
         self.seen["train"].append(batch.row_ids.tolist())
@@ -66,7 +87,7 @@ def test_batches_of_every_stage(make):
     reader, data = Reader(), make(micro_batch_size=2, eval_batch_size=2)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(reader, data)
-    assert trainer.global_step == data.steps_per_epoch == 5
+    assert trainer.global_step == data.order.steps_per_epoch == 5
     assert trainer.accumulate_grad_batches == 2
     assert [len(rows) for rows in reader.seen["train"]] == [2] * 10
     assert reader.seen["val"] == [[0, 1], [2, 3], [4]]
@@ -170,25 +191,36 @@ def test_checkpoints_hold_plain_types(make, tmp_path):
     assert PreferenceDataModule(**saved).sources == make().sources
 
 
-class TwoRanks(Callback):
-    """Makes the data module believe that there are two ranks, of which this is one."""
-
-    def __init__(self, monkeypatch, rank):
-        monkeypatch.setattr(PreferenceDataModule, "_world_size", 2)
-        monkeypatch.setattr(PreferenceDataModule, "_rank", rank)
-
-
-def test_two_ranks_step_on_the_rows_of_one(make, monkeypatch):
+def test_two_ranks_step_on_the_rows_of_one(make):
     alone = Reader()
     make_trainer(max_epochs=1).fit(alone, make())
     ranks = []
     for rank in range(2):
         reader = Reader()
-        make_trainer(max_epochs=1, callbacks=TwoRanks(monkeypatch, rank)).fit(reader, make())
+        reader.ranks = (rank, 2)
+        make_trainer(max_epochs=1).fit(reader, make())
         ranks.append(reader.seen)
     together = [a + b for a, b in zip(ranks[0]["train"], ranks[1]["train"], strict=True)]
     assert [set(rows) for rows in together] == [set(rows) for rows in alone.seen["train"]]
     assert (ranks[0]["val"], ranks[1]["val"]) == ([[0, 2], [4]], [[1, 3], [-1]])
+
+
+def test_a_module_that_does_not_say_who_reads_is_refused(make):
+    """Else every rank of it would read all rows."""
+
+    class Silent(Reader):
+        def configure_callbacks(self):
+            return []
+
+    with pytest.raises(InputError, match=r"no module has told who reads the rows; call TextDataModule\.read_for"):
+        make_trainer(max_steps=1).fit(Silent(), make())
+
+
+def test_the_trainer_gets_its_limits_back(make):
+    trainer = make_trainer(limit_train_batches=3, max_epochs=1)
+    trainer.fit(Reader(), make(micro_batch_size=2))
+    assert trainer.limit_train_batches == 3
+    assert trainer.global_step == 2, "the last step is whole"
 
 
 def test_text_that_is_not_utf8_is_an_error(make, tmp_path):
@@ -199,13 +231,13 @@ def test_text_that_is_not_utf8_is_an_error(make, tmp_path):
 
 def test_the_second_start_tokenizes_nothing(make, monkeypatch):
     make().setup("fit")
-    original, calls = rows_module._line, []
+    original, calls = Recipe._line, []
 
-    def line(example, *options):
+    def line(recipe, example):
         calls.append(example)
-        return original(example, *options)
+        return original(recipe, example)
 
-    monkeypatch.setattr(rows_module, "_line", line)
+    monkeypatch.setattr(Recipe, "_line", line)
     data = make()
     data.setup("fit")
     assert calls == []
@@ -358,3 +390,22 @@ def test_lightning_moves_a_whole_batch_without_waiting_for_a_gpu():
     with Moves():
         assert move_data_to_device(batch, torch.device("cuda")).num_counted == 1
     assert moved == [{"non_blocking": True}] * 12
+
+
+def test_a_number_of_pairs_is_declared_once_more_and_is_in_the_batch():
+    """Whatever stands between the ids and the changes of an item; a number that the data has not is NaN."""
+
+    class JudgedPair(NamedTuple):
+        prompt_ids: list[int]
+        chosen_ids: list[int]
+        rejected_ids: list[int]
+        weight: float = 1.0
+        agreement: float | None = None
+        changes: tuple[str, ...] = ()
+
+    items = [JudgedPair([1], [2], [3], agreement=0.75), JudgedPair([1], [2], [3])]
+    batch = collate_pairs(items, [0, 1], pad_token_id=0)
+    assert batch.numbers.keys() == {"weight", "agreement"}
+    assert batch.pair_weights.tolist() == [1, 1]
+    assert batch.numbers["agreement"][0] == 0.75
+    assert batch.numbers["agreement"].isnan().tolist() == [False, True]

@@ -1,7 +1,10 @@
 import pytest
 
-from lit_isdpo.data.formats import check_format, check_pairing, detect_format, to_examples, to_pairs
-from lit_isdpo.data.readers import Reason, RowError
+from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
+from lit_isdpo.data.examples import check_format, check_pairing, detect_format, to_examples, to_pairs
+from lit_isdpo.data.formats import FORMATS, Format
+from lit_isdpo.data.outcomes import Reason, RowError
+from lit_isdpo.data.row_fields import text_in
 from lit_isdpo.types import InputError, PreferenceExample, SFTExample
 
 USER, FOUR, FIVE = (
@@ -172,6 +175,28 @@ def test_a_choice_of_pairs_is_refused_where_a_row_is_one():
         InputError, match=r"data\.pairing is 'all', but a row of format 'strings' is one pair.*\(ranked,"
     ):
         check_pairing("all", "strings")
+
+
+def test_a_new_format_is_one_function_and_one_line(make, tmp_path, write_rows, monkeypatch):
+    """Its columns hold text that looks like a date or a number; nothing else needs to know of it."""
+
+    def read_debate(row, column):
+        return SFTExample(text_in(row.get("motion"), "motion"), text_in(row.get(column), column))
+
+    columns = ("motion, chosen, rejected", "motion, chosen")
+    debates = Format(read_debate, *columns, lambda row, column: "motion" in row, "a motion and two speeches")
+    monkeypatch.setitem(FORMATS, "debates", debates)
+    rows = [{"motion": f"2024-01-1{i}", "chosen": "1e3", "rejected": "null", "note": i or "x"} for i in range(4)]
+    for cls in (PreferenceDataModule, SFTDataModule):
+        data = make(cls, val=write_rows(tmp_path / "a.jsonl", [*rows, {"motion": 5, "chosen": "a", "rejected": "b"}]))
+        data.setup("validate")
+        (counts,) = data.splits.counts["val"]
+        assert (counts.format, counts.kept) == ("debates", 4)
+        assert counts.dropped == {"malformed row: motion is a number": 1}
+        assert data.prompts("val", 1)[0].source == "2024-01-10"
+        assert data.tokenizer.decode(data.splits.rows["val"][0][1][1]) == "1e3<eos>"
+    with pytest.raises(InputError, match=r"debates \(motion, chosen, rejected\)"):
+        detect_format(["a"], [{"a": 1}])
 
 
 OTHER = "\n\nHuman: 3 + 3?\n\nAssistant: 6"

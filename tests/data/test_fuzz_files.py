@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_isdpo.data import files
+from lit_isdpo.data import file_readers
 from lit_isdpo.data.datamodule import PreferenceDataModule
 from lit_isdpo.types import InputError
 
@@ -232,15 +232,15 @@ def test_a_file_that_changes_while_it_is_read(tokenizer_path: str, tmp_path: Pat
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD)
     os.utime(file, (1, 1))
-    portions = files._portions
+    rows_of_text = file_readers.rows_of_text
 
-    def append(path: Path, reader: files.Reader) -> Any:
-        yield from portions(path, reader)
+    def append(path: Path, reader: file_readers.Reader) -> Any:
+        yield from rows_of_text(path, reader)
         with path.open("ab") as content:
             content.write(LINES[0].encode())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_portions", append)
+        patch.setattr(file_readers, "rows_of_text", append)
         assert "'a.jsonl' was changed while it was read" in rows_of(tokenizer_path, file)
     file.write_bytes(GOOD)
     os.utime(file, (1, 1))

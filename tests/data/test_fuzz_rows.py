@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.data.formats import FORMATS, Kind, RankedFormat, read_prompt, to_examples, to_pairs
-from lit_isdpo.data.pairing import Pairing
-from lit_isdpo.data.readers import RowError
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_example, tokenize_pair
+from lit_isdpo.data.examples import Pairing, read_prompt, to_examples, to_pairs
+from lit_isdpo.data.formats import FORMATS, Kind
+from lit_isdpo.data.outcomes import RowError
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example, tokenize_pair
 from lit_isdpo.types import Message, PreferenceExample, SFTExample
 from tests.data.conftest import _make_tokenizer
 
@@ -144,10 +144,8 @@ def read(function: Any, *arguments: Any, **options: Any) -> Any:
 @given(data=st.data())
 def test_a_row_becomes_well_formed_pairs_or_is_malformed(format: str, data: st.DataObject) -> None:
     row = data.draw(rows(format, "pairs"))
-    pairing = (
-        data.draw(st.sampled_from(get_args(Pairing))) if isinstance(FORMATS[format], RankedFormat) else "best_worst"
-    )
-    margin = data.draw(st.sampled_from([None, "margin", getattr(FORMATS[format], "score_column", None)]))
+    pairing = data.draw(st.sampled_from(get_args(Pairing))) if FORMATS[format].is_ranked else "best_worst"
+    margin = data.draw(st.sampled_from([None, "margin", FORMATS[format].score_column]))
     assume(margin is None or margin in row)
     options = {"weight_column": data.draw(st.sampled_from([None, "weight"])), "margin_column": margin}
     pairs = read(to_pairs, row, format, pairing=pairing, **options)
@@ -169,24 +167,20 @@ def check_tokens(pair: PreferenceExample, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(TOKENIZERS)))
     tokenizer = TOKENIZERS[name]
     max_length = data.draw(st.integers(2, 60))
-    limits = {"max_length": max_length, "max_prompt_length": data.draw(st.integers(1, max_length - 1))}
-    options = {
-        "truncation_mode": data.draw(st.sampled_from(["keep_end", "keep_start"])),
-    }
+    mode = data.draw(st.sampled_from(["keep_end", "keep_start"]))
+    limits = Limits(max_length, data.draw(st.integers(1, max_length - 1)), mode)
     encoder = TextEncoder(tokenizer, data.draw(st.sampled_from(["auto", "never"] + ["always"] * (name == "chat"))))
     try:
-        cut = tokenize_pair(pair, encoder, **limits, **options)
+        cut = tokenize_pair(pair, encoder, limits)
     except RowError:
         return
     whole = tokenize_pair(
         pair._replace(chosen_behavior_logps=None, rejected_behavior_logps=None),
         encoder,
-        max_length=10**6,
-        max_prompt_length=10**5,
-        **options,
+        Limits(10**6, 10**5, mode),
     )
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert 1 <= len(cut.prompt_ids) <= limits["max_prompt_length"]
+    assert 1 <= len(cut.prompt_ids) <= limits.max_prompt_length
     assert cut.chosen_ids != cut.rejected_ids
     for ids, full in ((cut.chosen_ids, whole.chosen_ids), (cut.rejected_ids, whole.rejected_ids)):
         assert len(ids) >= 1
@@ -196,7 +190,7 @@ def check_tokens(pair: PreferenceExample, data: st.DataObject) -> None:
         assert len(full) >= 2
     if cut.prompt_ids != whole.prompt_ids:
         kept = cut.prompt_ids[cut.prompt_ids[0] == tokenizer.bos_token_id :]
-        start = options["truncation_mode"] == "keep_start"
+        start = mode == "keep_start"
         assert (
             kept == (whole.prompt_ids[: len(cut.prompt_ids)][-len(kept) :] if start else whole.prompt_ids[-len(kept) :])
             or not kept
@@ -214,13 +208,11 @@ def test_a_row_becomes_well_formed_demonstrations_or_is_malformed(format: str, d
         assert isinstance(demonstration, SFTExample)
         assert is_prompt(demonstration.prompt)
         assert is_text(demonstration.completion)
-        item = read(
-            tokenize_example, demonstration, TextEncoder(TOKENIZERS["plain"]), max_length=40, max_prompt_length=20
-        )
+        item = read(tokenize_example, demonstration, TextEncoder(TOKENIZERS["plain"]), Limits(40, 20))
         assert not item or len(item.prompt_ids) + len(item.completion_ids) <= 40
 
 
 def test_a_megabyte_is_cut() -> None:
     pair = PreferenceExample("p" * 10**6, "\u05d0" * 10**5, "r" * 10**5)
-    item = tokenize_pair(pair, TextEncoder(TOKENIZERS["plain"]), max_length=64, max_prompt_length=32)
+    item = tokenize_pair(pair, TextEncoder(TOKENIZERS["plain"]), Limits(64, 32))
     assert [len(ids) for ids in item[:3]] == [32, 32, 32]

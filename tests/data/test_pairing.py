@@ -2,7 +2,7 @@ from itertools import permutations
 
 import pytest
 
-from lit_isdpo.data.pairing import by_score, choose_pairs
+from lit_isdpo.data.examples import by_score, choose_pairs
 
 TEXTS, SCORES = ["a", "b", "c", "d"], [2.0, 4.0, 1.0, 4.0]
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from lit_isdpo.data import datamodule
-from lit_isdpo.data.formats import detect_format, to_examples, to_pairs
-from lit_isdpo.data.readers import read_dialogue, read_query
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_example
+from lit_isdpo.data.examples import detect_format, to_examples, to_pairs
+from lit_isdpo.data.formats import read_dialogue, read_query
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_example
 from lit_isdpo.types import Message, PreferenceExample, SFTExample
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -272,7 +272,7 @@ def test_an_article_is_a_prompt_without_subreddit():
 def test_a_foreign_terminator_is_not_learned_and_the_own_one_once(make_tokenizer, eos):
     tokenizer = make_tokenizer(eos_token=eos)
     example = read_query(preprocessed_demonstration(1), "reference_response")
-    ids = tokenize_example(example, TextEncoder(tokenizer), max_length=640, max_prompt_length=512).completion_ids
+    ids = tokenize_example(example, TextEncoder(tokenizer), Limits(640, 512)).completion_ids
     assert tokenizer.decode(ids) == f" Good 1.{eos}"
     assert ids.count(tokenizer.eos_token_id) == 1
 
@@ -289,7 +289,7 @@ def test_a_foreign_terminator_is_not_learned_and_the_own_one_once(make_tokenizer
 def test_without_a_template_a_dialogue_is_the_text_of_the_data(make_tokenizer, prompt, response):
     tokenizer = make_tokenizer(bos=False)
     example = read_dialogue({"prompt": prompt, "chosen": response}, "chosen")
-    ids = tokenize_example(example, TextEncoder(tokenizer), max_length=640, max_prompt_length=512)
+    ids = tokenize_example(example, TextEncoder(tokenizer), Limits(640, 512))
     assert tokenizer.decode(ids.prompt_ids + ids.completion_ids) == f"{prompt}{response}<eos>"
 
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data import hub
+from lit_isdpo.data import sources
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.sources import DataSource, as_sources, open_source
 from lit_isdpo.types import InputError
@@ -28,7 +28,7 @@ def opened(path, **options):
 def read(path, **options):
     """Column by column."""
     source = opened(path, **options)
-    rows = list(source.records(source.choose("train")))
+    rows = list(source.read(source.choose("train")))
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -242,7 +242,7 @@ def test_text_files_of_the_hub_are_read_as_local_ones_are(tmp_path, write_rows, 
     monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **kwargs: None)
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(sources, "hf_hub_download", hf_hub_download)
     for is_offline in (False, True):
         if is_offline:
             monkeypatch.setattr(HfApi, "dataset_info", Mock(side_effect=OfflineModeIsEnabled))
@@ -299,4 +299,4 @@ def test_sources_are_written_on_the_command_line(tmp_path, monkeypatch, argument
 def test_real_folders_have_their_splits(name, num_rows):
     source = opened(REAL / name)
     assert sorted(source.splits) == ["test", "train"]
-    assert len(source.records("test")) == num_rows
+    assert len(source.read("test")) == num_rows

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_isdpo.data import accounts
+from lit_isdpo.data import outcomes
 from lit_isdpo.data.datamodule import SFTDataModule
 from lit_isdpo.types import InputError
 from tests.data.conftest import RANKED, pairs
@@ -49,7 +49,7 @@ def test_a_test_split_is_that_of_train_or_named(make, folder):
 
 
 def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys, monkeypatch):
-    monkeypatch.setattr(accounts, "_LOG_WIDTH", 300)
+    monkeypatch.setattr(outcomes, "_LOG_WIDTH", 300)
     bad = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "b"}]
     sources = [
         str(folder / "train.jsonl"),
@@ -59,7 +59,7 @@ def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys, 
     data.setup("fit")
     second = data.splits.counts["train"][1]
     assert second[2:] == (8, 6, 0, {"identical pair": 1, "empty response": 1}, {}, "")
-    assert data.steps_per_epoch == (22 + 2 * 6) // 4
+    assert data.order.steps_per_epoch == (22 + 2 * 6) // 4
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "data pairs share",
@@ -91,7 +91,7 @@ def test_no_usable_row_is_an_error_with_the_reasons(make, tmp_path, write_rows):
 
 
 def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder, write_rows, capsys, monkeypatch):
-    monkeypatch.setattr(accounts, "_LOG_WIDTH", 300)
+    monkeypatch.setattr(outcomes, "_LOG_WIDTH", 300)
     file = write_rows(tmp_path / "ranked.jsonl", RANKED)
     data = make(train=[str(folder / "val.jsonl"), file], val=file, pairing="all", format="auto")
     with pytest.raises(
@@ -226,7 +226,7 @@ def test_every_line_has_one_fate_and_the_metrics_say_it(make, tmp_path, write_ro
     assert counts.dropped == {"identical after truncation": 1, "malformed row: chosen is missing": 1}
     assert counts.changed == {"prompt cut": 1, "response cut": 1, "terminator inside a response": 1}
     assert counts.kept + counts.held_out + counts.num_dropped == counts.lines == counts.read == 25
-    values = accounts.metrics(data.splits.counts)
+    values = outcomes.metrics(data.splits.counts)
     assert values["data/train/read"] == 25
     assert values["data/train/kept"] + values["data/train/held_out"] == 23
     assert values["data/train/dropped_fraction"] == 2 / 25

@@ -1,11 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
-from lit_isdpo.data.readers import Reason, RowError
+from lit_isdpo.data.encoding import load_tokenizer, pad_token_id, terminator_ids
+from lit_isdpo.data.outcomes import Reason, RowError
 from lit_isdpo.data.tokenization import (
+    Limits,
     TextEncoder,
-    load_tokenizer,
-    pad_token_id,
-    terminator_ids,
     tokenize_example,
     tokenize_pair,
     tokenize_response,
@@ -32,7 +33,7 @@ NO_TERMINATOR = (
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
 
 QUESTION = [Message(role="user", content="2 + 2?")]
-LENGTHS = {"max_length": 100, "max_prompt_length": 60}
+LENGTHS = Limits(100, 60)
 
 
 def shown(ids, tokenizer):
@@ -42,7 +43,7 @@ def shown(ids, tokenizer):
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True), (False, False), (False, True)])
 def test_strings_get_the_bos_the_tokenizer_wants_and_one_eos(make_tokenizer, bos, eos):
     tokenizer = make_tokenizer(bos=bos, eos=eos)
-    pair = tokenize_pair(PreferenceExample("2 + 2 =", " 4", " 5<eos>"), TextEncoder(tokenizer), **LENGTHS)
+    pair = tokenize_pair(PreferenceExample("2 + 2 =", " 4", " 5<eos>"), TextEncoder(tokenizer), LENGTHS)
     assert shown(pair.prompt_ids, tokenizer) == "<bos>" * bos + "2 + 2 ="
     assert shown(pair.chosen_ids, tokenizer) == " 4<eos>"
     assert shown(pair.rejected_ids, tokenizer) == " 5<eos>"
@@ -50,15 +51,15 @@ def test_strings_get_the_bos_the_tokenizer_wants_and_one_eos(make_tokenizer, bos
 
 def test_a_bos_in_the_text_is_not_doubled(make_tokenizer):
     tokenizer = make_tokenizer()
-    example = tokenize_example(SFTExample("<bos>a", "b"), TextEncoder(tokenizer), **LENGTHS)
+    example = tokenize_example(SFTExample("<bos>a", "b"), TextEncoder(tokenizer), LENGTHS)
     assert shown(example.prompt_ids, tokenizer) == "<bos>a"
 
 
 def test_an_empty_prompt_needs_a_bos(make_tokenizer):
     example = SFTExample("", "b")
-    assert tokenize_example(example, TextEncoder(make_tokenizer(eos=True)), **LENGTHS).prompt_ids == [1]
+    assert tokenize_example(example, TextEncoder(make_tokenizer(eos=True)), LENGTHS).prompt_ids == [1]
     with pytest.raises(RowError) as error:
-        tokenize_example(example, TextEncoder(make_tokenizer(bos=False)), **LENGTHS)
+        tokenize_example(example, TextEncoder(make_tokenizer(bos=False)), LENGTHS)
     assert error.value.reason is Reason.EMPTY_PROMPT
 
 
@@ -73,7 +74,7 @@ def test_an_empty_prompt_needs_a_bos(make_tokenizer):
 )
 def test_a_chat_template_gives_one_bos_and_one_terminator(make_tokenizer, template, eos_token, prompt, completion):
     tokenizer = make_tokenizer(template=template, eos_token=eos_token)
-    example = tokenize_example(SFTExample(QUESTION, " 4 "), TextEncoder(tokenizer), **LENGTHS)
+    example = tokenize_example(SFTExample(QUESTION, " 4 "), TextEncoder(tokenizer), LENGTHS)
     assert shown(example.prompt_ids, tokenizer) == prompt == TextEncoder(tokenizer).render(QUESTION)
     assert shown(example.completion_ids, tokenizer) == completion
     assert example.completion_ids[-1] in terminator_ids(tokenizer)
@@ -81,7 +82,7 @@ def test_a_chat_template_gives_one_bos_and_one_terminator(make_tokenizer, templa
 
 def test_a_terminator_in_the_text_is_not_doubled(make_tokenizer):
     tokenizer = make_tokenizer(template=CHATML)
-    example = tokenize_example(SFTExample(QUESTION, "4<|im_end|>"), TextEncoder(tokenizer), **LENGTHS)
+    example = tokenize_example(SFTExample(QUESTION, "4<|im_end|>"), TextEncoder(tokenizer), LENGTHS)
     assert shown(example.completion_ids, tokenizer) == "4<|im_end|>"
     assert terminator_ids(tokenizer) == [2, 4]
     assert terminator_ids(make_tokenizer()) == [2]
@@ -90,14 +91,14 @@ def test_a_terminator_in_the_text_is_not_doubled(make_tokenizer):
 def test_a_prompt_that_is_no_prefix_is_an_error_that_shows_both(make_tokenizer):
     tokenizer = make_tokenizer(template=THINKING)
     with pytest.raises(RowError, match=r"goes on with '<think>\\n', and both together with '4<\|im_end"):
-        tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), **LENGTHS)
-    assert tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer, "never"), **LENGTHS)
+        tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), LENGTHS)
+    assert tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer, "never"), LENGTHS)
 
 
 def test_a_row_that_the_template_refuses_is_left_out(make_tokenizer):
     messages = [Message(role="system", content="Be brief."), *QUESTION]
     with pytest.raises(RowError) as error:
-        tokenize_example(SFTExample(messages, "4"), TextEncoder(make_tokenizer(template=NO_SYSTEM)), **LENGTHS)
+        tokenize_example(SFTExample(messages, "4"), TextEncoder(make_tokenizer(template=NO_SYSTEM)), LENGTHS)
     assert error.value.reason is Reason.TEMPLATE
 
 
@@ -125,7 +126,7 @@ def test_a_tokenizer_of_several_templates_without_a_default(make_tokenizer):
 
 def test_without_a_template_a_transcript_is_the_text_that_it_was_read_from(make_tokenizer):
     tokenizer = make_tokenizer()
-    example = tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), **LENGTHS)
+    example = tokenize_example(SFTExample(QUESTION, "4"), TextEncoder(tokenizer), LENGTHS)
     assert shown(example.prompt_ids + example.completion_ids, tokenizer) == (
         "<bos>\n\nHuman: 2 + 2?\n\nAssistant: 4<eos>"
     )
@@ -137,41 +138,37 @@ def test_without_a_template_a_transcript_is_the_text_that_it_was_read_from(make_
 def test_a_long_prompt_keeps_its_bos_and_its_end_or_its_start(make_tokenizer):
     tokenizer = make_tokenizer()
     pair = PreferenceExample("abcdefgh", "xy", "z")
-    lengths = {"max_length": 8, "max_prompt_length": 4}
-    assert shown(tokenize_pair(pair, TextEncoder(tokenizer), **lengths).prompt_ids, tokenizer) == "<bos>fgh"
-    kept = tokenize_pair(pair, TextEncoder(tokenizer), truncation_mode="keep_start", **lengths).prompt_ids
+    lengths = Limits(8, 4)
+    assert shown(tokenize_pair(pair, TextEncoder(tokenizer), lengths).prompt_ids, tokenizer) == "<bos>fgh"
+    kept = tokenize_pair(pair, TextEncoder(tokenizer), replace(lengths, truncation_mode="keep_start")).prompt_ids
     assert shown(kept, tokenizer) == "<bos>abc"
     without = make_tokenizer(bos=False)
-    assert shown(tokenize_pair(pair, TextEncoder(without), **lengths).prompt_ids, without) == "efgh"
+    assert shown(tokenize_pair(pair, TextEncoder(without), lengths).prompt_ids, without) == "efgh"
 
 
 def test_a_cut_response_has_no_eos(make_tokenizer):
     tokenizer = make_tokenizer()
-    pair = tokenize_pair(
-        PreferenceExample("abc", "uvwxyz", "uv"), TextEncoder(tokenizer), max_length=8, max_prompt_length=4
-    )
+    pair = tokenize_pair(PreferenceExample("abc", "uvwxyz", "uv"), TextEncoder(tokenizer), Limits(8, 4))
     assert [shown(ids, tokenizer) for ids in pair[1:3]] == ["uvwx", "uv<eos>"]
 
 
 def test_what_truncation_can_spoil_is_left_out(make_tokenizer):
-    tokenizer, lengths = make_tokenizer(), {"max_length": 6, "max_prompt_length": 4}
+    tokenizer, lengths = make_tokenizer(), Limits(6, 4)
     with pytest.raises(RowError) as error:
-        tokenize_pair(PreferenceExample("abc", "uvw", "uvx"), TextEncoder(tokenizer), **lengths)
+        tokenize_pair(PreferenceExample("abc", "uvw", "uvx"), TextEncoder(tokenizer), lengths)
     assert error.value.reason is Reason.IDENTICAL_TOKENS
     for pair in (PreferenceExample("abc", "u", "vw", -1.0, -2.0), PreferenceExample("abcd", "u", "v", -1.0, -2.0)):
         with pytest.raises(RowError) as error:
-            tokenize_pair(pair, TextEncoder(tokenizer), **lengths)
+            tokenize_pair(pair, TextEncoder(tokenizer), lengths)
         assert error.value.reason is Reason.CUT_BEHAVIOR
-    assert tokenize_pair(PreferenceExample("abc", "u", "v", -1.0, -2.0), TextEncoder(tokenizer), **lengths)[3:5] == (
+    assert tokenize_pair(PreferenceExample("abc", "u", "v", -1.0, -2.0), TextEncoder(tokenizer), lengths)[3:5] == (
         -1.0,
         -2.0,
     )
 
 
 def test_a_pairs_numbers_are_handed_on(make_tokenizer):
-    pair = tokenize_pair(
-        PreferenceExample("a", "b", "c", -1.0, -2.0, 0.5, 3.0), TextEncoder(make_tokenizer()), **LENGTHS
-    )
+    pair = tokenize_pair(PreferenceExample("a", "b", "c", -1.0, -2.0, 0.5, 3.0), TextEncoder(make_tokenizer()), LENGTHS)
     assert pair[3:7] == (-1.0, -2.0, 0.5, 3.0)
 
 
@@ -181,13 +178,13 @@ def test_a_pairs_numbers_are_handed_on(make_tokenizer):
 def test_a_response_without_text_is_empty(make_tokenizer, prompt, response):
     for tokenizer in (make_tokenizer(), make_tokenizer(template=CHATML)):
         with pytest.raises(RowError) as error:
-            tokenize_pair(PreferenceExample(prompt, "b", response), TextEncoder(tokenizer), **LENGTHS)
+            tokenize_pair(PreferenceExample(prompt, "b", response), TextEncoder(tokenizer), LENGTHS)
         assert error.value.reason is Reason.EMPTY_RESPONSE
 
 
 def test_a_pair_needs_two_responses(make_tokenizer):
     with pytest.raises(RowError) as error:
-        tokenize_pair(PreferenceExample("a", "b", "b"), TextEncoder(make_tokenizer()), **LENGTHS)
+        tokenize_pair(PreferenceExample("a", "b", "b"), TextEncoder(make_tokenizer()), LENGTHS)
     assert error.value.reason is Reason.IDENTICAL
 
 
@@ -196,17 +193,17 @@ def test_a_sampled_response_gets_the_transcripts_blank_once(make_tokenizer, begu
     """A policy writes it itself, but not where an answer has begun: there a blank is its own."""
     tokenizer = make_tokenizer()
     prompt = [*QUESTION, Message(role="assistant", content="a", prefix=True)] if begun else QUESTION
-    example = tokenize_response(prompt, "  b" if begun else " b", TextEncoder(tokenizer), finished=True, **LENGTHS)
+    example = tokenize_response(prompt, "  b" if begun else " b", TextEncoder(tokenizer), LENGTHS, finished=True)
     assert shown(example.completion_ids, tokenizer) == (text if begun else f" {text}")
 
 
 def test_a_token_that_the_model_has_no_row_for_leaves_the_row_out(make_tokenizer):
     tokenizer = make_tokenizer()
     encoder = TextEncoder(tokenizer, first_without_row=max(tokenizer("abc")["input_ids"]))
-    assert tokenize_example(SFTExample("a", "b"), encoder, **LENGTHS)
+    assert tokenize_example(SFTExample("a", "b"), encoder, LENGTHS)
     for prompt, completion in (("c", "b"), ("a", "c")):
         with pytest.raises(RowError) as error:
-            tokenize_example(SFTExample(prompt, completion), encoder, **LENGTHS)
+            tokenize_example(SFTExample(prompt, completion), encoder, LENGTHS)
         assert error.value.reason is Reason.NO_ROW
 
 

@@ -18,8 +18,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from lit_isdpo.commands.inspect import pieces
-from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.data.tokenization import TextEncoder, pad_token_id, terminator_ids, tokenize_pair
+from lit_isdpo.data.encoding import pad_token_id, terminator_ids
+from lit_isdpo.data.outcomes import Reason, RowError
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.types import Message, PreferenceExample
 
 CORPUS = [
@@ -81,14 +82,14 @@ def make(
 
 
 PAIR = PreferenceExample("the answer is: what is", " the quick answer", " the lazy dog, over the fox")
-LENGTHS = {"max_length": 200, "max_prompt_length": 100}
+LENGTHS = Limits(200, 100)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("bos", "eos", "pad_is_eos"), list(product((True, False), repeat=3)))
 def test_one_bos_where_it_is_wanted_and_one_terminator(family, bos, eos, pad_is_eos):
     tokenizer = make(family, bos=bos, eos=eos, pad_is_eos=pad_is_eos)
-    pair = tokenize_pair(PAIR, TextEncoder(tokenizer), **LENGTHS)
+    pair = tokenize_pair(PAIR, TextEncoder(tokenizer), LENGTHS)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert pair.prompt_ids.count(start) == bos
     assert (pair.prompt_ids[0] == start) == bos
@@ -105,7 +106,7 @@ def test_one_bos_where_it_is_wanted_and_one_terminator(family, bos, eos, pad_is_
 def test_prompt_and_response_are_what_their_text_is_as_a_whole(family):
     """No blank is put between them, none is lost: SentencePiece's own would make another text of it."""
     tokenizer = make(family)
-    pair = tokenize_pair(PAIR, TextEncoder(tokenizer), **LENGTHS)
+    pair = tokenize_pair(PAIR, TextEncoder(tokenizer), LENGTHS)
     for text, response in ((PAIR.chosen, pair.chosen_ids), (PAIR.rejected, pair.rejected_ids)):
         whole = tokenizer(PAIR.prompt + text)["input_ids"]
         assert pair.prompt_ids + response == [*whole, tokenizer.eos_token_id]
@@ -116,7 +117,7 @@ def test_prompt_and_response_are_what_their_text_is_as_a_whole(family):
             assert tokenizer.decode(whole, skip_special_tokens=True) == PAIR.prompt + text
     if "unigram" in family:
         glued = tokenize_pair(
-            PAIR._replace(prompt="the answer is:", chosen="four", rejected="dog"), TextEncoder(tokenizer), **LENGTHS
+            PAIR._replace(prompt="the answer is:", chosen="four", rejected="dog"), TextEncoder(tokenizer), LENGTHS
         )
         assert tokenizer.decode(glued.prompt_ids + glued.chosen_ids, skip_special_tokens=True) == "the answer is:four"
 
@@ -124,10 +125,10 @@ def test_prompt_and_response_are_what_their_text_is_as_a_whole(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_response_that_is_cut_has_no_terminator_and_is_counted(family):
     tokenizer = make(family)
-    whole = tokenize_pair(PAIR, TextEncoder(tokenizer), **LENGTHS)
+    whole = tokenize_pair(PAIR, TextEncoder(tokenizer), LENGTHS)
     room = len(whole.prompt_ids) + len(whole.chosen_ids)
     assert len(whole.rejected_ids) > len(whole.chosen_ids)
-    cut = tokenize_pair(PAIR, TextEncoder(tokenizer), max_length=room, max_prompt_length=len(whole.prompt_ids))
+    cut = tokenize_pair(PAIR, TextEncoder(tokenizer), Limits(room, len(whole.prompt_ids)))
     assert cut.chosen_ids == whole.chosen_ids
     assert cut.rejected_ids == whole.rejected_ids[: len(whole.chosen_ids)]
     assert tokenizer.eos_token_id not in cut.rejected_ids
@@ -163,7 +164,7 @@ ANSWERS = PreferenceExample(CHAT, "the quick answer", "the lazy dog, over the fo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_chat_is_what_its_template_renders_as_a_whole(family, template):
     tokenizer = make(family, template=TEMPLATES[template])
-    pair = tokenize_pair(ANSWERS, TextEncoder(tokenizer), **LENGTHS)
+    pair = tokenize_pair(ANSWERS, TextEncoder(tokenizer), LENGTHS)
     ends = terminator_ids(tokenizer)
     assert pair.prompt_ids.count(tokenizer.bos_token_id) == ("BOS" in template or "EOS" in template)
     for text, response in ((ANSWERS.chosen, pair.chosen_ids), (ANSWERS.rejected, pair.rejected_ids)):
@@ -183,9 +184,9 @@ def test_a_chat_is_what_its_template_renders_as_a_whole(family, template):
 def test_a_chat_that_is_too_long_loses_its_first_turns_and_keeps_the_system_message(family):
     tokenizer = make(family, template=TEMPLATES["ChatML"])
     system = [Message(role="system", content="be brief.")]
-    expected = tokenize_pair(ANSWERS._replace(prompt=[*system, CHAT[-1]]), TextEncoder(tokenizer), **LENGTHS)
-    limits = {"max_length": 200, "max_prompt_length": len(expected.prompt_ids)}
-    pair = tokenize_pair(ANSWERS._replace(prompt=[*system, *CHAT]), TextEncoder(tokenizer), **limits)
+    expected = tokenize_pair(ANSWERS._replace(prompt=[*system, CHAT[-1]]), TextEncoder(tokenizer), LENGTHS)
+    limits = Limits(200, len(expected.prompt_ids))
+    pair = tokenize_pair(ANSWERS._replace(prompt=[*system, *CHAT]), TextEncoder(tokenizer), limits)
     assert pair == expected._replace(changes=["first messages left out"])
 
 
@@ -194,27 +195,25 @@ def test_a_chat_that_is_too_long_loses_its_first_turns_and_keeps_the_system_mess
 def test_the_assistants_header_is_never_cut(family, template):
     tokenizer = make(family, bos=False, template=template)
     last = ANSWERS._replace(prompt=CHAT[-1:])
-    whole = tokenize_pair(last, TextEncoder(tokenizer), **LENGTHS).prompt_ids
+    whole = tokenize_pair(last, TextEncoder(tokenizer), LENGTHS).prompt_ids
     opening = "<|im_start|>assistant\n" if template else "\n\nAssistant:"
     without = tokenizer("a" + opening, add_special_tokens=False)["input_ids"]
     header = len(without) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
     for mode in ("keep_end", "keep_start"):
         for length in range(1, len(whole)):
-            limits = {"max_length": 200, "max_prompt_length": length, "truncation_mode": mode}
+            limits = Limits(200, length, mode)
             if length <= header:
                 with pytest.raises(RowError) as error:
-                    tokenize_pair(last, TextEncoder(tokenizer), **limits)
+                    tokenize_pair(last, TextEncoder(tokenizer), limits)
                 assert error.value.reason is Reason.LONG_PROMPT
                 continue
-            pair = tokenize_pair(last, TextEncoder(tokenizer), **limits)
+            pair = tokenize_pair(last, TextEncoder(tokenizer), limits)
             assert len(pair.prompt_ids) <= length
             assert pair.changes == ["prompt cut"]
             shown = tokenizer.decode(pair.prompt_ids, skip_special_tokens=False)
             assert "".join(shown.split()).lower().endswith("".join(opening.split()).lower())
     with pytest.raises(RowError) as dropped:
-        tokenize_pair(
-            last, TextEncoder(tokenizer), max_length=200, max_prompt_length=len(whole) - 1, truncation_mode="drop"
-        )
+        tokenize_pair(last, TextEncoder(tokenizer), Limits(200, len(whole) - 1, "drop"))
     assert dropped.value.reason is Reason.LONG_PROMPT
 
 
@@ -222,7 +221,7 @@ def test_the_assistants_header_is_never_cut(family, template):
 def test_a_template_that_opens_a_thought_shows_both_renderings(family):
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     with pytest.raises(RowError, match=r"prompt goes on with '<think>.*and both together with 'the quick"):
-        tokenize_pair(ANSWERS, TextEncoder(make(family, template=thinking)), **LENGTHS)
+        tokenize_pair(ANSWERS, TextEncoder(make(family, template=thinking)), LENGTHS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -244,5 +243,5 @@ def test_a_response_that_ends_in_an_unknown_character_still_gets_its_terminator(
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     opened = template + "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = make(family, template=opened)
-    pair = tokenize_pair(ANSWERS._replace(chosen="the color \u65e5"), TextEncoder(tokenizer), **LENGTHS)
+    pair = tokenize_pair(ANSWERS._replace(chosen="the color \u65e5"), TextEncoder(tokenizer), LENGTHS)
     assert pair.chosen_ids[-2:] == [tokenizer.unk_token_id, tokenizer.eos_token_id]

@@ -1,10 +1,12 @@
 """What is cut, worked by hand: a message is "x" and its text, a token a character, and "A" opens the answer."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lit_isdpo.data.encoding import Encoded
-from lit_isdpo.data.readers import Reason, RowError
-from lit_isdpo.data.truncation import fit_length
+from lit_isdpo.data.outcomes import Reason, RowError
+from lit_isdpo.data.tokenization import Limits, fit_length
 from lit_isdpo.types import Message
 
 HEADER = [ord("A")]
@@ -21,10 +23,12 @@ def encode(prompt):
     return Encoded([*map(ord, text)], [[ord("r"), 0], [ord("q"), ord("q"), 0]])
 
 
+ENCODER = SimpleNamespace(header=lambda prompt: HEADER, tokenizer=SimpleNamespace(bos_token_id=None))
+
+
 def fit(prompt, length, mode="keep_end", room=10, encode=encode):
-    limits = {"max_length": length + room, "max_prompt_length": length, "truncation_mode": mode}
-    fitted = fit_length(prompt, encode, header=lambda: HEADER, **limits)
-    return "".join(map(chr, fitted.prompt_ids)), fitted.changes
+    fitted = fit_length(prompt, encode, Limits(length + room, length, mode), ENCODER)
+    return "".join(map(chr, fitted.prompt_ids)), list(fitted.changes)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +73,18 @@ def test_an_end_that_the_template_refuses_is_passed_over():
     assert fit(DIALOGUE, 11, encode=refusing) == ("xwxyA", ["first messages left out"])
 
 
+def test_a_text_keeps_its_end():
+    def characters(text):
+        return Encoded([*map(ord, text)], [[101, 0]])
+
+    encoder = SimpleNamespace(header=lambda prompt: [], tokenizer=SimpleNamespace(bos_token_id=None))
+    fitted = fit_length("abcd", characters, Limits(3, 2), encoder)
+    assert fitted == Encoded([99, 100], [[101]], ("prompt cut", "response cut"))
+
+
 def test_responses_get_the_room_that_the_shorter_prompt_leaves():
-    fitted = fit_length(DIALOGUE, encode, max_length=10, max_prompt_length=7, header=lambda: HEADER)
+    fitted = fit_length(DIALOGUE, encode, Limits(10, 7), ENCODER)
     assert fitted.completions == [[ord("r"), 0], [ord("q"), ord("q"), 0]]
-    fitted = fit_length(DIALOGUE, encode, max_length=9, max_prompt_length=7, header=lambda: HEADER)
+    fitted = fit_length(DIALOGUE, encode, Limits(9, 7), ENCODER)
     assert fitted.completions == [[ord("r"), 0], [ord("q"), ord("q")]]
-    assert fitted.changes == ["first messages left out", "response cut"]
+    assert list(fitted.changes) == ["first messages left out", "response cut"]

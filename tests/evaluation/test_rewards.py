@@ -14,7 +14,7 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.evaluation.rewards import LabReward, RewardModel
 from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.folder import MARKER
@@ -120,9 +120,7 @@ def test_a_reward_model_scores_the_ids_of_training(scorer: Path) -> None:
         ids += [tokenizer.eos_token_id] * finished
         with torch.no_grad():
             assert given == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
-    pair = tokenize_pair(
-        PreferenceExample(POST, RESPONSES[0], "bad"), TextEncoder(tokenizer), max_length=99, max_prompt_length=60
-    )
+    pair = tokenize_pair(PreferenceExample(POST, RESPONSES[0], "bad"), TextEncoder(tokenizer), Limits(99, 60))
     with torch.no_grad():
         trained_on = model(torch.tensor([pair.prompt_ids + pair.chosen_ids])).logits.item()
     assert scores[0] == pytest.approx(trained_on, abs=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.lab import designs
 from lit_isdpo.lab.designs import Design, PairsPart
 from lit_isdpo.lab.environments import Enumerable
@@ -169,8 +169,7 @@ def test_pairs_of_uneven_length_are_scored_as_enumerated() -> None:
         tokenize_pair(
             PreferenceExample(design.render(design.prompts[0]), *two),
             TextEncoder(tokenizer),
-            max_length=64,
-            max_prompt_length=32,
+            Limits(64, 32),
         )
         for two in zip(texts[:3], texts[3:], strict=True)
     ]

@@ -13,9 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from lit_isdpo.data.formats import detect_format, to_pairs
-from lit_isdpo.data.pairing import choose_pairs
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
+from lit_isdpo.data.examples import choose_pairs, detect_format, to_pairs
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.lab.labelling import Labeller, SampledRow, nucleus_logps, sampled_logps, to_rows
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.logprob_model import LogProbModel
@@ -132,7 +131,7 @@ def test_conversations_are_written_as_messages_that_read_back_as_the_sampled_tok
     assert written["chosen"] == [{"role": "assistant", "content": "five"}]
     values = dict(written)
     (pair,) = to_pairs(values, detect_format(list(values), [values]))
-    read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
+    read = tokenize_pair(pair, TextEncoder(tokenizer), Limits(100, 90))
     assert read[:7] == (prompt_ids, ids[1], ids[0], -1.0, -2.0, 1.0, 0.0)
 
 
@@ -149,7 +148,7 @@ def test_tools_and_an_answer_that_has_begun_are_written_and_read_back() -> None:
     (written,) = json.loads(json.dumps(to_rows(preferences, [-1.0, -2.0])))
     assert written["tools"] == tools
     (pair,) = to_pairs(written, detect_format(list(written), [written]))
-    read = tokenize_pair(pair, TextEncoder(tokenizer), max_length=100, max_prompt_length=90)
+    read = tokenize_pair(pair, TextEncoder(tokenizer), Limits(100, 90))
     assert read[:3] == (prompt_ids, ids[1], ids[0])
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.data.tokenization import TextEncoder, tokenize_pair
+from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.lab import environments
 from lit_isdpo.lab.environments import Posts
 from lit_isdpo.lab.labelling import PairRow
@@ -44,8 +44,7 @@ def test_behavior_logps_belong_to_the_text_of_the_row(
         tokenize_pair(
             PreferenceExample(row["prompt"], row["chosen"], row["rejected"]),
             TextEncoder(tokenizer),
-            max_length=64,
-            max_prompt_length=32,
+            Limits(64, 32),
         )
         for row in rows
     ]

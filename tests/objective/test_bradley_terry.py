@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
+from lit_isdpo.objective.losses import bradley_terry_losses
+from lit_isdpo.objective.metrics import RowMetrics, score_columns
 
 CHOSEN, REJECTED = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 3.0])
 
@@ -36,10 +37,10 @@ def test_far_apart_rewards_stay_finite() -> None:
 
 
 def test_means_are_over_counted_pairs_and_ties_are_one_half() -> None:
-    metrics = RewardMetrics()
+    metrics = RowMetrics()
     losses = torch.tensor([0.3, 0.7, 2.0])
-    metrics.update(losses[:2], CHOSEN[:2], REJECTED[:2], 2)
-    metrics.update(losses[[2, 0]], CHOSEN[[2, 0]], REJECTED[[2, 0]], 1)
+    metrics.update(score_columns(losses[:2], CHOSEN[:2], REJECTED[:2]), 2)
+    metrics.update(score_columns(losses[[2, 0]], CHOSEN[[2, 0]], REJECTED[[2, 0]]), 1)
     values = {key: value.item() for key, value in metrics.compute().items()}
     assert values == pytest.approx(
         {
@@ -55,13 +56,13 @@ def test_means_are_over_counted_pairs_and_ties_are_one_half() -> None:
 
 def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> None:
     """2^24 + 1 is no fp32 number: within a batch, over batches, and over ranks the ones are not lost."""
-    rank, other = RewardMetrics(), RewardMetrics()
+    rank, other = RowMetrics(), RowMetrics()
     large = torch.tensor([2.0**24, 1.0, 1.0, 1.0])
     rewards = [torch.zeros(4, requires_grad=True) for _ in range(2)]
-    rank.update(large.clone().requires_grad_(), *rewards, 4)
-    rank.update(torch.ones(4), *rewards, 4)
-    other.update(torch.ones(4), *rewards, 4)
+    rank.update(score_columns(large.clone().requires_grad_(), *rewards), 4)
+    rank.update(score_columns(torch.ones(4), *rewards), 4)
+    other.update(score_columns(torch.ones(4), *rewards), 4)
     assert not rank.sums.requires_grad
     rank.merge_state(other)
-    assert (rank.sums[0].item(), rank.num_rows.item()) == (2**24 + 11, 12)
+    assert rank.totals()["loss"] == (2**24 + 11, 12)
     assert {value.dtype for value in rank.compute().values()} == {torch.float32}

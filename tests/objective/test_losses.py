@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import (
     CDPOLoss,
     ChiPOLoss,
@@ -20,7 +21,6 @@ from lit_isdpo.objective.losses import (
     SimPOLoss,
     SLiCLoss,
 )
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.types import InputError
 from tests.conftest import pair_logps
 

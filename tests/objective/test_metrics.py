@@ -6,25 +6,26 @@ import math
 import pytest
 import torch
 
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import DPOLoss, SimPOLoss
 from lit_isdpo.objective.metrics import (
-    OF_BEHAVIOR,
-    OF_REFERENCE,
     Estimate,
     PairMetrics,
+    Ratio,
+    RowMetrics,
     effective_sample_size,
     kl_values,
+    pair_columns,
     token_kl,
 )
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
 from tests.conftest import pair_logps
 
 
 def feed(metrics: PairMetrics, pairs: PairLogps, num_counted: int | None = None) -> None:
-    weights = ImportanceWeighting()(pairs)
-    every = len(pairs.chosen_logps)
-    metrics.update(weights.weights * DPOLoss(0.1)(pairs), pairs, weights, every if num_counted is None else num_counted)
+    loss, weights = DPOLoss(0.1), ImportanceWeighting()(pairs)
+    columns = pair_columns(loss.weighted(pairs, weights.weights), loss.rewards(pairs), pairs, weights)
+    metrics.update(columns, len(pairs.chosen_logps) if num_counted is None else num_counted)
 
 
 def random_pairs(number: int) -> PairLogps:
@@ -34,7 +35,7 @@ def random_pairs(number: int) -> PairLogps:
 def test_worked_example() -> None:
     """Log-ratios (1, -1) and (-2, 0): the second pair is won by the wrong side, and its chosen one fell."""
     pairs = pair_logps(torch.tensor([1.0, -2.0]), torch.tensor([-1.0, 0.0]))
-    metrics = PairMetrics(DPOLoss(0.1))
+    metrics = PairMetrics()
     feed(metrics, pairs)
     values = {key: round(value.item(), 5) for key, value in metrics.compute().items()}
     weights = [1.0, math.exp(-2)]
@@ -60,7 +61,7 @@ def test_worked_example() -> None:
 
 @pytest.mark.parametrize("sizes", [[10], [4, 4, 2], [1] * 10, [9, 1]])
 def test_micro_batches_of_any_size_give_the_whole(sizes: list[int]) -> None:
-    whole, parts = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
+    whole, parts = PairMetrics(), PairMetrics()
     pairs = random_pairs(10)
     feed(whole, pairs)
     for part in zip(*(field.split(sizes) for field in pairs), strict=True):
@@ -71,8 +72,9 @@ def test_micro_batches_of_any_size_give_the_whole(sizes: list[int]) -> None:
 def test_without_a_reference_what_is_measured_against_it_is_left_out() -> None:
     """SimPO's own reward is beta times the mean log-prob of a token."""
     pairs = pair_logps(torch.tensor([-4.0]), torch.tensor([-9.0]), ref=(math.nan, math.nan), num_tokens=(4, 3))
-    metrics = PairMetrics(SimPOLoss(2.0), unknown=OF_REFERENCE + OF_BEHAVIOR)
-    metrics.update(SimPOLoss(2.0)(pairs), pairs, UniformWeighting()(pairs), 1)
+    loss, metrics, weights = SimPOLoss(2.0), PairMetrics(), UniformWeighting()(pairs)
+    columns = pair_columns(loss(pairs), loss.rewards(pairs), pairs, weights, has_reference=False, has_mu=False)
+    metrics.update(columns, 1)
     values = {key: value.item() for key, value in metrics.compute().items()}
     assert all(map(math.isfinite, values.values()))
     assert (values["rewards/chosen"], values["rewards/rejected"], values["rewards/accuracies"]) == (-2, -6, 1)
@@ -80,7 +82,7 @@ def test_without_a_reference_what_is_measured_against_it_is_left_out() -> None:
 
 
 def test_fillers_are_not_counted() -> None:
-    whole, filled = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
+    whole, filled = PairMetrics(), PairMetrics()
     pairs = random_pairs(10)
     feed(whole, PairLogps(*(field[:7] for field in pairs)))
     feed(filled, pairs, 7)
@@ -88,13 +90,13 @@ def test_fillers_are_not_counted() -> None:
 
 
 def test_a_window_outlives_resets() -> None:
-    metrics = PairMetrics(DPOLoss(0.1), window=5)
+    metrics = PairMetrics(window=5)
     pairs = random_pairs(8)
     for part in zip(*(field.split(4) for field in pairs), strict=True):
         metrics.reset()
         feed(metrics, PairLogps(*part))
     weights = ImportanceWeighting()(pairs)
-    assert metrics.num_rows == 4
+    assert metrics.totals()["loss"].denominator == 4
     torch.testing.assert_close(metrics.recent_log_weights, weights.log_weights[-5:])
 
 
@@ -148,16 +150,17 @@ def test_kl_estimators_agree_within_their_standard_errors_on_samples() -> None:
 
 def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> None:
     """2^24 + 1 is no fp32 number: within a batch, over batches, and over ranks the ones are not lost."""
-    rank, other = PairMetrics(DPOLoss(0.1)), PairMetrics(DPOLoss(0.1))
+    rank, other = PairMetrics(), PairMetrics()
     for number, metrics in enumerate((rank, rank, other)):
         pairs = pair_logps(torch.full((4,), -number / 2, requires_grad=True), torch.zeros(4, requires_grad=True))
         losses = torch.tensor([2.0**24 if number == 0 else 1.0, 1.0, 1.0, 1.0], requires_grad=True)
-        metrics.update(losses, pairs, ImportanceWeighting()(pairs), 4)
+        rewards = DPOLoss(0.1).rewards(pairs)
+        metrics.update(pair_columns(losses, rewards, pairs, ImportanceWeighting()(pairs)), 4)
     assert not rank.sums.requires_grad
     assert other.max_log_weight == -1
     other.merge_state(rank)
     values = other.compute()
-    assert (other.sums[0].item(), other.num_rows.item()) == (2**24 + 11, 12)
+    assert other.totals()["loss"] == (2**24 + 11, 12)
     assert {value.dtype for value in values.values()} == {torch.float32}
     log_weights = [-0.0] * 4 + [-0.5] * 4 + [-1.0] * 4
     assert sorted(other.recent_log_weights.tolist(), reverse=True) == log_weights
@@ -166,7 +169,7 @@ def test_sums_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> 
 
 
 def test_a_batch_of_fillers_alone_adds_nothing() -> None:
-    metrics = PairMetrics(DPOLoss(0.1))
+    metrics = PairMetrics()
     feed(metrics, random_pairs(3))
     before = metrics.compute()
     feed(metrics, random_pairs(5), 0)
@@ -174,16 +177,60 @@ def test_a_batch_of_fillers_alone_adds_nothing() -> None:
 
 
 def test_without_a_window_a_reset_forgets_all() -> None:
-    metrics = PairMetrics(DPOLoss(0.1))
+    metrics = PairMetrics()
     feed(metrics, random_pairs(3))
     metrics.reset()
     assert len(metrics.recent_log_weights) == 0
-    assert metrics.num_rows == 0
+    assert not metrics.totals()
+    assert not metrics.sums.numel()
 
 
 def test_what_is_left_out_where_it_is_not_known() -> None:
-    assert OF_REFERENCE == ("logratios/chosen", "logratios/rejected", "logratios/chosen_fell")
-    assert OF_BEHAVIOR == ("logratios/importance",)
+    pairs = random_pairs(2)
+    given = (torch.zeros(2), DPOLoss(0.1).rewards(pairs), pairs, UniformWeighting()(pairs))
+    every = set(pair_columns(*given))
+    assert every - set(pair_columns(*given, has_reference=False)) == {
+        "logratios/chosen",
+        "logratios/rejected",
+        "logratios/chosen_fell",
+    }
+    assert every - set(pair_columns(*given, has_mu=False)) == {"logratios/importance"}
+
+
+def test_a_metric_is_one_more_column_in_any_place() -> None:
+    """No list of keys has to know it, nor the order of the others."""
+    pairs = random_pairs(4)
+    weights = ImportanceWeighting()(pairs)
+    columns = pair_columns(DPOLoss(0.1)(pairs), DPOLoss(0.1).rewards(pairs), pairs, weights)
+    plain, more = PairMetrics(), PairMetrics()
+    plain.update(columns, 3)
+    more.update({"length": torch.arange(4.0)} | columns, 3)
+    assert more.compute() == plain.compute() | {"length": 1.0}
+
+
+def test_a_ratio_is_divided_once_over_all_micro_batches() -> None:
+    """Nats a token: 6 nats of 3 tokens and 1 nat of 4, in two micro-batches, with a filler behind."""
+    metrics = RowMetrics()
+    metrics.update({"nll": Ratio(torch.tensor([6.0, 9.0]), torch.tensor([3, 9])), "one": torch.ones(2)}, 1)
+    metrics.update({"nll": Ratio(torch.tensor([1.0]), torch.tensor([4])), "one": torch.zeros(1)}, 1)
+    assert metrics.compute() == {"nll": 1.0, "one": 0.5}
+    assert metrics.totals()["nll"] == (7, 7)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_is_forgotten_was_never_there(window: int | None) -> None:
+    """After a reset, as an optimizer step logs first and looks at its gradient then."""
+    metrics, expected = PairMetrics(window), PairMetrics(window)
+    for one in (metrics, expected):
+        feed(one, random_pairs(2))
+        one.reset()
+    feed(metrics, random_pairs(8))
+    metrics.compute()
+    metrics.forget()
+    assert len(metrics.recent_log_weights) == len(expected.recent_log_weights)
+    for one in (metrics, expected):
+        feed(one, random_pairs(2))
+    assert metrics.compute() == expected.compute()
 
 
 def test_two_values_have_a_standard_error_and_one_has_none() -> None:

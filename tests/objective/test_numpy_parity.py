@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_isdpo.objective.bradley_terry import RewardMetrics, bradley_terry_losses
-from lit_isdpo.objective.logprobs import Head, sequence_logps
+from lit_isdpo.objective.logprobs import Head, PairLogps, sequence_logps
 from lit_isdpo.objective.losses import (
     CDPOLoss,
     ChiPOLoss,
@@ -28,9 +27,17 @@ from lit_isdpo.objective.losses import (
     RPOLoss,
     SimPOLoss,
     SLiCLoss,
+    bradley_terry_losses,
 )
-from lit_isdpo.objective.metrics import PairMetrics, effective_sample_size, kl_values, token_kl
-from lit_isdpo.objective.pairs import PairLogps
+from lit_isdpo.objective.metrics import (
+    PairMetrics,
+    RowMetrics,
+    effective_sample_size,
+    kl_values,
+    pair_columns,
+    score_columns,
+    token_kl,
+)
 from lit_isdpo.objective.weights import (
     BatchMeanImportanceWeighting,
     ImportanceWeighting,
@@ -228,13 +235,13 @@ def test_the_weighted_loss_and_its_gradient(loss: str, weighting: str) -> None:
 def test_what_is_logged(loss: str, window: int | None) -> None:
     """In three uneven parts, the last of which holds fillers; the formulas see the whole."""
     compute, formula, auxiliary = LOSSES[loss]
-    metrics = PairMetrics(compute, window=window)
+    metrics = PairMetrics(window)
     counted = np.arange(len(PAIRS.h)) < 59
     for rows in (slice(0, 30), slice(30, 31), slice(31, None)):
         pairs = tensors(Pairs(*(field[rows] for field in PAIRS)), torch.float32)
         weights = ImportanceWeighting(1.0)(pairs)
-        losses = weights.weights * compute(pairs) + compute.auxiliary(pairs)
-        metrics.update(losses, pairs, weights, int(counted[rows].sum()))
+        columns = pair_columns(compute.weighted(pairs, weights.weights), compute.rewards(pairs), pairs, weights)
+        metrics.update(columns, int(counted[rows].sum()))
     p = Pairs(*(field[counted] for field in PAIRS))
     weights, clipped = formulas.importance(p, 1.0)
     beta = compute.beta
@@ -284,8 +291,8 @@ def test_bradley_terry(dtype: torch.dtype, tolerance: float, centering: float) -
     assert_equal(losses, expected.value, tolerance)
     for gradient, by in zip(torch.autograd.grad(losses.sum(), rewards), expected[1:], strict=True):
         assert_equal(gradient, by, tolerance)
-    metrics = RewardMetrics()
-    metrics.update(losses, *rewards, 43)
+    metrics = RowMetrics()
+    metrics.update(score_columns(losses, *rewards), 43)
     r_w, r_l, values = (column[:43] for column in (PAIRS.s_w, PAIRS.s_l, expected.value))
     assert {key: value.item() for key, value in metrics.compute().items()} == pytest.approx(
         {

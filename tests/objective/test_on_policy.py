@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import DPOLoss, IPOLoss, IRPOLoss, PreferenceLoss, SimPOLoss
+from lit_isdpo.objective.metrics import RowMetrics
 from lit_isdpo.objective.on_policy import (
     GRPOObjective,
     OnlineDPOObjective,
     OnPolicyObjective,
     RLOOObjective,
-    RolloutMetrics,
     Rollouts,
     on_policy_kl,
+    rollout_columns,
 )
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.types import InputError
 from tests.conftest import pair_logps
 
@@ -377,9 +378,10 @@ def test_metrics_against_numpy() -> None:
     rollouts = rollouts._replace(rewards=rewards)
     losses = RLOOObjective()(rollouts)
     finished = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)) < 0.6
-    metrics = RolloutMetrics()
+    metrics = RowMetrics()
     for part, num_counted in ((slice(0, 3), 2), (slice(3, 5), 1)):
-        metrics.update(losses[part], Rollouts(*(field[part] for field in rollouts)), finished[part], num_counted)
+        of_part = Rollouts(*(field[part] for field in rollouts))
+        metrics.update(rollout_columns(losses[part], of_part, finished[part]), num_counted)
     kept = [0, 1, 3]
     logps, ref_logps = (
         field.detach().double().numpy()[kept].sum(axis=2)
@@ -403,25 +405,26 @@ def test_metrics_against_numpy() -> None:
 
 def test_metrics_are_kept_in_float64_without_gradient_and_added_up_over_ranks() -> None:
     """2^24 + 1 is no fp32 number."""
-    rank, other = RolloutMetrics(), RolloutMetrics()
+    rank, other = RowMetrics(), RowMetrics()
     rollouts = random_rollouts(prompts=2)
     finished = torch.ones(2, 4).bool()
     for metrics in (rank, other):
-        metrics.update(torch.tensor([2.0**24, 1.0], requires_grad=True), rollouts, finished, 2)
-        metrics.update(torch.tensor([1.0, 1.0]), rollouts, finished, 2)
+        metrics.update(rollout_columns(torch.tensor([2.0**24, 1.0], requires_grad=True), rollouts, finished), 2)
+        metrics.update(rollout_columns(torch.tensor([1.0, 1.0]), rollouts, finished), 2)
     other.merge_state(rank)
-    assert (other.sums[0].item(), other.num_rows.item()) == (2**25 + 6, 8)
+    assert other.totals()["loss"] == (2**25 + 6, 8)
     assert not other.sums.requires_grad
     assert {value.dtype for value in other.compute().values()} == {torch.float32}
     before = rank.compute()
-    rank.update(torch.tensor([math.nan, math.nan]), rollouts, finished, 0)
+    rank.update(rollout_columns(torch.tensor([math.nan, math.nan]), rollouts, finished), 0)
     assert rank.compute() == before
 
 
 def test_equal_means_equal_to_the_last_digit() -> None:
     """A standard deviation of equal numbers need not be 0; two of three equal ones are no equal group."""
-    metrics = RolloutMetrics()
+    metrics = RowMetrics()
     rollouts = random_rollouts(prompts=3, number=3)
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.2], [0.1, 0.2, 0.1]])
-    metrics.update(torch.zeros(3), rollouts._replace(rewards=rewards), torch.ones(3, 3).bool(), 3)
+    rollouts = rollouts._replace(rewards=rewards)
+    metrics.update(rollout_columns(torch.zeros(3), rollouts, torch.ones(3, 3).bool()), 3)
     assert metrics.compute()["reward/equal_fraction"].item() == pytest.approx(1 / 3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import DPOLoss, RPOLoss
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.remedies import (
     CommonModeDPOLoss,
     ForwardKLDPOLoss,

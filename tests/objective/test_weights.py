@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import DPOLoss
 from lit_isdpo.objective.metrics import effective_sample_size
-from lit_isdpo.objective.pairs import PairLogps
 from lit_isdpo.objective.remedies import TemperedImportanceWeighting
 from lit_isdpo.objective.weights import (
     BatchMeanImportanceWeighting,

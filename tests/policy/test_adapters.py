@@ -36,7 +36,7 @@ TOKENS = collate_completions(PROMPTS, COMPLETIONS, pad_token_id=0)
 def logps_of(reference: Reference) -> torch.Tensor:
     """What a reference says of the completions."""
     nothing = torch.empty(0)
-    return reference.logps(PreferenceBatch(TOKENS, nothing, nothing, nothing, nothing, 0), "train")
+    return reference.logps(PreferenceBatch(TOKENS, {}, nothing, 0), "train")
 
 
 def adapted(model: PreTrainedModel, options: dict[str, Any], **more: Any) -> LogProbModel:

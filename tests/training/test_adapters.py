@@ -23,7 +23,7 @@ from lit_isdpo.objective.weights import ImportanceWeighting, UniformWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
 from lit_isdpo.policy.reference import AdapterOffReference, ReferenceConfig, ResidentReference
-from lit_isdpo.training.module import BASE_KEY
+from lit_isdpo.training.models import BASE_KEY
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.run_report import write_model_folder
 from lit_isdpo.types import InputError, TokenizedPair
@@ -246,9 +246,9 @@ def test_every_method_trains_the_adapter_alone(model_dir: str) -> None:
     assert sum(len(group["params"]) for group in groups) == len(trained)
     batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
     for loss in [loss for loss in LOSSES if loss is not PreferenceLoss]:
-        module.loss = loss(logratio="sum") if loss is losses.IPOLoss else loss()
+        module.comparison.loss = loss(logratio="sum") if loss is losses.IPOLoss else loss()
         for weighting in (UniformWeighting(), ImportanceWeighting()):
-            module.weighting, module.train_metrics = weighting, PairMetrics(module.loss)
+            module.comparison.weighting, module.train_metrics = weighting, PairMetrics()
             module.zero_grad()
             module.training_step(batch, 0).backward()
             gradients = {name: p.grad for name, p in module.policy.named_parameters() if p.grad is not None}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_isdpo.objective.weights import ImportanceWeighting, WPOWeighting
-from lit_isdpo.training.guards import warn_of_vanishing_weights
+from lit_isdpo.training.comparison import warn_of_vanishing_weights
 
 
 @pytest.mark.parametrize(

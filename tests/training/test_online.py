@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from lit_isdpo.objective.losses import IPOLoss
 from lit_isdpo.objective.on_policy import GRPOObjective, OnlineDPOObjective, OnPolicyObjective, RLOOObjective
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.training.online import OnlineModule
+from lit_isdpo.training.online import Judge, OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.rollouts import (
     OnPolicyKL,
@@ -113,13 +114,6 @@ def module(model_dir: str) -> OnlineModule:
     return module
 
 
-class Data(PreferenceDataModule):
-    """Without rows."""
-
-    def __init__(self, **known: Any) -> None:
-        self.__dict__.update(known)
-
-
 def at(module: OnlineModule | PreferenceModule, *, seed: int = 0, step: int = 0, rank: int = 0) -> None:
     """Puts it there in a run."""
 
@@ -128,9 +122,9 @@ def at(module: OnlineModule | PreferenceModule, *, seed: int = 0, step: int = 0,
 
     module.trainer = trainer = There(accelerator="cpu", max_steps=1, **QUIET)
     splits = SimpleNamespace(prompt=lambda split, row_id: f"{split} prompt {row_id}")
-    trainer.datamodule = Data(
-        seed=seed, splits=splits, packing_length=None, row_name=lambda split, row_id: f"row {row_id}"
-    )
+    data = PreferenceDataModule(seed=seed)
+    data.splits = splits  # type: ignore[assignment]
+    trainer.datamodule = data  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +195,7 @@ def test_scores_are_the_models_own_on_the_same_tokens(module: OnlineModule) -> N
     sampled = sample_rollouts(module, batch, 0, RolloutConfig(num_responses=3, max_new_tokens=5))
     assert sampled.prompts == [[1, 5, 7]] * 3 + [[1]] * 3
     rewards = [float(number) for number in range(6)]
-    rollouts = score_rollouts(module.policy, module.reference, sampled, module.vocabulary.pad_token_id, rewards)
+    rollouts = score_rollouts(module.policy, module.reference, sampled, module.pad_token_id, rewards)
     assert rollouts.rewards.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert rollouts.per_token_logps.requires_grad
     assert not rollouts.ref_per_token_logps.requires_grad
@@ -319,7 +313,7 @@ def test_a_window_is_logged_as_a_whole(method: str, request: pytest.FixtureReque
 
 
 def test_what_was_cut_loses_the_penalty_and_nothing_else_does(module: OnlineModule) -> None:
-    module.missing_eos_penalty = 0.75
+    module.judge = replace(module.judge, missing_eos_penalty=0.75)
     (good,) = module.tokenizer.encode(" good", add_special_tokens=False)[-1:]
     ends = module.tokenizer.eos_token_id
     responses = [
@@ -342,7 +336,7 @@ def test_what_was_cut_loses_the_penalty_and_nothing_else_does(module: OnlineModu
 
 
 def test_the_datas_weights_multiply_a_prompts_loss(module: OnlineModule) -> None:
-    module._reward = (lambda prompts, responses, finished: [float(len(response)) for response in responses],)  # type: ignore[assignment]
+    module.judge = Judge(lambda prompts, responses, finished: [float(len(response)) for response in responses])  # type: ignore[arg-type]
     plain = module.training_step(collate_pairs(PAIRS, [0, 1], pad_token_id=0), 0).item()
     assert abs(plain) > 1
     weighted = [pair._replace(weight=3.0) for pair in PAIRS]
@@ -399,7 +393,8 @@ def test_held_out_pairs_are_measured_without_weights(module: OnlineModule) -> No
     module.val_metrics.reset()
     module.validation_step(batch, 0)
     values = module.val_metrics.compute()
-    assert values["loss"].item() == pytest.approx(module.loss(module._pair_logps(batch, "val")).mean().item())
+    pairs = module.comparison.pair_logps(module.policy, batch, "val")
+    assert values["loss"].item() == pytest.approx(module.comparison.loss(pairs).mean().item())
     assert values["weights/mean"].item() != pytest.approx(1.0, abs=0.01), "but the weights are logged"
 
 
@@ -427,13 +422,14 @@ def test_the_kl_of_samples_is_added_with_its_weight(model_dir: str) -> None:
             for parameter in module.policy.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
         losses[weight] = module.training_step(collate_pairs(PAIRS, [0, 1], pad_token_id=0), 0).item()
-        assert len(module._sampled_kl) == (weight is not None)
+        values = module.train_metrics.compute()
+        assert ("kl/k1" in values) == (weight is not None)
         if weight is not None:
-            assert losses[weight] - losses[None] == pytest.approx(weight * module._sampled_kl[0].item(), abs=1e-6)
-            assert module._sampled_kl[0].abs() > 1e-3
+            assert losses[weight] - losses[None] == pytest.approx(weight * values["kl/k1"].item(), abs=1e-6)
+            assert values["kl/k1"].abs() > 1e-3
             assert module.method[1]["on_policy_kl"] == weight
             module.forget_window()
-            assert not module._sampled_kl
+            assert not module.train_metrics.totals()
         else:
             assert "on_policy_kl" not in module.method[1]
 

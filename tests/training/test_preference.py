@@ -64,21 +64,23 @@ def test_a_policy_that_is_not_its_reference_stops_the_first_step(module: Prefere
 
 def test_behavior_logps_replace_the_reference_in_the_weight_alone(module: PreferenceModule) -> None:
     plain = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
-    pairs = module._pair_logps(plain, "train")
+    pairs = module.comparison.pair_logps(module.policy, plain, "train")
     behavior = [pairs.chosen_logps - 0.5, pairs.rejected_logps + 0.2]  # mu likes the chosen ones less, the others more
-    known = plain._replace(behavior_logps=torch.cat(behavior).detach())
+    names = ("chosen_behavior_logps", "rejected_behavior_logps")
+    of_data = {name: part.detach() for name, part in zip(names, behavior, strict=True)}
+    known = plain._replace(numbers=plain.numbers | of_data)
 
     def log_weights(batch: PreferenceBatch) -> Tensor:
-        return module.weighting(module._pair_logps(batch, "train")).log_weights
+        return module.comparison.weighting(module.comparison.pair_logps(module.policy, batch, "train")).log_weights
 
     torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
     torch.testing.assert_close(log_weights(plain), torch.zeros(2))
-    module.mu = "reference"
+    module.comparison.mu = "reference"
     torch.testing.assert_close(log_weights(known), torch.zeros(2))
-    module.mu = "data"
+    module.comparison.mu = "data"
     torch.testing.assert_close(log_weights(known), torch.full((2,), 0.3))
-    known.behavior_logps[1] = torch.nan  # of the second pair's chosen response
-    module.mu = "auto"
+    known.numbers[names[0]][1] = torch.nan  # of the second pair's chosen response
+    module.comparison.mu = "auto"
     torch.testing.assert_close(log_weights(known), torch.tensor([0.3, -0.2]))
 
 
@@ -90,7 +92,7 @@ def test_weights_that_mix_pairs_are_taken_among_random_ones(
     seen: dict[str, list[int]] = {}
 
     def remember(self: PreferenceModule, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        seen.setdefault(type(self.weighting).__name__, []).extend(batch.row_ids.tolist())
+        seen.setdefault(type(self.comparison.weighting).__name__, []).extend(batch.row_ids.tolist())
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(PreferenceModule, "training_step", remember)
@@ -122,11 +124,11 @@ def test_mu_of_the_data_is_looked_for_before_anything_runs(
 
 
 def test_the_datas_weights_multiply_all_of_a_pairs_loss(module: PreferenceModule) -> None:
-    module.loss = RPOLoss(0.1, eta=2.0)
+    module.comparison.loss = RPOLoss(0.1, eta=2.0)
     batch = collate_pairs(
         [PAIRS[0]._replace(weight=3.0), PAIRS[1]._replace(weight=0.0, margin=1.0)], [0, 1], pad_token_id=0
     )
-    pairs = module._pair_logps(batch, "train")
+    pairs = module.comparison.pair_logps(module.policy, batch, "train")
     expected = 3 * (math.log(2) - 0.2 * pairs.chosen_logps[0].item()) / 2
     assert module.training_step(batch, 0).item() == pytest.approx(expected)
     batch.pair_weights[1] = 1.0
@@ -161,9 +163,9 @@ def test_simpo_holds_no_reference_unless_it_is_to_be_measured_against_one(tiny: 
 
 def test_wpo_weighs_by_the_policys_own_distribution(module: PreferenceModule) -> None:
     """Against the whole distribution at each token, by hand."""
-    module.weighting = WPOWeighting()
+    module.comparison.weighting = WPOWeighting()
     batch = collate_pairs(PAIRS, [0, 1], pad_token_id=0)
-    weights = module.weighting(module._pair_logps(batch, "train")).log_weights
+    weights = module.comparison.weighting(module.comparison.pair_logps(module.policy, batch, "train")).log_weights
     logps = module.policy.token_logits(module.policy.completion_states(batch.tokens)).log_softmax(dim=1)  # (N, V)
     targets = batch.tokens.completion_ids[batch.tokens.completion_mask]
     aligned = logps.gather(1, targets[:, None])[:, 0] - (2 * logps).exp().sum(dim=1).log()
@@ -171,8 +173,10 @@ def test_wpo_weighs_by_the_policys_own_distribution(module: PreferenceModule) ->
     expected = torch.stack([means[0] + means[2], means[1] + means[3]]).clamp(max=0)
     torch.testing.assert_close(weights, expected)
     assert not weights.requires_grad
-    module.weighting = UniformWeighting()
-    assert module._pair_logps(batch, "train").chosen_alignment.isnan().all(), "not computed where it is not needed"
+    module.comparison.weighting = UniformWeighting()
+    assert module.comparison.pair_logps(module.policy, batch, "train").chosen_alignment.isnan().all(), (
+        "not computed where it is not needed"
+    )
 
 
 class BrokenLoss(PreferenceLoss):
@@ -183,7 +187,7 @@ class BrokenLoss(PreferenceLoss):
 
 
 def test_a_loss_that_is_not_finite_names_the_rows(module: PreferenceModule) -> None:
-    module.loss = BrokenLoss(0.1)
+    module.comparison.loss = BrokenLoss(0.1)
     module.training_step(collate_pairs(PAIRS, [3, 14], pad_token_id=0), 1)
     with pytest.raises(InputError, match=r"NaN or infinite at optimizer step 0 for training rows \[14\]"):
         module.on_before_optimizer_step(None)  # type: ignore[arg-type]
@@ -214,9 +218,11 @@ def test_eight_pairs_can_be_overfitted(tiny: list[str], pairs_file: str, tmp_pat
         ({"max_epochs": 3, "max_steps": 50}, 30),
     ],
 )
-def test_total_steps(limits: dict[str, int], total: int, module: PreferenceModule) -> None:
+def test_total_steps(
+    limits: dict[str, int], total: int, module: PreferenceModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module.trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, **limits)
-    module.trainer.datamodule = SimpleNamespace(steps_per_epoch=10)
+    monkeypatch.setattr(PreferenceModule, "data", SimpleNamespace(order=SimpleNamespace(steps_per_epoch=10)))
     assert module.total_steps == total
 
 

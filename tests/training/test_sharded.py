@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
-from lit_isdpo.training.module import WEIGHTS_PREFIX
+from lit_isdpo.training.models import WEIGHTS_PREFIX
 from lit_isdpo.training.strategy import FSDP2Strategy
 from tests.kept import KEPT, keeping
 from tests.ranks import DDP, run_on_ranks

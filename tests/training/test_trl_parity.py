@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.data.tokenization import load_tokenizer
+from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.logprob_model import load_logprob_model
 from lit_isdpo.types import TokenizedPair

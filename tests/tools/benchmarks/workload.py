@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from lit_isdpo.data.collation import collate_pairs
-from lit_isdpo.data.formats import detect_format, to_pairs
-from lit_isdpo.data.readers import RowError
+from lit_isdpo.data.examples import detect_format, to_pairs
+from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.sampling import TrainingOrder
 from lit_isdpo.data.tokenization import transcript
 from lit_isdpo.policy.logprob_model import LogProbModel

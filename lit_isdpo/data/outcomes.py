@@ -1,7 +1,9 @@
-"""What became of the rows that were read: counted by reason, as metrics and as a table."""
+"""What becomes of rows: why one is left out, what is changed or odd, and the counts of both."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
@@ -10,10 +12,83 @@ from rich.table import Table
 from lit_isdpo.types import InputError
 
 Split = Literal["train", "val", "test"]
-MOST_REASONS = 12  # the commonest reasons, which messages and tables list one by one
-SPELLED_ROWS = 32  # that are looked at
-_SPELLED = 1.25  # bytes a token: of its own kind of text a tokenizer makes tokens of three and more
+SPELLED_ROWS = 32  # that `hints` looks at
+_MOST_REASONS = 12  # the commonest reasons, which messages and tables list one by one
+_SPELLED = 1.25  # bytes per token; in text of its own kind, a tokenizer's tokens have three and more
 _LOG_WIDTH = 120  # columns of a table that goes to a file
+
+
+class Reason(StrEnum):
+    """Why a row or a pair is left out."""
+
+    MALFORMED = "malformed row"
+    TWO_PROMPTS = "two different prompts"
+    NO_PREFERENCE = "no two responses with different scores"
+    EMPTY_PROMPT = "empty prompt"
+    LONG_PROMPT = "over-long prompt"
+    EMPTY_RESPONSE = "empty response"
+    IDENTICAL = "identical pair"
+    IDENTICAL_TOKENS = "identical after truncation"
+    NO_ROW = "token without a row in the model's embedding"
+    CUT_BEHAVIOR = "truncated, so that its behavior log-probs do not hold"
+    TEMPLATE = "refused by the chat template"
+    NO_BEGINNING = "prompt not rendered as the beginning of prompt and response"
+    REWRITTEN = "response not rendered as given"
+    DUPLICATE = "duplicated row"
+
+
+class Change(StrEnum):
+    """What was changed in a row that is kept, or is odd about it."""
+
+    OTHER_PROMPT = "the prompt column is not in the conversation"
+    PROMPT_REMOVED = "prompt removed from responses that repeat it"
+    PROMPT_REPEATED = "responses that begin with their prompt"
+    PROMPT_REWRITTEN = "prompt not rendered as given"
+    RESPONSE_BLANKS = "blanks inside a response changed by the chat template"
+    RESPONSE_EXTENDED = "text added to a response by the chat template"
+    SPECIAL_IN_PROMPT = "special token inside a prompt"
+    SPECIAL_IN_RESPONSE = "special token inside a response"
+    FIRST_MESSAGES_CUT = "first messages left out"
+    PROMPT_CUT = "prompt cut"
+    RESPONSE_CUT = "response cut"
+    INNER_TERMINATOR = "terminator inside a response"
+
+
+class RowError(ValueError):
+    """A row cannot be used. It is counted and left out, never repaired.
+
+    Args:
+        reason: why.
+        problem: which field has which fault; rows are counted by it too.
+        shown: the row's own text there, for the listing.
+    """
+
+    def __init__(self, reason: Reason, problem: str = "", shown: str = "") -> None:
+        super().__init__(noted(f"{reason.value}: {problem}" if problem else reason.value, shown))
+        self.reason = reason
+
+
+def noted(words: str, shown: str = "") -> str:
+    """A note about a row: words that rows are counted by and, after a line break, the row's own text."""
+    shown = " ".join(shown.split()).encode(errors="backslashreplace").decode()  # half a surrogate is no text
+    return f"{words}\n{shown}" if shown else words
+
+
+def count_notes(notes: Sequence[str]) -> dict[str, int]:
+    r"""Notes by their words, without a row's own text and places in lists, the commonest first.
+
+    >>> count_notes(["malformed row: prompt[3].content is a number", "prompt cut\n3 tokens"])
+    {'malformed row: prompt[].content is a number': 1, 'prompt cut': 1}
+    """
+    counts: Counter[str] = Counter()
+    for note, number in Counter(notes).items():
+        counts[words_of(note)] += number
+    return dict(counts.most_common())
+
+
+def words_of(note: str) -> str:
+    """The words that a note is counted by."""
+    return re.sub(r"\[\d+\]", "[]", note.partition("\n")[0])
 
 
 class SourceCounts(NamedTuple):
@@ -57,8 +132,8 @@ def check_dropped(counts: SourceCounts, split: Split, limit: float) -> None:
         InputError: it is more, or all; names the reasons.
     """
     reasons = list(counts.dropped.items())
-    why = ", ".join(f"{number:,} x {reason}" for reason, number in reasons[:MOST_REASONS])
-    why += f", and {len(reasons) - MOST_REASONS} more reasons" if len(reasons) > MOST_REASONS else ""
+    why = ", ".join(f"{number:,} x {reason}" for reason, number in reasons[:_MOST_REASONS])
+    why += f", and {len(reasons) - _MOST_REASONS} more reasons" if len(reasons) > _MOST_REASONS else ""
     why += f"; for example, {counts.example}" if counts.example else ""
     if counts.num_dropped == counts.lines:
         raise InputError(f"data.{split}: {counts.source}: none of the {counts.lines:,} rows can be used: {why}")
@@ -93,11 +168,11 @@ def metrics(counts: Mapping[Split, Sequence[SourceCounts]]) -> dict[str, float]:
 
 
 def table(counts: Mapping[Split, Sequence[SourceCounts]], unit: str) -> Table:
-    """The same for reading, source by source.
+    """The counts as a table, source by source.
 
     Args:
-        counts: of the splits to show.
-        unit: what a line is, ``pairs`` say.
+        counts: those of the splits to show.
+        unit: the name of a line, for example ``pairs``.
     """
     grid = Table(box=None, pad_edge=False)
     grid.add_column("data", overflow="fold")
@@ -105,30 +180,27 @@ def table(counts: Mapping[Split, Sequence[SourceCounts]], unit: str) -> Table:
     grid.add_column("share", justify="right")
     for split, sources in counts.items():
         for source in sources:
-
-            def add(label: str, number: int, lines: int = source.lines) -> None:
-                grid.add_row(label, f"{number:,}", f"{number / max(1, lines):.1%}")
-
             several = f" of {source.read:,} rows" if source.read != source.lines else ""
-            add(f"{split}: {source.source} ({source.format}){several}, kept", source.kept)
+            lines = [(f"{split}: {source.source} ({source.format}){several}, kept", source.kept)]
             if source.held_out:
-                add("  held out for validation", source.held_out)
+                lines.append(("  held out for validation", source.held_out))
             for label, notes in (("left out:", source.dropped), ("kept, but", source.changed)):
-                for words, number in list(notes.items())[:MOST_REASONS]:
-                    add(f"  {label} {words}", number)
-                if rest := list(notes.values())[MOST_REASONS:]:
-                    add(f"  {label} {len(rest)} more reasons", sum(rest))
+                lines += [(f"  {label} {words}", number) for words, number in list(notes.items())[:_MOST_REASONS]]
+                if rest := list(notes.values())[_MOST_REASONS:]:
+                    lines.append((f"  {label} {len(rest)} more reasons", sum(rest)))
+            for label, number in lines:
+                grid.add_row(label, f"{number:,}", f"{number / max(1, source.lines):.1%}")
     return grid
 
 
-def notes(
+def hints(
     steps_per_epoch: int,
     batch_size: int,
     num_unused: int,
     texts: Sequence[list[int]],
     decode: Callable[[list[int]], Any],
 ) -> list[str]:
-    """What is to be said of training rows that are all in order.
+    """Hints about training rows that are all in order.
 
     Args:
         steps_per_epoch: optimizer steps.
@@ -137,7 +209,7 @@ def notes(
         texts: token ids of some prompts and responses.
         decode: token ids to text.
 
-    >>> notes(2, 8, 3, [[1, 2]], lambda ids: "two words")
+    >>> hints(2, 8, 3, [[1, 2]], lambda ids: "two words")
     ['An epoch has 2 optimizer steps of 8 rows; 3 more rows do not fill one and are left out, others in each epoch.']
     """
     said = []

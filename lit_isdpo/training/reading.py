@@ -1,0 +1,86 @@
+"""How a run and its data module agree: what the data is told of the run, and whole optimizer steps for Lightning."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_isdpo.data.datamodule import TextDataModule
+from lit_isdpo.data.sampling import Reader, limited_steps
+from lit_isdpo.types import InputError
+
+Limits = tuple[int | float, int | float]
+
+
+def hand_over(trainer: Trainer, data: TextDataModule, **of_model: Any) -> None:
+    """Tells a data module who reads its rows, and the trainer how many micro-batches a step of the data has.
+
+    A module does so in ``configure_callbacks``: of all hooks that one comes first, on every rank and for every verb.
+
+    Args:
+        trainer: of the run.
+        data: its data module.
+        **of_model: the fields of ``Reader`` that are the model's.
+
+    Raises:
+        InputError: the ranks do not divide the batch, or gradients are to be accumulated otherwise.
+    """
+    untyped: Any = trainer
+    data.read_for(
+        Reader(
+            stage="fit" if trainer.state.fn is None else trainer.state.fn.value,
+            world_size=trainer.world_size,
+            rank=lambda: trainer.global_rank,
+            step=lambda: trainer.global_step,
+            limits={"val": untyped.limit_val_batches, "test": untyped.limit_test_batches},
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            **of_model,
+        )
+    )
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    accumulation = data.split_batch(trainer.world_size)[1]
+    if trainer.accumulate_grad_batches not in (1, accumulation):
+        raise InputError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but data.batch_size "
+            f"and data.micro_batch_size make it {accumulation}; leave it out"
+        )
+    trainer.accumulate_grad_batches = accumulation
+
+
+def steps_per_epoch(trainer: Trainer, data: TextDataModule) -> int:
+    """Optimizer steps of an epoch, the trainer's limit counted in."""
+    limit = trainer.limit_train_batches
+    return limited_steps(limit, data.order.steps_per_epoch, trainer.accumulate_grad_batches)
+
+
+def limit_epoch(trainer: Trainer, data: TextDataModule) -> Limits:
+    """Makes Lightning's limits whole optimizer steps; it would make the last one of a part of its micro-batches.
+
+    Returns:
+        The limits as they were, for ``lift_limits``.
+    """
+    untyped: Any = trainer
+    before: Limits = untyped.limit_train_batches, untyped.overfit_batches
+    limit, micro_batches = before[0], trainer.accumulate_grad_batches
+    if not limit:
+        return before
+    steps = steps_per_epoch(trainer, data)
+    given = limit if isinstance(limit, int) else int(limit * data.order.steps_per_epoch * micro_batches)
+    if given < steps * micro_batches:
+        rank_zero_info(
+            f"An epoch is limited to {steps:,} optimizer step(s) of {micro_batches:,} micro-batches, and not to "
+            f"{given:,} micro-batches, which would cut the last step."
+        )
+    untyped.limit_train_batches = steps * micro_batches
+    # Lightning would put a sampler of its own in place of this order, and every rank would read the same rows.
+    data.order.num_repeated = steps if untyped.overfit_batches else None
+    untyped.overfit_batches = 0
+    return before
+
+
+def lift_limits(trainer: Trainer, limits: Limits) -> None:
+    """Gives a trainer that goes on with other data its own limits back."""
+    untyped: Any = trainer
+    untyped.limit_train_batches, untyped.overfit_batches = limits

@@ -29,6 +29,11 @@ def check_least(option: str, value: float | None, least: int) -> None:
         raise InputError(f"{option} must be at least {least}, not {value}.")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; libraries write many, and the first one says what went wrong."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."
 
 

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
 
+from lit_isdpo.policy.logprob_model import own_part
 from lit_isdpo.policy.reference import ResidentReference
-from lit_isdpo.policy.sharding import own_part
 
 
 class PeakOfSteps(Callback):

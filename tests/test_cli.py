@@ -1,6 +1,5 @@
 """The command line as a user meets it: verbs, files, messages."""
 
-import importlib
 import json
 import re
 import shutil
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_isdpo import __version__
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.objective import losses, on_policy, remedies, weights
 from lit_isdpo.objective.losses import PreferenceLoss
 from lit_isdpo.objective.on_policy import OnPolicyObjective
 from lit_isdpo.objective.weights import PairWeighting
@@ -254,11 +254,17 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 CONFIGS = ROOT / "configs"
 FSDP2 = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__name__}"
-METHODS = sorted((CONFIGS / "model").glob("*.yaml"))
-PAPER = sorted((CONFIGS / "experiment").glob("*/*.yaml"))  # the paper's scale and larger
+METHODS = [file for folder in ("model", "control", "remedy") for file in sorted((CONFIGS / folder).glob("*.yaml"))]
+LARGE = sorted((CONFIGS / "experiment").glob("*/*.yaml"))  # the paper's scale and larger
 EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
 STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
-OTHERS = sorted(set(CONFIGS.rglob("*.yaml")) - {*METHODS, *PAPER, *EXPERIMENTS, *STUDIES})
+PAPER = CONFIGS / "study" / "paper.yaml"
+OTHERS = sorted(set(CONFIGS.rglob("*.yaml")) - {*METHODS, *LARGE, *EXPERIMENTS, *STUDIES})
+
+
+def test_no_config_holds_the_path_of_a_class() -> None:
+    """A bare name is shorter, and stays valid when a class moves."""
+    assert [file for file in CONFIGS.rglob("*.yaml") if re.search(r"\blit_isdpo\.[a-z]", file.read_text())] == []
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -304,9 +310,12 @@ def test_every_variant_of_the_studies_parses(
         assert end.value.code == 0, capsys.readouterr().err
 
 
-def takes_a_step(config: Path, arguments: list[str], folder: Path) -> None:
+SMALL = ["--data.val=null", "--data.num_workers=0", "--trainer.strategy=auto", "--trainer.num_nodes=1"]
+
+
+def takes_a_step(arguments: list[str], folder: Path) -> None:
     options = ["--trainer.max_steps=1", f"--trainer.default_root_dir={folder}", "--checkpoint.monitor=null"]
-    main(["fit", f"--config={config}", *arguments, *options])
+    main(["fit", *arguments, *options])
     checkpoint = torch.load(folder / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 1
 
@@ -314,39 +323,52 @@ def takes_a_step(config: Path, arguments: list[str], folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The mean importance weight of the training pairs fell")
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_takes_a_step(config: Path, tiny: list[str], tmp_path: Path) -> None:
-    takes_a_step(config, tiny, tmp_path)
-
-
-ONE_OF_EACH = [path for path in PAPER if not path.stem.startswith(("hh_", "ultrafeedback_"))]  # others differ in data
+    takes_a_step([f"--config={config}", *tiny], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [*ONE_OF_EACH, *METHODS], ids=lambda path: path.stem)
-def test_every_method_and_paper_scale_experiment_takes_a_step(
+@pytest.mark.parametrize("config", [*LARGE, *METHODS], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_method_and_large_experiment_takes_a_step(
     config: Path, tiny: list[str], model_dir: str, tmp_path: Path
 ) -> None:
-    others = (
-        ["--data.val=null", "--data.num_workers=0", "--trainer.strategy=auto", "--trainer.num_nodes=1"]
-        if config in PAPER
-        else []
-    )
+    others = [*SMALL] if config in LARGE else []
     if "OnlineModule" in config.read_text():
         others.append("--model.reward.task=lab:posts")  # whose words the tiny data is in
-    takes_a_step(config, [*tiny, *others, "--probe.num_prompts=0"], tmp_path)
+    takes_a_step([f"--config={config}", *tiny, *others, "--probe.num_prompts=0"], tmp_path)
+
+
+def paper_runs() -> list[Run]:
+    """Every method on the first data set, and the first method on the others."""
+    runs = planned(PAPER)
+    return [run for run in runs if run.design == runs[0].design or run.method == runs[0].method]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(17))
+def test_every_method_and_data_set_of_the_paper_takes_a_step(
+    number: int, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = paper_runs()
+    assert len(runs) == 17
+    small = [*SMALL, "--data.test=null", "--probe.num_prompts=0"]
+    takes_a_step([*runs[number].arguments, *tiny, *small], tmp_path)
+
+
+OBJECTIVE = {name: cls for module in (losses, weights, remedies, on_policy) for name, cls in vars(module).items()}
 
 
 def built(config: dict[str, Any]) -> Any:
     """What a ``class_path`` of a file stands for."""
-    module, name = config["class_path"].rsplit(".", 1)
     arguments = config.get("init_args", {})
     if "factors" in arguments:
         arguments = {"factors": [built(factor) for factor in arguments["factors"]]}
     elif "loss" in arguments:
         arguments = arguments | {"loss": built(arguments["loss"])}
-    return getattr(importlib.import_module(module), name)(**arguments)
+    return OBJECTIVE[config["class_path"]](**arguments)
 
 
-@pytest.mark.parametrize("config", [*PAPER, *METHODS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [*LARGE, *METHODS], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_loss_and_weighting_of_a_file_can_be_built(config: Path) -> None:
     model = yaml.safe_load(config.read_text())["model"]["init_args"]
     if "objective" in model:
@@ -356,32 +378,109 @@ def test_every_loss_and_weighting_of_a_file_can_be_built(config: Path) -> None:
         assert isinstance(built(model["weighting"]), PairWeighting)
 
 
-def test_paper_scale_experiments_differ_in_their_method_alone() -> None:
+def test_the_paper_s_runs_differ_in_their_method_and_data_only() -> None:
     """Equal batch, budget, optimizer and schedule, or a comparison says nothing."""
-    models = []
-    for data in ("tldr", "hh", "ultrafeedback"):
-        names, common = [], set()
-        for path in PAPER:
-            if path.stem.startswith(f"{data}_"):
-                config = yaml.safe_load(path.read_text())
-                method = path.stem.removeprefix(f"{data}_")
-                names.append(method)
-                overlay = yaml.safe_load((CONFIGS / "model" / f"{method}.yaml").read_text())["model"]["init_args"]
-                own = {key: config["model"]["init_args"].pop(key) for key in ("loss", "weighting")}
-                for part in own.values():  # the same method as in the file of that name, at another beta
-                    assert part["class_path"] == overlay["loss" if part is own["loss"] else "weighting"]["class_path"]
-                assert config["trainer"].pop("default_root_dir") == f"runs/paper_{path.stem}"
-                common.add(json.dumps(config, sort_keys=True))
-                assert "Not yet run." in path.read_text().splitlines()[0]
-        assert len(common) == 1
-        assert len(names) == 15
-        model = json.loads(next(iter(common)))["model"]["init_args"]
-        del model["policy"]["path"]
-        models.append(model)
-        ready = yaml.safe_load((CONFIGS / "data" / f"{data}.yaml").read_text())["data"]["init_args"]
-        assert ready.items() <= json.loads(common.pop())["data"]["init_args"].items(), "the set of configs/data"
-        assert ready["batch_size"] == 128
-    assert models[0] == models[1] == models[2], "the same on all data"
+    study = yaml.safe_load(PAPER.read_text())
+    assert "Not yet run." in PAPER.read_text()
+    assert "options" not in study
+    assert len(study["methods"]) == 15
+    for method in study["methods"].values():
+        overlay = yaml.safe_load((ROOT / (method if isinstance(method, str) else method["config"])).read_text())
+        assert list(overlay) == ["model"]
+        assert list(overlay["model"]["init_args"]) == ["loss", "weighting"]
+    assert list(study["designs"]) == ["tldr", "hh", "ultrafeedback"]
+    for name, design in study["designs"].items():
+        common, data = design["config"]
+        assert common == "configs/experiment/paper/preference.yaml"
+        assert data == f"configs/data/{name}.yaml"
+        ready = yaml.safe_load((ROOT / data).read_text())
+        assert list(ready) == ["data"]
+        assert ready["data"]["init_args"]["batch_size"] == 128
+        own = {"data.test", "data.micro_batch_size", "model.policy.path", "probe.max_new_tokens"}
+        assert set(design.get("options", {})) <= own
+
+
+TLDR = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
+HH = {"path": "Anthropic/hh-rlhf", "revision": "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"}
+ULTRAFEEDBACK = {
+    "path": "HuggingFaceH4/ultrafeedback_binarized",
+    "revision": "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+}
+ROWS = {
+    "tldr": ({"path": TLDR, "split": "train"}, *[{"path": TLDR, "split": "validation"}] * 2),
+    "hh": (HH | {"split": "train"}, HH | {"split": "test"}, None),
+    "ultrafeedback": (ULTRAFEEDBACK | {"split": "train_prefs"}, None, ULTRAFEEDBACK | {"split": "test_prefs"}),
+}
+LIMITS = {"tldr": (640, 512, 4, 128), "hh": (640, 512, 4, 128), "ultrafeedback": (1024, 512, 2, 256)}
+PAPER_LOSSES = {
+    "DPO": {"beta": 0.05},
+    "IS-DPO": {"beta": 0.05},
+    "IPO": {"beta": 0.05, "logratio": "sum"},
+    "IS-IPO": {"beta": 0.05, "logratio": "sum"},
+    "SLiC": {"beta": 0.05},
+    "IS-SLiC": {"beta": 0.05},
+    "RPO": {"beta": 0.05, "eta": 0.5},
+    "RPO, published eta": {"beta": 0.05, "eta": 0.005},
+    "iterative RPO": {"beta": 0.05, "alpha": 1.0},
+    "chi-PO": {"beta": 0.05, "alpha": 1.0, "gamma": 1.0, "reward_bound": 1.0},
+    "R-DPO": {"beta": 0.05, "alpha": 0.01},
+    "cDPO": {"beta": 0.05, "label_smoothing": 0.1},
+    "robust DPO": {"beta": 0.05, "label_smoothing": 0.1},
+    "WPO": {"beta": 0.05},
+    "SimPO": {"beta": 2.0, "gamma_beta_ratio": 0.25},
+}
+
+
+def test_the_numbers_of_the_paper_s_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the parser has them, layer by layer: the losses on one data set, all else on each."""
+    monkeypatch.chdir(ROOT)
+    for run in paper_runs():
+        with pytest.raises(SystemExit):
+            main(["fit", *run.arguments, "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        assert model["loss"]["init_args"] == PAPER_LOSSES[run.method]
+        assert model["weighting"].get("init_args", {}).get("epsilon") == (1.0 if run.method.startswith("IS-") else None)
+        assert (data["train"], data["val"], data["test"]) == ROWS[run.design]
+        limits = data["max_length"], data["max_prompt_length"], data["micro_batch_size"]
+        assert (*limits, config["probe"]["max_new_tokens"]) == LIMITS[run.design]
+        assert (data["batch_size"], data["truncation_mode"], data["num_workers"]) == (128, "keep_end", 2)
+        assert data["val_size"] == (2000 if run.design == "ultrafeedback" else 0.05)
+        sft = "runs/paper_sft_ultrachat" if run.design == "ultrafeedback" else "runs/paper_sft"
+        assert model["policy"]["path"] == f"{sft}/policy"
+        assert (model["policy"]["compute_dtype"], model["policy"]["gradient_checkpointing"]) == ("bfloat16", True)
+        assert model["schedule"] == {"decay": "cosine", "warmup_steps": 50, "final_factor": 0.1}
+        optimizer = model["optimizer"]["init_args"]
+        assert (optimizer["lr"], optimizer["eps"], optimizer["weight_decay"], optimizer["fused"]) == (
+            1e-6,
+            1e-5,
+            0,
+            True,
+        )
+        trainer = config["trainer"]
+        assert (trainer["devices"], trainer["strategy"], trainer["max_epochs"]) == (8, "fsdp2", 1)
+        assert (trainer["gradient_clip_val"], trainer["log_every_n_steps"]) == (10.0, 1)
+        assert (trainer["val_check_interval"], trainer["limit_val_batches"]) == (0.125, 200)
+        assert (config["seed_everything"], config["probe"]["num_prompts"]) == (1, 512)
+        assert config["last"]["every_n_steps"] == 100
+
+
+@pytest.mark.parametrize("verb", ["plan", "test"])
+def test_a_shown_run_is_a_config_of_every_verb(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    main(["study", f"--config={PAPER}", "--show=ultrafeedback/RPO, published eta"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as end:
+        main([verb, f"--config={tmp_path / 'run.yaml'}", "--print_config"])
+    assert end.value.code == 0
+    parsed, shown = yaml.safe_load(capsys.readouterr().out), yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert parsed["model"] == shown["model"]
+    assert parsed["data"] == shown["data"]
+    assert shown["model"]["init_args"]["loss"]["init_args"]["eta"] == 0.005
+    name = "runs/paper/ultrafeedback/RPO__published_eta-beta=0.05-seed=1-"
+    assert shown["trainer"]["default_root_dir"].startswith(name)
 
 
 def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
@@ -391,7 +490,7 @@ def test_the_diff_of_the_dpo_and_the_is_dpo_file_is_the_method() -> None:
     del dpo["model"]["init_args"]["weighting"]
     weighting = is_dpo["model"]["init_args"].pop("weighting")
     assert dpo == is_dpo
-    assert weighting == {"class_path": "lit_isdpo.objective.weights.ImportanceWeighting", "init_args": {"epsilon": 1.0}}
+    assert weighting == {"class_path": "ImportanceWeighting", "init_args": {"epsilon": 1.0}}
 
 
 SHUFFLED = "--model.weighting=ShuffledImportanceWeighting"

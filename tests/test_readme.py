@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset
 
 from lit_isdpo.data.formats import FORMATS
@@ -50,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, folder: Path) -> str:
     """What a command printed, which ended well."""
+    command, _, target = command.partition(" > ")
     _, _, module, *arguments = shlex.split(command)
     output, environment = folder / "output.txt", {"OMP_NUM_THREADS": "1"}
     if command == QUICKSTART or "--trainer.devices" in command:  # the former as users run it; the others start ranks
@@ -64,6 +66,8 @@ def run(command: str, folder: Path) -> str:
     printed = output.read_text()
     assert status == 0, f"{command}\n{printed}"
     assert "Traceback" not in printed, printed
+    if target:
+        (folder / target).write_text(printed)
     return printed
 
 
@@ -93,7 +97,7 @@ def test_the_commands_in_their_order(folder: Path) -> None:
         if "Qwen" in command:  # a model on the hub; the same config runs in the tests of the configs
             continue
         for verb, options in SHORTER.items():
-            if f" {verb} " in command:
+            if f" {verb} " in command and "--show" not in command:
                 steps = last.extras["global_step"] + 2 if "--ckpt_path" in command else 2
                 command += options.replace("STEPS", str(steps))
         if "configs/reward.yaml" in command:  # drawing its eight sets takes a minute; test_reward.py does
@@ -102,6 +106,9 @@ def test_the_commands_in_their_order(folder: Path) -> None:
     assert (folder / "my_policy" / "model.safetensors").exists()
     assert (folder / "my_reward_model" / "model.safetensors").exists()
     assert (folder / "runs" / "study_quick" / "report.md").exists()
+    shown = yaml.safe_load((folder / "run.yaml").read_text())
+    assert shown["model"]["init_args"]["loss"]["class_path"].endswith(".DPOLoss")
+    assert shown["trainer"]["default_root_dir"].startswith("runs/paper/tldr/IS-DPO-beta=0.05-seed=1-")
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextD
 from lit_isdpo.evaluation.credentials import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.objective import remedies
-from lit_isdpo.study.study import study
+from lit_isdpo.study.runner import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
@@ -41,8 +41,8 @@ from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.online import OnlineModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
-from lit_isdpo.training.resumption import print_changes
 from lit_isdpo.training.reward import RewardModule
+from lit_isdpo.training.run_folder import print_changes
 from lit_isdpo.training.run_report import PredictionWriter, ProgressBar, RunReport
 from lit_isdpo.training.sft import SFTModule
 from lit_isdpo.training.throughput import Throughput

@@ -6,50 +6,27 @@ from typing import Any, Self
 from weakref import finalize
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lit_isdpo.policy.sharding import own_part
+from lit_isdpo.policy.logprob_model import own_part
 
-aten, c10d = torch.ops.aten, torch.ops.c10d
 ACTIVATIONS, GATHERED = "activations", "gathered weights"
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Scores, and values by scores; every query head is computed, however few key heads they share."""
-    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Scores once more, their gradient, and those of queries, keys and values."""
-    return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
-
-
-_FLOPS = flop_registry | {  # PyTorch's counts do not know the CPU's attention
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-# Bytes that a rank sends to the others of its group, in units of the larger of the tensors; for groups that are large.
-_TRAFFIC = {
-    c10d._allgather_base_.default: 1,
-    c10d._reduce_scatter_base_.default: 1,
-    c10d.allreduce_.default: 2,
-}
+SENT = {"allgather": 1, "reduce_scatter": 1, "allreduce": 2}
+"""Bytes that a rank of a large group sends to the others, in units of the larger tensor, by words in a collective."""
 
 
 class CostRecorder(TorchDispatchMode):
     """Follows the bytes of all storages that are made and freed inside the context, by kind, and counts FLOPs.
 
-    PyTorch's own ``FlopCounterMode`` beside it would keep alive what gradient checkpointing frees.
-
-    It is entered inside a ``FakeTensorMode``, whose tensors have storages without memory. What a kernel allocates for
-    itself is not seen. Where a program asks for values, of which there are none, it is told what makes it go on: a
-    number is 1, a truth is false, and where a mask picks elements, it picks all.
+    Tensors have no values in here: they are PyTorch's fake tensors, with storages without memory. What a kernel
+    allocates for itself is not seen. Where a program asks for values, it gets some that make it go on: a number is 1, a
+    truth is false, and where a mask picks elements, it picks all. PyTorch's own ``FlopCounterMode`` would keep alive
+    what gradient checkpointing frees, and does not know the attention of the CPU.
 
     Attributes:
         peak: bytes by kind at the moment of the largest sum since ``reset_peak``.
@@ -59,6 +36,7 @@ class CostRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._kinds: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._live: Counter[str] = Counter()
@@ -67,8 +45,12 @@ class CostRecorder(TorchDispatchMode):
         self.traffic = 0
         self._resize = torch.UntypedStorage.resize_
 
+    def without_values(self, batch: Any) -> Any:
+        """A batch of the same shapes."""
+        return apply_to_collection(batch, Tensor, self._fake.from_tensor)
+
     def __enter__(self) -> Self:
-        """Watches storages that FSDP empties and fills again, too, which are no operations."""
+        """Also watches storages that FSDP empties and fills again: that is no operation, so it has to be patched."""
         recorder, resize = self, self._resize
 
         def watched(storage: torch.UntypedStorage, size: int) -> None:
@@ -76,12 +58,14 @@ class CostRecorder(TorchDispatchMode):
             recorder._has_size(storage)
 
         torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+        self._fake.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Leaves them alone."""
+        """Stops watching."""
         super().__exit__(*error)
+        self._fake.__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def reset_peak(self) -> None:
@@ -93,32 +77,43 @@ class CostRecorder(TorchDispatchMode):
         for tensor in tensors:
             storage = own_part(tensor).untyped_storage()
             self._see(storage)
-            self._is(storage._cdata, kind)
+            self._is(id(storage), kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does to this rank's part comes here after that
         if func is torch.ops.prim.device.default:  # asked for more often than all else
             return args[0].fake_device
-        if func is aten._local_scalar_dense.default:
+        try:
+            result = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
             return False if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
-        if func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+        except DynamicOutputShapeException:
+            if func is not torch.ops.aten.index.Tensor:
+                raise
             tensor, (mask,) = args[:2]
             result = tensor.new_empty((mask.numel(), *tensor.shape[mask.ndim :]))
-        else:
-            result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _FLOPS:
-            self.flops += _FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        if func in _TRAFFIC:
-            largest = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-            self.traffic += _TRAFFIC[func] * largest
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+        self._count(func, args, kwargs or {}, result)
+        apply_to_collection(result, Tensor, lambda tensor: self._see(tensor.untyped_storage()))
         return result
 
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        elif "scaled_dot_product" in func.name():  # a kernel that PyTorch does not count
+            query, key, value = args[1:4] if "backward" in func.name() else args[:3]
+            # Forward: scores, and values by scores. Backward: scores again, their gradient, and those of the three.
+            width = query.shape[-1] + value.shape[-1]
+            width = 3 * query.shape[-1] + 2 * value.shape[-1] if "backward" in func.name() else width
+            self.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * width  # all query heads, however few keys'
+        elif func.namespace == "c10d":
+            sent = sum(times for word, times in SENT.items() if word in func.name())
+            sizes: list[int] = []
+            apply_to_collection(args, Tensor, lambda tensor: sizes.append(tensor.nbytes))
+            self.traffic += sent * max(sizes, default=0)
+
     def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = id(storage)
         if key in self._kinds:
             return
         self._kinds[key], self._sizes[key] = ACTIVATIONS, 0
@@ -126,7 +121,7 @@ class CostRecorder(TorchDispatchMode):
         self._has_size(storage)
 
     def _has_size(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()
         if key not in self._kinds:
             return
         if size == 0 < self._sizes[key]:  # it may be filled again: FSDP's

@@ -21,12 +21,11 @@ from lit_isdpo import __version__
 from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.evaluation.store import naming
 from lit_isdpo.policy.adapters import CONFIG_NAME, Adapter, check_same_tensors, parse_adapter
-from lit_isdpo.policy.code import code_files, copy_code
 from lit_isdpo.policy.loading import LOADING_ERRORS, PolicyConfig, load_causal_lm, read_config, why_not_loaded
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.models import BASE_KEY, WEIGHTS_PREFIX
-from lit_isdpo.training.resumption import saved_config
 from lit_isdpo.training.reward import REWARD_WEIGHTS_PREFIX
+from lit_isdpo.training.run_folder import code_files, copy_code, saved_config
 from lit_isdpo.types import InputError
 
 CARD = """---

@@ -1,4 +1,4 @@
-"""Shows the data as a fit will see it, before anything is trained: what is masked, what is learned, what is odd."""
+"""Shows the data as a fit will see it, before anything is trained: which tokens are masked, and which rows are odd."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def inspect_data(
     rows: Sequence[int] | None = None,
     listing: str | None = None,
 ) -> None:
-    """Prints counts, lengths, what the labels prefer, and some rows token by token. No weights are loaded.
+    """Prints counts, lengths, the bias of the labels, and some rows token by token. No weights are loaded.
 
     Args:
         module: its tokenizer is used.
@@ -79,7 +79,9 @@ def inspect_data(
         splits.load("test")
     console.print(outcomes.table(splits.counts, unit=splits.row_type.kind), markup=False)
     if listing is not None:
-        _write_listing(Path(listing), [row for name in splits.counts for row in _noted(datamodule, name)], console)
+        # Rows that were held out are listed once, with the training rows.
+        listed = [row for name in splits.counts for row in splits.noted(name) if row["split"] == name]
+        _write_listing(Path(listing), listed, console)
     if split not in splits.rows:
         raise InputError(f"split: there are no {split} rows in data; there are: {', '.join(splits.rows)}.")
     if not len(splits.rows[split]):
@@ -96,12 +98,6 @@ def inspect_data(
         console.print()
         for line in show_row(datamodule, split, row_id, separator="" if console.is_terminal else "|"):
             console.print(line, soft_wrap=True)
-
-
-def _noted(datamodule: TextDataModule, split: Split) -> Iterator[dict[str, Any]]:
-    """The rows of a split's own sources that are to be listed; those held out are listed with the training rows."""
-    rows = datamodule.splits.noted(split)
-    return (row for row in rows if row["split"] == split)
 
 
 def _write_listing(file: Path, rows: list[dict[str, Any]], console: Console) -> None:
@@ -138,7 +134,7 @@ def bars(values: Tensor, end: int, num_bins: int = _BINS) -> str:
 
 
 def _print_labels(datamodule: TextDataModule, split: Split, console: Console) -> None:
-    """Prints what the labels of the pairs prefer besides what they mean."""
+    """Prints what the labels of the pairs prefer, for example the longer response."""
     splits = datamodule.splits
     rows = splits.rows[split]
     of_pairs, others = profile_labels(rows, terminator_ids(datamodule.tokenizer))
@@ -168,7 +164,7 @@ def _grid(title: str, *columns: str) -> Table:
 
 
 def profile_labels(rows: Rows, terminator_ids: list[int]) -> tuple[dict[str, int], dict[str, str]]:
-    """Reads all pairs of a split once, and finds what their labels prefer besides what they mean.
+    """Reads all pairs of a split once, and counts what their labels prefer, for example the longer response.
 
     Args:
         rows: at least one pair.

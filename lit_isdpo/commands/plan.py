@@ -17,20 +17,19 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 from lit_isdpo.commands.cost import ACTIVATIONS, GATHERED, CostRecorder
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.policy.loading import DTYPES
+from lit_isdpo.policy.logprob_model import own_part
 from lit_isdpo.policy.reference import CachedReference, ResidentReference
-from lit_isdpo.policy.sharding import Sharding, own_part
+from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.strategy import FSDP2Strategy
 from lit_isdpo.training.throughput import GIB, matmul_rate
-from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedExample, TokenizedPair
+from lit_isdpo.types import InputError, TokenizedExample, TokenizedPair
 
 Lengths = Literal["data", "limits"]
 PARAMETERS, REFERENCE, OPTIMIZER, GRADIENTS, BUCKETS = (
@@ -101,10 +100,9 @@ def make_plan(
             for model in _models(module):
                 sharding.shard(model)
         batch = _longest_batch(module, datamodule, rows, lengths)
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        batch = _without_values(batch, fake)
         recorder = CostRecorder()
-        with fake, recorder, _rows_of_one_sequence():
+        batch = recorder.without_values(batch)
+        with recorder, _rows_of_one_sequence():
             forward, backward, traffic = _record_step(module, batch, recorder, micro_batches, trainer)
     memory = Counter({kind: size for kind, size in recorder.peak.items() if size})
     if devices > 1 and not isinstance(strategy, FSDP2Strategy):
@@ -203,11 +201,6 @@ def _longest_batch(module: LanguageModule, datamodule: TextDataModule, rows: int
         raise InputError(f"data.batch_size: a micro-batch has {rows} rows, and data.train only {len(table)}.")
     longest = table.lengths().argsort(descending=True, stable=True)[:rows]
     return collate(table.__getitems__(longest.tolist()))
-
-
-def _without_values(batch: PreferenceBatch | SFTBatch, fake: FakeTensorMode) -> Any:
-    """The batch as fake tensors."""
-    return tree_map_only(Tensor, fake.from_tensor, batch)
 
 
 def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Lengths) -> None:

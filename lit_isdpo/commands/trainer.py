@@ -16,7 +16,6 @@ from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.outcomes import Split
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.preference import PreferenceModule
-from lit_isdpo.training.reference_cache import cache_folder
 from lit_isdpo.training.run_folder import claimed, run_dir
 from lit_isdpo.types import InputError
 
@@ -111,7 +110,7 @@ class IsdpoTrainer(Trainer):
         untyped.callbacks = []
         self.fit_loop.epoch_loop.max_steps = 0
         self.fit(model, datamodule=datamodule)
-        rank_zero_info(f"The reference's log-probs are in {cache_folder(self, config)}")
+        rank_zero_info(f"The reference's log-probs are in {config.folder(self.default_root_dir)}")
 
     def inspect(
         self,

@@ -1,7 +1,7 @@
-"""Token ids of text as it stands within a sequence: behind special tokens, behind other text, as a turn of a chat.
+"""Token ids of text within a sequence: after special tokens, after other text, as a turn of a chat.
 
-Tokenizers put in front of a text what they want at the beginning of a sequence, a BOS or a blank; what follows a prompt
-must have neither. Nothing here knows of pairs or lengths.
+Tokenizers begin a text with a BOS or a blank, as at the beginning of a sequence; the text after a prompt must have
+neither. Nothing here knows pairs or lengths.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lit_isdpo.data.outcomes import Change, Reason, RowError, noted
 from lit_isdpo.data.row_fields import THOUGHTS
 from lit_isdpo.names import named_path
-from lit_isdpo.types import NEEDS_CODE, Answer, Conversation, InputError, Message
+from lit_isdpo.types import NEEDS_CODE, Answer, Conversation, InputError, Message, first_line
 
 THINKS = "a template that thinks may need data.chat_template_kwargs, as in {enable_thinking: false} or true"
 _ANCHOR = "\n"
@@ -40,9 +40,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         local = named_path(path, "reference")
         tokenizer = AutoTokenizer.from_pretrained(local, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        # The libraries' messages run over many lines; the first one says what went wrong.
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        reason = NEEDS_CODE if "trust_remote_code" in str(error) else first
+        reason = NEEDS_CODE if "trust_remote_code" in str(error) else first_line(error)
         raise InputError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no EOS token, so that no response could end")
@@ -50,7 +48,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills rows up: EOS where the tokenizer has no padding token, as masks say what counts."""
+    """The id of padding: EOS if the tokenizer has no padding token, as the masks tell padding from text."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
@@ -60,7 +58,7 @@ def terminator_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template:
         turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
         with suppress(RowError):  # the template refuses a plain turn
-            ids.append(_encode_turn(render_chat(turns, tokenizer, {}, add_generation_prompt=False), "b", tokenizer)[-1])
+            ids.append(_encode_turn(render_chat(turns, tokenizer, {}, opens_answer=False), "b", tokenizer)[-1])
     return list(dict.fromkeys(ids))
 
 
@@ -88,7 +86,7 @@ class Encoded(NamedTuple):
     Attributes:
         prompt_ids: of the prompt.
         completions: of each response, with its terminator.
-        changes: what of the text is not what the data says, as notes.
+        changes: notes about text that differs from the data.
         rewritten: the error of a response whose text is not in the rendering.
     """
 
@@ -121,7 +119,7 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_inside(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encodes what follows other text.
+    """Encodes text that follows other text.
 
     SentencePiece puts a blank before every text, which would stand between a prompt and its response.
     """
@@ -140,7 +138,7 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of ``_ANCHOR`` where the tokenizer puts a blank before a text; none where it does not."""
+    """The ids of ``_ANCHOR`` if the tokenizer puts a blank before a text; else none."""
     alone, inside = _encode("b", tokenizer), _encode(_ANCHOR + "b", tokenizer)
     return [] if inside[len(inside) - len(alone) :] == alone else _encode(_ANCHOR, tokenizer)
 
@@ -157,26 +155,22 @@ def _ended_once(ids: list[int]) -> list[int]:
 
 
 def encode_chat(
-    messages: list[Message],
-    responses: Sequence[Answer],
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
+    messages: list[Message], responses: Sequence[Answer], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> Encoded:
-    """Renders a conversation with and without its last turn; what the turn adds is the completion.
+    """Renders a conversation with and without its last turn; the completion is the text that the turn adds.
 
     Raises:
         RowError: the template refuses the conversation, does not render a prompt as the beginning of prompt and
             response, or writes the beginning of an answer in other words.
     """
     before, prefix = split_prefix(messages)
-    prompt = opened = render_chat(before, tokenizer, template_options, add_generation_prompt=True)
+    prompt = opened = render_chat(before, tokenizer, options, opens_answer=True)
     added, rewritten, completions = [], None, []
     for response in responses:
         turn = Message(role="assistant", content=response) if isinstance(response, str) else response
         whole = cast(Message, {**turn, "content": prefix + turn["content"]})
-        full = render_chat(
-            Conversation.like(before, [*before, whole]), tokenizer, template_options, add_generation_prompt=False
-        )
+        turns = Conversation.like(before, [*before, whole])
+        full = render_chat(turns, tokenizer, options, opens_answer=False)
         if not full.startswith(opened):
             at = next((i for i, (a, b) in enumerate(zip(opened, full, strict=False)) if a != b), len(full))
             shown = f"goes on with {opened[at:][:60]!r}, and both together with {full[at:][:60]!r}"
@@ -196,23 +190,19 @@ def encode_chat(
     changes = added[:1]  # it is the row that is counted
     if lost := _left_out(before, prompt):
         changes.append(noted(Change.PROMPT_REWRITTEN, lost))
-    # The template writes BOS itself, where it wants one.
+    # A template that wants a BOS writes it.
     return Encoded(_encode(prompt, tokenizer), completions, tuple(changes), rewritten)
 
 
 def split_prefix(messages: list[Message]) -> tuple[Conversation, str]:
-    """The turns of a conversation, and what the assistant has begun to say behind them; mostly nothing."""
+    """The turns of a conversation, and the beginning of an answer after them; mostly there is none."""
     if messages[-1].get("prefix") and len(messages) > 1:
         return Conversation.like(messages, messages[:-1]), messages[-1]["content"]
     return Conversation.like(messages, messages), ""
 
 
 def render_chat(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool,
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], *, opens_answer: bool
 ) -> str:
     """A conversation as the chat template writes it.
 
@@ -225,15 +215,15 @@ def render_chat(
     tools: Any = messages.tools if isinstance(messages, Conversation) else None
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **template_options
+            conversation, tools=tools, tokenize=False, add_generation_prompt=opens_answer, **options
         )
-    except Exception as error:  # a template is a program: it may divide by zero, or add text to what is none
+    except Exception as error:  # a template is a program: it may divide by zero, or add text to a number
         raise RowError(Reason.TEMPLATE, shown=str(error)) from error
     return str(text)
 
 
 def special_in(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text holds what the tokenizer reads as a special token: a control token and no text to the model."""
+    """Whether the tokenizer reads a part of a text as a special token, which is no text to the model."""
     return not tokenizer.split_special_tokens and _special_pattern(tokenizer).search(text) is not None
 
 
@@ -244,7 +234,7 @@ def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Notes what stands in a rendered response besides the response's own text.
+    """Notes the text of a rendered response that is not the response's own.
 
     Raises:
         RowError: some of the text is not there, or stands in markup that it has itself.
@@ -257,7 +247,7 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
     if missing:
         raise RowError(Reason.REWRITTEN, shown=_beside(missing[0], completion))
     blanks = turn["content"][: -len(turn["content"].lstrip())]
-    if blanks and turn["content"].rstrip() not in completion:  # an indentation may be what a line means
+    if blanks and turn["content"].rstrip() not in completion:  # an indentation may have a meaning
         return [noted(Change.RESPONSE_BLANKS, _beside(turn["content"], completion))]
     if others:  # how a thought or a call is written is the template's business
         return []
@@ -270,7 +260,7 @@ def _added(turn: Message, completion: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _left_out(messages: Conversation, rendered: str) -> str:
-    """What of a conversation's text does not stand in its rendering, turn after turn, in words; mostly nothing."""
+    """Describes the first text of a conversation that is missing in its rendering; empty if none is."""
     at = 0
     for place, turn in enumerate(messages):
         moves = turn["role"] in _ANYWHERE
@@ -298,25 +288,22 @@ def _other_texts(turn: Message) -> Iterator[str]:
 
 
 def has_more_than_text(turn: Message) -> bool:
-    """Whether a turn holds what a plain transcript has no place for."""
+    """Whether a plain transcript has no place for some of a turn."""
     return next(_other_texts(turn), None) is not None
 
 
 def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _leaves(inner)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)
 
 
 def _find(text: str, rendered: str, start: int = 0) -> int | None:
-    """Where a text ends in a rendering that has it as it is or as JSON writes it, also as JSON within JSON."""
+    """The end of a text in a rendering that has it unchanged, as JSON, or as JSON within JSON."""
     if (at := rendered.find(text, start)) >= 0:
         return at + len(text)
     once = json.dumps(text, ensure_ascii=False)[1:-1]
@@ -336,7 +323,7 @@ def _beside(text: str, rendered: str) -> str:
 
 
 def _encode_turn(text: str, response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Encodes a rendered assistant turn up to the token that ends it, and adds EOS where the template has none.
+    """Encodes a rendered assistant turn up to the token that ends it, and adds EOS if the template has no such token.
 
     Templates write more after that token, mostly a line break, which the model is never asked for.
     """

@@ -13,7 +13,7 @@ from lit_isdpo.types import Answer, Conversation, InputError, Message, Preferenc
 
 Pairing = Literal["best_worst", "best_random", "all"]
 BEHAVIOR_COLUMNS = ("chosen_behavior_logps", "rejected_behavior_logps")
-OF_ANY_FORMAT = ("prompt", "system", "tools", *BEHAVIOR_COLUMNS)  # columns that are read where they are there
+OF_ANY_FORMAT = ("prompt", "system", "tools", *BEHAVIOR_COLUMNS)  # these columns are read if they exist
 _NO_CHANCE = 20  # characters; responses may begin with a shorter prompt by chance ("Hi" and "Hi there")
 
 
@@ -33,14 +33,14 @@ def detect_format(columns: Sequence[str], rows: Iterable[Row], *, kind: Kind = "
     Args:
         columns: the data set's columns.
         rows: its first rows.
-        kind: what is to be read, preference pairs or demonstrations.
+        kind: preference pairs or demonstrations.
         name: the data set, for the message.
 
     Returns:
         A key of ``FORMATS``.
 
     Raises:
-        InputError: no format fits; the message has the columns found, what is missing, and the formats known.
+        InputError: no format fits; the message names the columns, the missing ones and the known formats.
 
     >>> detect_format(["prompt", "chosen", "rejected"], [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
     'strings'
@@ -85,7 +85,7 @@ def check_format(key: str, columns: Sequence[str], *, kind: Kind = "pairs", name
 
 
 def check_pairing(pairing: Pairing, format: str, *, name: str = "") -> None:
-    """Refuses a choice of pairs where there is nothing to choose from.
+    """Refuses a choice of pairs for rows that are one pair.
 
     Raises:
         InputError: ``pairing`` is set although a row of the format is one pair.
@@ -208,7 +208,7 @@ def _in_context(prompt: Prompt, row: Row) -> Prompt:
 
 
 def _without_prompt(prompt: Prompt, responses: Sequence[Answer]) -> tuple[Sequence[Answer], tuple[str, ...]]:
-    """Responses without the prompt, if all of them begin with it, and what was changed in words.
+    """Responses without the prompt, if all of them begin with it, and the change.
 
     Some data sets hold prompt and response in one text beside the prompt, which would then be there twice.
     """

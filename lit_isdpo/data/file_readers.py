@@ -15,13 +15,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import datasets
 
 from lit_isdpo.data.raw_rows import RawRows, typed_rows, write_rows
-from lit_isdpo.types import InputError
+from lit_isdpo.data.row_fields import kind_of
+from lit_isdpo.types import InputError, first_line
 
 Reader = Literal["json", "csv", "parquet", "arrow"]
 READERS: dict[str, Reader] = {
@@ -43,7 +45,6 @@ _OPENERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # suffix -> the fi
     ),
 }
 _BLANKS = b" \t\r\n\xef\xbb\xbf"  # and the mark that some editors put at the beginning of a file
-_KINDS: dict[type, str] = {str: "a text", list: "a list", bool: "a truth value", type(None): "null"}
 _JSON = json.JSONDecoder(strict=False)
 
 
@@ -92,11 +93,16 @@ def missing_shards(files: Sequence[Path]) -> list[Path]:
     return missing
 
 
-def read_files(files: list[Path], option: str) -> RawRows:
-    """All rows of some files of one format.
+def read_files(files: list[Path], option: str, first: int | None = None) -> RawRows:
+    """The rows of some files of one format.
+
+    Args:
+        files: one after another.
+        option: for messages.
+        first: a text file is not read beyond so many rows.
 
     Raises:
-        InputError: a file cannot be read, or there are several formats; ``option`` is for the message.
+        InputError: a file cannot be read, or there are several formats.
     """
     readers = {suffixes(file)[0]: reader_of(file, option) for file in files}
     if len(set(readers.values())) > 1:
@@ -113,12 +119,13 @@ def read_files(files: list[Path], option: str) -> RawRows:
                 yield from rows_of_text(file, reader)
                 _check_unchanged(file, state)
 
-    return write_rows(rows(), [(str(file.absolute()), *state) for file, state in zip(files, states, strict=True)])
+    key = [first, *((str(file.absolute()), *state) for file, state in zip(files, states, strict=True))]
+    return write_rows(islice(rows(), first), key)
 
 
 @contextmanager
 def _naming(file: Path, reader: Reader, option: str) -> Iterator[None]:
-    """Puts whatever goes wrong in a file into a sentence that names it; the readers raise what their libraries do."""
+    """Turns any error of a file's reader into a sentence that names the file."""
     try:
         yield
     except Exception as error:
@@ -129,11 +136,6 @@ def _naming(file: Path, reader: Reader, option: str) -> Iterator[None]:
             first = first.__cause__
         name = str(file) if str(file).isprintable() else repr(str(file))
         raise InputError(f"{option}: cannot read {name} as {reader}: {first_line(first)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _state(file: Path) -> tuple[int, int]:
@@ -151,8 +153,8 @@ def rows_of_text(file: Path, reader: Reader) -> Iterator[dict[str, Any]]:
     """The rows of a JSON or CSV file, one by one.
 
     Raises:
-        ValueError: says what is wrong, in which line (from 1) or item (from 0).
-        OSError, EOFError, lzma.LZMAError: the file is not what its suffix says.
+        ValueError: names the fault and its line (from 1) or item (from 0).
+        OSError, EOFError, lzma.LZMAError: the file does not match its suffix.
     """
     return _csv_rows(file) if reader == "csv" else _json_rows(file)
 
@@ -174,7 +176,8 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
 def _checked(row: Any, place: str) -> dict[str, Any]:
     if isinstance(row, dict):
         return row
-    raise ValueError(f'{place} is {_KINDS.get(type(row), "a number")} and no object, such as {{"prompt": ...}}')
+    kind = "is null" if row is None else kind_of(row)
+    raise ValueError(f'{place} {kind} and no object, such as {{"prompt": ...}}')
 
 
 def _parsed(text: bytes, place: str) -> Any:

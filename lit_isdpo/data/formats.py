@@ -99,7 +99,7 @@ def read_transcript(row: Row, column: str) -> SFTExample:
 
 
 def read_dialogue(row: Row, column: str) -> SFTExample:
-    r"""A dialogue up to "\n\nAssistant:", and what the assistant said next, as in Dahoas/full-hh-rlhf.
+    r"""A dialogue up to "\n\nAssistant:", and the answer of the assistant, as in Dahoas/full-hh-rlhf.
 
     >>> read_dialogue({"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": " 4"}, "chosen")
     SFTExample(prompt=[{'role': 'user', 'content': '2 + 2?'}], completion='4', changes=())

@@ -1,4 +1,4 @@
-"""What becomes of rows: why one is left out, what is changed or odd, and the counts of both."""
+"""The outcome of reading rows: the reasons to leave one out, the changes in the others, and the counts of both."""
 
 import re
 from collections import Counter
@@ -38,7 +38,7 @@ class Reason(StrEnum):
 
 
 class Change(StrEnum):
-    """What was changed in a row that is kept, or is odd about it."""
+    """A change in a row that is kept, or something odd about it."""
 
     OTHER_PROMPT = "the prompt column is not in the conversation"
     PROMPT_REMOVED = "prompt removed from responses that repeat it"
@@ -92,12 +92,11 @@ def words_of(note: str) -> str:
 
 
 class SourceCounts(NamedTuple):
-    """What became of the rows of one source.
+    """The outcome of reading one source.
 
-    ``kept``, ``held_out`` and those ``dropped``, by reason, add up to ``lines``: the rows that were read, but where a
-    row holds several responses, the pairs that were made of them. ``changed`` counts, of those that are kept or held
-    out, what was cut or is odd; a line may be there more than once. ``example`` is what a row shows that was
-    dropped for the commonest reason.
+    ``kept``, ``held_out`` and ``dropped``, which is by reason, add up to ``lines``: the rows that were read or, if a
+    row holds several responses, the pairs that were made of it. ``changed`` counts the changes in lines that are kept or
+    held out; one line may have several. ``example`` shows the text of a row that was dropped for the commonest reason.
     """
 
     source: str
@@ -121,7 +120,7 @@ class SourceCounts(NamedTuple):
 
 
 def check_dropped(counts: SourceCounts, split: Split, limit: float) -> None:
-    """Stops where more of a source is left out than the user expects: a wrong column, format or template.
+    """Stops if more of a source is left out than the user expects: a column, format or template may be wrong.
 
     Args:
         counts: of the source.
@@ -227,7 +226,7 @@ def hints(
 
 
 def console() -> Console:
-    """Prints tables as wide as the terminal, and not squeezed where there is none."""
+    """Prints tables as wide as the terminal; without a terminal they are not squeezed."""
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = max(out.width, _LOG_WIDTH)

@@ -38,7 +38,7 @@ class RawRows:
         fingerprint: differs from that of any other rows.
         columns: each column of the data, and the first row that has it.
         is_text: whether the table has one column of JSON.
-        renamed: what the user calls a column -> its name in the data; ``None`` hides a column.
+        renamed: the user's name of a column -> its name in the data; ``None`` hides a column.
     """
 
     table: Any
@@ -83,7 +83,7 @@ class RawRows:
         """Checks that the columns that are renamed are there.
 
         Raises:
-            InputError: one is not; ``name`` is what the message calls the source.
+            InputError: one is not; ``name`` is the source, for the message.
         """
         there = replace(self, renamed={}).column_names()
         for wanted in self.renamed.values():
@@ -118,7 +118,7 @@ def rows_in_memory(rows: Any, option: str) -> RawRows:
             )
         return typed_rows(rows.with_format(None))
     if isinstance(rows, pd.DataFrame):
-        rows = [{name: _cell(value) for name, value in row.items()} for row in rows.to_dict("records")]
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")  # NaN is a missing value
     lines = []
     for place, row in enumerate(rows):
         try:
@@ -170,11 +170,6 @@ def _as_json(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, default=_plain, ensure_ascii=False).encode(errors="surrogatepass")
 
 
-def _cell(value: Any) -> Any:
-    """The value of a cell of a ``DataFrame``, whose NaN is a missing value."""
-    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
-
-
 def _plain(value: Any) -> Any:
     """NumPy's values in plain types. Any other value that JSON cannot write becomes an object, which is no text."""
     return value.tolist() if hasattr(value, "tolist") else {"type": type(value).__name__, "value": str(value)}
@@ -196,7 +191,7 @@ def _rename(row: Mapping[str, Any], renamed: Mapping[str, str | None]) -> dict[s
 
 
 def _without_nulls(value: Any) -> Any:
-    """A typed table gives every object the keys of all others, with ``None`` where it has none itself."""
+    """A typed table gives every object the keys of all others, with ``None`` as their value."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

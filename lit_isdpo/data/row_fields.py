@@ -64,7 +64,7 @@ def number(value: object, column: str) -> float:
         except ValueError:
             raise malformed(f"{column} is a text that is no number", value) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise malformed(f"{column} {_kind(value)}")
+        raise malformed(f"{column} {kind_of(value)}")
     if not abs(value) <= _LARGEST:
         infinite = value in (math.inf, -math.inf)
         problem = "is NaN" if value != value else "is infinite" if infinite else "is more than float32 can hold"
@@ -73,7 +73,7 @@ def number(value: object, column: str) -> float:
 
 
 def tools_in(row: Row) -> list[dict[str, Any]] | None:
-    """The tools that a row's assistant may call; ``None`` where it has none.
+    """The tools that a row's assistant may call; ``None`` if it has none.
 
     Raises:
         RowError: they are no list of objects.
@@ -83,8 +83,7 @@ def tools_in(row: Row) -> list[dict[str, Any]] | None:
         return None
     tools = [object_in(tool, f"tools[{i}]") for i, tool in enumerate(list_in(value, "tools"))]
     for i, tool in enumerate(tools):
-        if "function" in tool:
-            object_in(tool["function"], f"tools[{i}].function")
+        object_in(tool.get("function", {}), f"tools[{i}].function")
     return tools
 
 
@@ -93,8 +92,8 @@ def malformed(problem: str, shown: object = None) -> RowError:
     return RowError(Reason.MALFORMED, problem, "" if shown is None else str(shown)[:80])
 
 
-def _kind(value: object) -> str:
-    """What a value is, in words that follow its name."""
+def kind_of(value: object) -> str:
+    """The kind of a value, in words that follow its name."""
     if value is None:
         return "is missing"
     if isinstance(value, str):
@@ -106,7 +105,7 @@ def _kind(value: object) -> str:
 def text_in(value: object, where: str) -> str:
     """A string that is text: half a surrogate pair, which JSON can spell, is a character to no tokenizer."""
     if not isinstance(value, str):
-        raise malformed(f"{where} {_kind(value)}")
+        raise malformed(f"{where} {kind_of(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -118,7 +117,7 @@ def list_in(value: object, where: str) -> list[Any]:
     """A list, or the JSON text of one."""
     found = decoded(value)
     if not isinstance(found, list):
-        raise malformed(f"{where} {_kind(value)} and no list")
+        raise malformed(f"{where} {kind_of(value)} and no list")
     return found
 
 
@@ -126,7 +125,7 @@ def object_in(value: object, where: str) -> dict[str, Any]:
     """An object, or the JSON text of one."""
     found = decoded(value)
     if not isinstance(found, dict):
-        raise malformed(f"{where} {_kind(value)} and no object")
+        raise malformed(f"{where} {kind_of(value)} and no object")
     return found
 
 
@@ -137,7 +136,7 @@ def item_text(items: list[Any], place: int, key: str, column: str) -> str:
 
 
 def prompt_in(row: Row, column: str) -> Prompt:
-    """A text, or a conversation; the assistant's turn at the end of one is where the response goes on."""
+    """A text, or a conversation; the response continues an assistant's turn at its end."""
     value = messages_in(row.get(column))
     if not isinstance(value, list):
         return text_in(value, column)
@@ -150,7 +149,7 @@ def _with_prefix(turns: list[Message]) -> list[Message]:
 
 
 def turns_in(value: object, where: str) -> list[Message]:
-    """Checks a list of messages, and leaves out what else the data set keeps in them."""
+    """Checks a list of messages, and leaves out their other fields."""
     turns = [_turn(turn, f"{where}[{i}]") for i, turn in enumerate(list_in(value, where))]
     if not turns:
         raise malformed(f"{where} is an empty list")
@@ -159,10 +158,10 @@ def turns_in(value: object, where: str) -> list[Message]:
 
 def _turn(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise malformed(f"{where} {_kind(turn)} and no message")
+        raise malformed(f"{where} {kind_of(turn)} and no message")
     role = turn.get("role")
     if role not in ROLES:
-        raise malformed(f"{where}.role {_kind(role)}" + " that is no role" * isinstance(role, str), role)
+        raise malformed(f"{where}.role {kind_of(role)}" + " that is no role" * isinstance(role, str), role)
     fields = {} if turn.keys() == {"role", "content"} else _fields(turn, where)
     content = turn.get("content")
     if content is None and role == "assistant" and len(fields) > ("name" in fields):
@@ -171,7 +170,7 @@ def _turn(turn: object, where: str) -> Message:
 
 
 def _fields(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a turn holds besides its role and content, and a chat template may read."""
+    """The fields of a turn that a chat template may read besides its role and content."""
     fields: dict[str, Any] = {}
     for name in ("name", "tool_call_id", *THOUGHTS):
         if turn.get(name) not in (None, ""):
@@ -201,20 +200,18 @@ def _content(value: object, where: str) -> str:
 
 def _tool_call(call: object, where: str) -> dict[str, Any]:
     """A tool call with its arguments as an object, which templates expect; OpenAI's are JSON text."""
-    call = dict(object_in(call, where))
-    function = object_in(call["function"], f"{where}.function") if "function" in call else None
-    text_in((function or call).get("name"), f"{where}.name" if function is None else f"{where}.function.name")
-    if function is not None:
-        call["function"] = function
-    for place in (call, function):
-        if isinstance(place, dict) and "arguments" in place:
-            place = {**place, "arguments": decoded(place["arguments"])}
-            call = place if function is None else {**call, "function": place}
+    call = function = dict(object_in(call, where))
+    if "function" in call:
+        where = f"{where}.function"
+        function = call["function"] = dict(object_in(call["function"], where))
+    text_in(function.get("name"), f"{where}.name")
+    if "arguments" in function:
+        function["arguments"] = decoded(function["arguments"])
     return call
 
 
 def answer_of(turn: Message) -> Answer:
-    """The text of a response, or the whole turn where it holds more."""
+    """The text of a response, or the whole turn if it holds more."""
     return turn if turn.keys() - {"role", "content", "name", "prefix"} else turn["content"]
 
 
@@ -257,7 +254,7 @@ def transcript_turns(text: str, where: str) -> list[Message]:
 def open_dialogue(prompt: object) -> tuple[list[Message], str]:
     """A dialogue that the assistant is about to continue, and the blank after its last marker, if there is one.
 
-    What the assistant has begun to say is a turn of its own, which the response goes on with.
+    An answer that has begun is a turn of its own, which the response continues.
     """
     *before, last = transcript_turns(text_in(prompt, "prompt"), "prompt")
     if last["content"].strip():

@@ -1,4 +1,4 @@
-"""Where rows come from: local files, folders, globs and hub data sets, and which of their splits is read.
+"""The sources of rows: local files, folders, globs and hub data sets, and their splits.
 
 A path that exists is read from disk; ``owner/name`` is otherwise a data set on the hub. The names of files tell their
 split: in a folder, ``train.jsonl`` and ``val-00000-of-00002.parquet`` are the splits ``train`` and ``validation``; a
@@ -20,19 +20,10 @@ import datasets
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from lit_isdpo.data.file_readers import (
-    READERS,
-    first_line,
-    is_one_object,
-    missing_shards,
-    quiet,
-    read_files,
-    reader_of,
-    suffixes,
-)
+from lit_isdpo.data.file_readers import READERS, is_one_object, missing_shards, quiet, read_files, reader_of, suffixes
 from lit_isdpo.data.raw_rows import RawRows, cache_file, rows_in_memory
 from lit_isdpo.names import named_path
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +36,7 @@ _SPLIT_WORDS = {
 _OTHERS = "other files"  # the split of files without such a word, beside several splits for training
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)")
-# Options of the readers of `datasets` in a data set's card, and the values that leave a file what its suffix says.
+# Options in a data set's card for the readers of `datasets`, and the values that do not change how a file is read.
 _PLAIN = {"sep": (",", None), "delimiter": (",", None), "names": (None,), "column_names": (None,), "field": (None,)}
 
 
@@ -87,7 +78,7 @@ else:
 
 
 def as_sources(value: Any, option: str) -> list[DataSource]:
-    """Puts what a user may write for ``data.train`` into one form.
+    """Puts all values that ``data.train`` may have into one form.
 
     Args:
         value: path, source, or a list of either; a mapping stands for a source. Or rows in memory.
@@ -196,7 +187,7 @@ class OpenSource:
         if split in self.tables:
             rows = rows_in_memory(self.tables[split], self.option)
         else:
-            rows = read_files(self.files[split], self.option)
+            rows = read_files(self.files[split], self.option, self.source.first)
         if not len(rows):
             raise InputError(f"{self.option}: {self.source.path!r} is an empty data set")
         rows.renamed = {**(columns or {}), **(self.source.columns or {})}
@@ -313,7 +304,7 @@ def _find(path: Path, name: str, option: str) -> tuple[list[Path], Path]:
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    left_behind = file.name.startswith(("cache-", "tmp")) and file.suffix == ".arrow"  # by `datasets`, of what it made
+    left_behind = file.name.startswith(("cache-", "tmp")) and file.suffix == ".arrow"  # by `datasets`
     named_so = not hidden and not left_behind and file.name not in _NOT_DATA and suffixes(file)[0] in READERS
     return named_so and not file.is_dir()
 
@@ -321,9 +312,9 @@ def _is_data(file: Path, folder: Path) -> bool:
 def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Sorts files into splits by the words of their names, ``my-train_0.jsonl``, or their folders, ``train/0.jsonl``.
 
-    Where several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name: they are
-    not to be mixed by accident. Files that no split is named by are read with the training files, but for a JSON file
-    that is one object.
+    If several names stand for one split (``train_sft``, ``train_prefs``), each is a split by its own name, so that they
+    are not mixed by accident. Files without such a word are read with the training files, except a JSON file that is
+    one object.
     """
     named: dict[str, dict[str, list[Path]]] = {}
     others = []
@@ -338,7 +329,7 @@ def _by_split(files: list[Path], folder: Path) -> dict[str, list[Path]]:
                 break
         else:
             others.append(file)
-    # A folder may hold what says something of its rows; if there is nothing else, it is read.
+    # A folder may hold a file about its rows; if there is nothing else, it is read.
     others = [file for file in others if not is_one_object(file)] or ([] if named else others)
     splits: dict[str, list[Path]] = {}
     for split, groups in named.items():

@@ -1,7 +1,7 @@
-"""Which rows are trained on, validated on and tested on, and where each of them came from.
+"""The rows to train, validate and test on, and the source of each of them.
 
-A split is read where it was named, else where the training sources have one of that name; validation rows that are in
-neither are held out of the training rows.
+A split is read from the sources that were named for it, else from the training sources if they have one of that name.
+Without either, validation rows are held out of the training rows.
 """
 
 from bisect import bisect_right
@@ -31,18 +31,18 @@ class Splits:
     """The rows of each split, read when it is first asked for.
 
     Args:
-        sources: what was named for each split.
+        sources: those that were named for each split.
         row_type: whether rows are pairs or demonstrations.
-        val_size: how much is held out where there are no validation rows, as in :func:`hold_out`.
+        val_size: how much is held out if there are no validation rows, as in :func:`hold_out`.
         max_dropped_fraction: of a source's rows; where more must be left out, nothing is read. ``None``: read all the
             same, be there no row left.
-        duplicates: what becomes of a row whose tokens are all those of an earlier one of its split.
+        duplicates: keep or drop a row with the same tokens as an earlier one of its split.
         read: tokenizes a split of a source; its arguments are the source, its own name of the split, and what messages
             call it.
 
     Attributes:
         rows: of the splits that were loaded.
-        counts: what became of the rows of each source, likewise.
+        counts: the outcome of reading each source.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Splits:
         self._repeated: dict[Split, Tensor] = {}  # row ids
 
     def parts(self, split: Split) -> list[tuple[OpenSource, str]]:
-        """The sources of a split, and what each of them calls it; none where there is nothing to read."""
+        """The sources of a split, and each one's own name of it; none if there is nothing to read."""
 
         def opened(part: Split) -> list[OpenSource]:
             if part not in self._opened:
@@ -76,7 +76,7 @@ class Splits:
         default = _PUBLIC_NAMES[split]
         if self.sources[split]:
             return [(source, source.choose(default)) for source in opened(split)]
-        # A mixture may name one folder twice: nothing is evaluated twice, nor on what is trained on.
+        # A mixture may name one folder twice: no row is evaluated twice, and none that is trained on.
         taken = {(source.identity, source.choose("train")) for source in opened("train")}
         parts = []
         for source in opened("train"):
@@ -127,7 +127,7 @@ class Splits:
         self.rows[split] = Rows(table, rows.positions[~repeated], self.row_type) if self.duplicates == "drop" else rows
 
     def _count(self, name: str, source: TokenizedSource, kept: Tensor, repeated: Tensor) -> SourceCounts:
-        """Counts what became of a source, of whose ``(N,)`` kept lines some repeat others."""
+        """Counts the rows of a source; some of its ``(N,)`` kept lines repeat others."""
         notes = source.dropped()
         dropped = count_notes(notes)
         example = next((note for note in notes if words_of(note) == next(iter(dropped))), "").partition("\n")[2]
@@ -155,7 +155,7 @@ class Splits:
         ]
 
     def noted(self, split: Split) -> Iterator[dict[str, Any]]:
-        """The rows of a split that are left out, were changed or repeat another: what became of each, and the row.
+        """The rows of a split that are left out, were changed or repeat another, with the reasons.
 
         Of rows that were held out, those of the training rows are given.
         """
@@ -182,7 +182,7 @@ class Splits:
         return f"row {row} of {source.source}"
 
     def prompt(self, split: Split, row_id: int) -> Prompt:
-        """A row's prompt as its source has it: before any chat template, and whole where its tokens were cut."""
+        """A row's prompt as its source has it: before any chat template, and whole if its tokens were cut."""
         source, row, raw = self._find(split, row_id)
         return read_prompt(raw[row], source.format, self.row_type.kind)
 
@@ -192,7 +192,7 @@ class Splits:
         return sorted({bisect_right(ends, row_id): row_id for row_id in reversed(positions)}.values())
 
     def _read_as(self, split: Split) -> Split:
-        """The split that its rows were read with, which is that of training where they were held out."""
+        """The split that its rows were read with, which is that of training if they were held out."""
         return split if split in self._raw else "train"
 
     def _find(self, split: Split, row_id: int) -> tuple[SourceCounts, int, RawRows]:
@@ -236,7 +236,7 @@ def hold_out(prompt_keys: Tensor, size: int | float) -> Tensor:
         size: fraction of the rows, or (``int``) number of rows; whole prompts are taken until it is reached.
 
     Returns:
-        ``(N,)`` bool, true where a row is held out.
+        ``(N,)`` bool, true for the rows that are held out.
 
     Raises:
         InputError: nothing is left to train on.

@@ -78,7 +78,7 @@ class TextEncoder:
         chat_template: ``auto`` uses the tokenizer's template for message lists, ``always`` for strings too (as one user
             turn), ``never`` writes conversations as a plain transcript.
         template_options: further variables of the chat template.
-        first_without_row: the first id that the model's embedding has no row for; ``None`` where it has all.
+        first_without_row: the first id that the model's embedding has no row for; ``None`` if it has all.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class TextEncoder:
     first_without_row: int | None = None
 
     def render(self, prompt: Prompt) -> str:
-        """The text of a prompt up to where the response begins; BOS is not in it, but for templates.
+        """The text of a prompt up to the response; only a template writes a BOS into it.
 
         Raises:
             RowError: the chat template refuses the conversation.
@@ -95,7 +95,7 @@ class TextEncoder:
         messages = self._templated(prompt)
         if messages is not None:
             before, prefix = split_prefix(messages)
-            return self._rendered(before, add_generation_prompt=True) + prefix
+            return self._rendered(before, opens_answer=True) + prefix
         return prompt if isinstance(prompt, str) else transcript(prompt)
 
     def encode(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
@@ -128,7 +128,7 @@ class TextEncoder:
             prefix = split_prefix(prompt)[1]
             return encode_inside(_OPENING + (f" {prefix}" if prefix else ""), self.tokenizer)
         turns, prefix = split_prefix(messages)
-        opened, before = (self._rendered(turns, add_generation_prompt=added) for added in (True, False))
+        opened, before = (self._rendered(turns, opens_answer=added) for added in (True, False))
         text = (opened[len(before) :] if opened.startswith(before) else "") + prefix
         return encode_inside(text, self.tokenizer) if text else []
 
@@ -142,8 +142,8 @@ class TextEncoder:
         texts = [prompt.removeprefix(bos)] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
         return any(special_in(text, self.tokenizer) for text in texts)
 
-    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> str:
-        return render_chat(turns, self.tokenizer, self.template_options, add_generation_prompt=add_generation_prompt)
+    def _rendered(self, turns: list[Message], *, opens_answer: bool) -> str:
+        return render_chat(turns, self.tokenizer, self.template_options, opens_answer=opens_answer)
 
     def _encode_plain(self, prompt: Prompt, responses: Sequence[Answer]) -> Encoded:
         """A plain text or transcript, which has a place for text only, not for thoughts, calls and tools."""
@@ -164,7 +164,7 @@ class TextEncoder:
         )
 
     def _templated(self, prompt: Prompt) -> list[Message] | None:
-        """The messages to render with the chat template, or ``None`` where it is not to be used."""
+        """The messages to render with the chat template, or ``None`` if it is not to be used."""
         if self.chat_template == "always" and not self.tokenizer.chat_template:
             raise InputError(
                 f"data.chat_template is 'always', but the tokenizer of {self.tokenizer.name_or_path!r} has no chat "
@@ -278,7 +278,7 @@ def _tokenize(prompt: Prompt, responses: list[Answer], encoder: TextEncoder, lim
 
 
 def fit_length(prompt: Prompt, encode: Callable[[Prompt], Encoded], limits: Limits, encoder: TextEncoder) -> Encoded:
-    """Encodes a prompt with its responses, and cuts what is too long.
+    """Encodes a prompt with its responses, and cuts them if they are too long.
 
     Args:
         prompt: a text, or the messages of a conversation.

@@ -1,6 +1,6 @@
-"""Rows tokenized once, into a memory-mapped table that the next start finds again, and what was left out on the way.
+"""Tokenizes rows once, into a memory-mapped table that the next start finds again.
 
-The table keeps a line for every row that was read, also for one that is dropped; where a row holds several responses,
+The table keeps a line for every row that was read, also for one that is dropped; if a row holds several responses,
 a line for each pair that is made of it. A row's or pair's id is its line, and ``row`` is its place in the data. For the
 rows of ``strings`` in formats.py and one with an empty response:
 
@@ -55,7 +55,7 @@ _SHOW_PROGRESS_FROM = 20_000  # rows; a bar that is gone within seconds only clu
 
 
 class RowType(NamedTuple):
-    """What a row becomes on its way to a batch: examples, each of which is tokenized to an item."""
+    """The way of a row to a batch: it is read as examples, and each is tokenized to an item."""
 
     kind: Kind
     read: Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.sharding import whole
+from lit_isdpo.policy.logprob_model import LogProbModel, whole
+from lit_isdpo.policy.reward_model import ScoreModel
 
 # Of a configuration file: where the model came from, and how it is loaded and initialised.
 _NO_ARCHITECTURE = {
@@ -34,8 +34,8 @@ def digest(content: Any) -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def weights_fingerprint(model: LogProbModel, *, with_adapter: bool = True) -> str:
-    """Names a model as it is sampled: every value of its weights, its architecture, and the dtype that it computes in.
+def weights_fingerprint(model: LogProbModel | ScoreModel, *, with_adapter: bool = True) -> str:
+    """Names a model as it computes: every value of its weights, its architecture, and the dtype that it computes in.
 
     A base whose adapter is switched off has the name of the same model without an adapter.
 
@@ -58,7 +58,7 @@ def weights_fingerprint(model: LogProbModel, *, with_adapter: bool = True) -> st
     return value.hexdigest()
 
 
-def _tensors(model: LogProbModel, *, with_adapter: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: LogProbModel | ScoreModel, *, with_adapter: bool) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors; of a base alone, under the names that they have without PEFT's layers around them."""
     for name, tensor in model.model.state_dict().items():
         if model.adapter is None or with_adapter:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -21,19 +21,64 @@ import transformers
 from rich.progress import Progress
 from torch import Tensor
 
+from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.tokenized_rows import Rows
 from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
 from lit_isdpo.evaluation.store import read_table, write_table, write_text
-from lit_isdpo.policy.loading import attention_of
+from lit_isdpo.policy.attention import kernel_of
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks
+
+if TYPE_CHECKING:
+    from lit_isdpo.data.datamodule import TextDataModule
 
 COLUMNS = ("key", "chosen_logps", "rejected_logps", "chosen_tokens", "rejected_tokens")
 ROWS_PER_FILE = 1024  # what an interruption may lose
 SECONDS_OF_DELAY = 120  # until what another rank wrote counts as not there
 CHECKED_ROWS = 8  # of each split, whenever they are read
 Collate = Callable[[list[tuple[int, Any]]], PreferenceBatch]
+
+
+def cached_logps(
+    data: "TextDataModule",
+    reference: Reference,
+    root: Path,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    layout: Layout,
+    with_test: bool,
+) -> dict[str, Tensor]:
+    """The log-probs of the rows of every split, before a trainer reads one; missing ones are computed and kept.
+
+    Args:
+        data: has the rows.
+        reference: the model itself; it is moved to the device.
+        root: folder of all references.
+        device: of this rank.
+        ranks: among which the work is shared.
+        layout: of the rows in a forward.
+        with_test: whether test rows are among them.
+
+    Returns:
+        ``(lines of its table, 2)`` for each split.
+
+    Raises:
+        InputError: as ``ReferenceLogps``.
+    """
+    with reference.to(device).scoring() as model:
+        files = ReferenceLogps(root, model, device, ranks)
+    if with_test and data.splits.parts("test"):
+        if ranks.rank == 0:  # the others then find the tokens
+            data.setup("test")
+        ranks.gather(None)
+        data.setup("test")
+    batch_size = data.eval_batch_size or data.rows_per_forward
+    return {
+        split: files.of_rows(rows, reference, data.collate(layout), batch_size=batch_size, label=split)
+        for split, rows in data.splits.rows.items()
+    }
 
 
 class ReferenceLogps:
@@ -50,7 +95,7 @@ class ReferenceLogps:
         about = {
             "weights": weights_fingerprint(model, with_adapter=False),
             "compute_dtype": str(model.compute_dtype),
-            "attention": attention_of(model.model),
+            "attention": kernel_of(model.model.config),
             "device": device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

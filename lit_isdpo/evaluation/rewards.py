@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -13,8 +14,9 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.encoding import load_tokenizer, terminator_ids
 from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode, tokenize_response
+from lit_isdpo.evaluation.fingerprints import weights_fingerprint
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
-from lit_isdpo.policy.adapters import fingerprint
+from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import (
     ScoreModel,
     choose_pad_token_id,
@@ -104,10 +106,15 @@ class RewardModel(Reward):
         trust_remote_code: bool = False,
         rope_length: int | None = None,
     ) -> None:
-        self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
-        self.compute_dtype = self.dtype = dtype
-        self.attn_implementation = attn_implementation
-        config = read_score_config(self, option="reward.path")
+        self.path, self.dtype = path, dtype
+        source = PolicyConfig(
+            path=path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        config = read_score_config(source, option="reward.path")
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if max_length is None:
             max_length = min(1024, positions or 1024)
@@ -119,6 +126,7 @@ class RewardModel(Reward):
         self.chat_template = chat_template
         check_least("reward.batch_size", batch_size, 1)
         check_least("reward.max_length", max_length, 2)
+        check_least("reward.rope_length", self.rope_length, 1)
         if not 1 <= self.max_prompt_length < max_length:
             raise InputError(
                 f"reward.max_prompt_length must be at least 1 and less than reward.max_length, which is {max_length}, "
@@ -128,7 +136,8 @@ class RewardModel(Reward):
             raise InputError("reward.device: there is no GPU here; use cpu.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
-        check_rows(self, config, self.tokenizer, option="reward.path")
+        check_rows(source, config, self.tokenizer, option="reward.path")
+        self.source = replace(source, rope_length=self.rope_length)
         self.encoder = TextEncoder(
             self.tokenizer, chat_template, first_without_row=first_without_row(config, self.tokenizer)
         )
@@ -157,9 +166,7 @@ class RewardModel(Reward):
     @cached_property
     def model(self) -> ScoreModel:
         """The weights, loaded when they are first needed."""
-        model = load_sequence_classifier(
-            self, attn_implementation=self.attn_implementation, dtype=self.dtype, option="reward.path"
-        )
+        model = load_sequence_classifier(self.source, option="reward.path")
         model.config.get_text_config().pad_token_id = self.pad_token_id
         return ScoreModel(model).requires_grad_(False).to(self.device)
 
@@ -174,7 +181,7 @@ class RewardModel(Reward):
             self.pad_token_id,
         ]
         reads += [self.tokenizer.chat_template, self.dtype]
-        return blake2b(f"{fingerprint(self.model.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
+        return blake2b(f"{weights_fingerprint(self.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
 
     @property
     def identity(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.lab.designs import Design, ResponseTree
-from lit_isdpo.policy.generation import autocast
+from lit_isdpo.policy.attention import autocast
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
 

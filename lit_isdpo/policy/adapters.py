@@ -262,7 +262,10 @@ def check_same_tensors(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of a few values of each tensor, in fp32, so that weights widened from bfloat16 are the same weights."""
+    """A quick check whether a base is another one, which checkpoints hold; results are named by every value.
+
+    It is a hash of a few values of each tensor, in fp32, so that weights widened from bfloat16 are the same weights.
+    """
     digest = blake2b(digest_size=16)
     for tensor in model.state_dict().values():
         values = tensor.detach().flatten()

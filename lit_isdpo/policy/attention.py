@@ -1,4 +1,4 @@
-"""Which token may look at which, in rows that hold more than one sequence.
+"""How a decoder computes its rows: the numerics, the attention kernel, and which token may look at which.
 
 A row [prompt | chosen | rejected] computes a prompt once for both of its responses: positions restart after the
 prompt, and no response sees the other. A packed row holds several such pairs, none of which sees another.
@@ -6,24 +6,62 @@ prompt, and no response sees the other. A packed row holds several such pairs, n
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lit_isdpo.types import TokenBatch
 
-KERNELS = ("sdpa", "flex_attention")
+if TYPE_CHECKING:
+    from lit_isdpo.policy.logprob_model import LogProbModel
+
+SDPA, FLEX = "sdpa", "flex_attention"
 """Attention implementations that take such a mask as it is; an eager one would add a boolean mask to the scores."""
+IN_PARTS = "lit_isdpo_sdpa_in_parts"
+"""Our name for :func:`sdpa_in_parts` in transformers' tables; models that others load keep ``sdpa`` as it is."""
 FLEX_BLOCK = 128  # positions; FlexAttention skips blocks of so many
+WINDOW = 3  # positions: less than what is tried, so that a window is seen to hide something
 SPLIT_FROM = 128  # positions of a prompt; a shorter one is quicker under the mask of its responses
 # In the names of windows that no mask's positions measure: GPT-Neo, Doge, RecurrentGemma, ModernBERT's decoder.
 OTHER_WINDOWS = ("window_size", "window_len", "local_attention")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_PROMPT = "num_prompt_positions"  # attribute of a mask
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: bool = False) -> torch.autocast:
+    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy.
+
+    Args:
+        device: of the model.
+        compute_dtype: of its matrix products.
+        keep_weights: keeps the weights in ``compute_dtype`` until the context ends, for a loop of forwards. A single
+            one uses each weight once, and would hold a second copy of the model for nothing.
+    """
+    enabled = compute_dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_weights)
+
+
+def kernel_of(config: PretrainedConfig) -> str:
+    """The attention kernel that a model has, which may be another than the one that was asked for."""
+    kernel = str(config.get_text_config()._attn_implementation)
+    return SDPA if kernel == IN_PARTS else kernel
+
+
+def takes_parts(config: PretrainedConfig) -> bool:
+    """Whether a model's attention is :func:`sdpa_in_parts`."""
+    return bool(config.get_text_config()._attn_implementation == IN_PARTS)
+
+
+def set_kernel(config: PretrainedConfig, kernel: str) -> None:
+    """Gives the layers of a decoder another attention; transformers looks the name up at each call."""
+    if kernel == IN_PARTS:
+        AttentionInterface.register(IN_PARTS, sdpa_in_parts)
+        AttentionMaskInterface.register(IN_PARTS, sdpa_mask)
+    config.get_text_config()._attn_implementation = kernel
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
@@ -67,66 +105,65 @@ def visible(segment_ids: Tensor, position_ids: Tensor, window: int | None) -> Ca
     return rule
 
 
-def attention_masks(tokens: TokenBatch, config: PretrainedConfig) -> Any:
+def attention_masks(tokens: TokenBatch, config: PretrainedConfig, split_from: int) -> Any:
     """What a model takes for ``attention_mask`` to read rows of several segments.
 
     Args:
         tokens: with segment ids.
         config: of the decoder.
+        split_from: positions of the shortest prompt that :func:`sdpa_in_parts` attends to without a mask.
 
     Returns:
-        A boolean ``(R, 1, T, T)`` mask for sdpa, or FlexAttention's ``BlockMask``, whose empty blocks cost nothing; a
-        dictionary of them by kind of layer where there are several.
+        A boolean ``(R, 1, Q, T)`` mask for sdpa, whose Q queries are the last ones of T, or FlexAttention's
+        ``BlockMask``, whose empty blocks cost nothing; a dictionary of them by kind of layer if there are several.
     """
     assert tokens.segment_ids is not None
     masks: dict[str, Any] = {}
     for kind, window in layer_windows(config).items():
         rule = visible(tokens.segment_ids, tokens.position_ids, window)
         num_rows, length = tokens.input_ids.shape
-        if config._attn_implementation == "flex_attention":
+        if kernel_of(config) == FLEX:
             device = tokens.input_ids.device
             create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
             masks[kind] = create(rule, num_rows, None, length, length, device=str(device))
         else:
             rows = torch.arange(num_rows, device=tokens.input_ids.device)[:, None, None]
             at = torch.arange(length, device=tokens.input_ids.device)
-            masks[kind] = rule(rows, None, at[:, None], at)[:, None]
             end = tokens.num_prompt_positions
-            if end >= SPLIT_FROM and (window is None or end <= window):
-                setattr(masks[kind], _PROMPT, end)
+            is_split = takes_parts(config) and end >= split_from and (window is None or end <= window)
+            masks[kind] = rule(rows, None, at[end if is_split else 0 :, None], at)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def sdpa_in_parts(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The sdpa of transformers, but under masks of :func:`attention_masks` long prompts are attended to without one.
+    """The sdpa of transformers, but queries before those of the mask are attended to causally, without a mask.
 
-    Kernels compute all that a boolean mask hides and skip what a causal one does. A prompt sees itself alone, so that
-    its part is causal; the responses' part sees all keys.
+    Kernels compute all that a boolean mask hides and skip what a causal one does. A prompt sees only itself, so its
+    part is causal; the responses' part sees all keys.
 
     Args:
         module: the attention layer.
         query: ``(R, heads, T, D)``.
         key: ``(R, key-value heads, T, D)``.
-        value: likewise.
-        attention_mask: boolean ``(R, 1, T, T)``, or what the model makes of its own.
+        value: as ``key``.
+        attention_mask: boolean ``(R, 1, Q, T)`` for the last Q > 1 queries; sdpa itself takes no such mask, unless Q
+            is T.
         **options: transformers' own.
 
     Returns:
         ``(R, T, heads, D)``, and no attention weights.
     """
-    end = getattr(attention_mask, _PROMPT, 0)
-    if attention_mask is None or not end or options.get("position_bias") is not None or torch.compiler.is_compiling():
+    length = query.shape[2]
+    if attention_mask is None or not 1 < attention_mask.shape[2] < length:
         whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return whole
+    end = length - attention_mask.shape[2]
     own = query[:, :, :end], key[:, :, :end], value[:, :, :end]
     prompts, _ = sdpa_attention_forward(module, *own, None, **options | {"is_causal": True})
-    responses, _ = sdpa_attention_forward(module, query[:, :, end:], key, value, attention_mask[:, :, end:], **options)
+    responses, _ = sdpa_attention_forward(module, query[:, :, end:], key, value, attention_mask, **options)
     return torch.cat((prompts, responses), dim=1), None
-
-
-AttentionInterface.register("sdpa", sdpa_in_parts)  # to masks without that attribute it is what it was
 
 
 @cache
@@ -134,3 +171,71 @@ def _compiled_create_block_mask() -> Callable[..., Any]:
     """Compiled, it needs no T x T intermediates."""
     compiled: Callable[..., Any] = torch.compile(create_block_mask)
     return compiled
+
+
+@torch.no_grad()
+def why_not_shared(model: "LogProbModel") -> str | None:
+    """Why rows cannot hold a prompt with both of its responses, or ``None`` if they can.
+
+    A few tokens in one row and in two must give the same. Windows are made short for it, because those of published
+    models are longer than what is tried: a model that takes no notice of the configuration's window is found out. A
+    model whose sdpa takes its masks in parts gets that attention for good. Without weights, only shapes are tried.
+    """
+    config = model.model.config.get_text_config()
+    kernel, split_from, window = kernel_of(config), model.split_from, getattr(config, "sliding_window", None)
+    if kernel not in (SDPA, FLEX):
+        return f"attn_implementation {kernel!r} does not take such masks ({SDPA} and {FLEX} do)"
+    try:
+        windows = layer_windows(config)
+    except ValueError as error:
+        return str(error)
+    device, vocabulary = model.device, model.vocabulary_size
+    prompt, chosen, rejected = ([i % vocabulary for i in ids] for ids in ((5, 9, 6), (7, 4), (8, 3, 5)))
+    shared = TokenBatch(
+        input_ids=torch.tensor([[*prompt, *chosen, *rejected]], device=device),
+        attention_mask=torch.ones(1, 8, dtype=torch.bool, device=device),
+        position_ids=torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=device),
+        completion_ids=torch.empty(0, device=device),
+        completion_mask=torch.empty(0, device=device),
+        logit_positions=torch.empty(0, device=device),
+        completion_index=torch.empty(0, device=device),
+        segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=device),
+        num_prompt_positions=len(prompt),
+    )
+    plain = torch.tensor([[*prompt, *rejected]], device=device)
+    tolerance, why = tolerance_of(model.model.dtype, model.compute_dtype), ""
+    try:
+        model.split_from = len(prompt)
+        if any(each is not None for each in windows.values()):
+            config.sliding_window = WINDOW
+        for tried in (IN_PARTS, SDPA):  # the architecture is on trial here; FlexAttention would be compiled first
+            set_kernel(config, tried)
+            try:
+                together = model.decode(shared)[0, [0, 1, 2, 5, 6, 7]]
+                with autocast(device, model.compute_dtype):
+                    apart = model.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0]
+            except Exception as error:  # whatever an architecture says to a mask that it does not know
+                why = f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
+                continue
+            if device.type == "meta" or equal_within(apart, together, tolerance):
+                kernel = tried if kernel == SDPA else kernel
+                return None
+            why = "the tokens of a row depend on more than their mask"
+        return None if device.type == "meta" else why
+    finally:
+        set_kernel(config, kernel)
+        model.split_from = split_from
+        if window is not None:
+            config.sliding_window = window
+
+
+def tolerance_of(*dtypes: torch.dtype) -> float:
+    """Share of the largest value. Narrow numerics round; a fault of an architecture is off by far more."""
+    is_exact = torch.get_float32_matmul_precision() == "highest" and all(dtype == torch.float32 for dtype in dtypes)
+    return 1e-3 if is_exact else 0.05
+
+
+def equal_within(expected: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether no value differs by more than ``tolerance`` times the largest one."""
+    expected, other = expected.float(), other.float()
+    return torch.allclose(expected, other, atol=tolerance * float(expected.abs().max()) + 1e-6, rtol=0)

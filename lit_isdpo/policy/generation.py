@@ -15,11 +15,14 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head
-from lit_isdpo.policy.loading import eagerly, in_mode
+from lit_isdpo.policy.attention import autocast, tolerance_of
+from lit_isdpo.policy.loading import in_mode
 from lit_isdpo.types import InputError, Response, check_least
 
 if TYPE_CHECKING:
     from lit_isdpo.policy.logprob_model import LogProbModel
+
+PADDING = 9  # positions on the left of a prompt that is tried
 
 
 class Vocabulary(NamedTuple):
@@ -155,19 +158,6 @@ def sample(
     return responses
 
 
-def autocast(device: torch.device, compute_dtype: torch.dtype, *, keep_weights: bool = False) -> torch.autocast:
-    """The numerics of a policy's decoder: what is sampled and what is scored must be the same policy.
-
-    Args:
-        device: of the model.
-        compute_dtype: of its matrix products.
-        keep_weights: keeps the weights in ``compute_dtype`` until the context ends, for a loop of forwards. A single
-            one uses each weight once, and would hold a second copy of the model for nothing.
-    """
-    enabled = compute_dtype == torch.bfloat16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_weights)
-
-
 @contextmanager
 def generating(
     model: PreTrainedModel, config: GenerationConfig, device: torch.device, compute_dtype: torch.dtype
@@ -182,7 +172,7 @@ def generating(
     try:
         with (
             in_mode(model, training=False),
-            eagerly(model),
+            torch.compiler.set_stance("force_eager"),  # compiled layers would be compiled anew for each length
             _casts_kept(model, compute_dtype),
             _cache_in_one_dtype(model, compute_dtype),
             _head_as_scored(model, compute_dtype),
@@ -284,3 +274,73 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tens
 def _response(row: list[int], eos_token_ids: Sequence[int]) -> Response:
     end = next((i for i, token in enumerate(row) if token in eos_token_ids), None)
     return Response(row, False) if end is None else Response(row[: end + 1], True)
+
+
+class HowToSample(NamedTuple):
+    """Which of the quicker ways to sample a model can be used.
+
+    Attributes:
+        is_padded: prompts of different lengths share a batch, padded on the left.
+        is_cached: keys and values of earlier tokens are kept.
+    """
+
+    is_padded: bool
+    is_cached: bool
+
+
+@torch.no_grad()
+def how_to_sample(model: "LogProbModel") -> HowToSample:
+    """The quickest way to sample in which a model gives the probabilities that it is scored with.
+
+    Positions or states of some decoders take no notice of padding on the left, and some have a cache that is not exact.
+
+    Raises:
+        InputError: there is none.
+    """
+    vocabulary = model.vocabulary_size
+    prompt, forced = [i % vocabulary for i in (5, 9, 6, 8)], [i % vocabulary for i in (7, 4, 3)]
+    device = model.device
+    numerics = model.compute_dtype if model.is_sharded else model.model.dtype
+    with autocast(device, numerics):
+        whole = model.model.base_model(input_ids=torch.tensor([prompt + forced], device=device), use_cache=False)
+    scored = model.head(whole.last_hidden_state[0, len(prompt) - 1 : -1])
+
+    def sampled(padding: int, is_cached: bool) -> Tensor:
+        """Logits of the tokens that are forced, beside a row without padding."""
+        ids = torch.tensor([[0] * padding + prompt, [i % vocabulary for i in range(padding)] + prompt], device=device)
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+
+        def force(input_ids: Tensor, scores: Tensor) -> Tensor:
+            token = forced[input_ids.shape[1] - padding - len(prompt)]
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token], device=device), 0.0)
+
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=len(forced),
+            use_cache=is_cached,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        with generating(model.model, config, device, numerics):
+            generated: Any = model.generate_apart(
+                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
+            )
+        return torch.stack(generated.logits)[:, 0]
+
+    if not scored.isfinite().all():  # weights that have diverged say nothing about the architecture
+        return HowToSample(is_padded=True, is_cached=True)
+    for way in (HowToSample(True, True), HowToSample(False, True), HowToSample(False, False)):
+        try:
+            logits = sampled(PADDING if way.is_padded else 0, way.is_cached)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # of an architecture that cannot
+            continue
+        # Logits have an offset of no consequence, which may be a hundred times as large as what tells tokens apart.
+        error, spread = (logits - scored).norm(), (scored - scored.mean(dim=1, keepdim=True)).norm()
+        if error <= 2 * tolerance_of(numerics) * spread + 1e-6:
+            return way
+    raise InputError(
+        f"model.policy.path: {type(model.model).__name__} cannot be sampled: transformers' generate gives other "
+        "probabilities than a forward of the whole text. Set probe.num_prompts to 0 to train it without samples."
+    )

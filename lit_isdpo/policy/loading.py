@@ -3,60 +3,36 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from shutil import which
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from lit_isdpo.names import named_path
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
-from lit_isdpo.policy.rope import pin_rope
 from lit_isdpo.types import NEEDS_CODE, InputError
 
 BAD_CONFIG = (OSError, ValueError, StrictDataclassError)  # what transformers raises
 LOADING_ERRORS = (*BAD_CONFIG, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")  # in the names of rates
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ModelSource(Protocol):
-    """What names a Hugging Face model, whatever is made of it."""
-
-    @property
-    def path(self) -> str:
-        """Folder or hub id."""
-        ...
-
-    @property
-    def revision(self) -> str | None:
-        """Branch, tag or commit of a hub id."""
-        ...
-
-    @property
-    def trust_remote_code(self) -> bool:
-        """Whether Python code that comes with the model may run."""
-        ...
-
-    @property
-    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Of the matrix products."""
-        ...
-
-    @property
-    def rope_length(self) -> int | None:
-        """The input length, in tokens, whose rotary frequencies all inputs get; ``None`` leaves it to the model."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +84,12 @@ class PolicyConfig:
                 raise InputError("model.policy.peft: an adapter needs a trained model, so init cannot be random.")
 
 
-def model_path(source: ModelSource) -> str:
+def model_path(source: PolicyConfig) -> str:
     """The folder or hub id that is read: that of a registered name, such as ``lab:posts``, is made if it is missing."""
     return named_path(source.path, "reference")
 
 
-def as_one_function(config: PretrainedConfig, source: ModelSource) -> PretrainedConfig:
+def as_one_function(config: PretrainedConfig, source: PolicyConfig) -> PretrainedConfig:
     """Has a model compute the same from the same tokens, whenever it is asked and whatever the batch, in place.
 
     With noise, policy and reference would differ at the first step already. So every rate of dropout or noise is set to
@@ -131,7 +107,7 @@ def as_one_function(config: PretrainedConfig, source: ModelSource) -> Pretrained
     return config
 
 
-def read_config(source: ModelSource, *, option: str) -> PretrainedConfig:
+def read_config(source: PolicyConfig, *, option: str) -> PretrainedConfig:
     """Reads the configuration alone, as it is.
 
     Raises:
@@ -156,14 +132,14 @@ def read_config(source: ModelSource, *, option: str) -> PretrainedConfig:
     return config
 
 
-def load_config(source: ModelSource, *, option: str = "model.policy.path") -> PretrainedConfig:
+def load_config(source: PolicyConfig, *, option: str = "model.policy.path") -> PretrainedConfig:
     """Reads the architecture of a causal language model, and makes it one function.
 
     Raises:
         InputError: no such model, or not a causal language model.
     """
     config = read_config(source, option=option)
-    if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not source.trust_remote_code:
         raise InputError(
             f"{option}: {source.path!r} is a {config.model_type!r} model, which is not a causal language "
             "model; name one that AutoModelForCausalLM can load."
@@ -172,44 +148,60 @@ def load_config(source: ModelSource, *, option: str = "model.policy.path") -> Pr
 
 
 def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -> PreTrainedModel:
-    """Loads the model on the CPU.
+    """Loads a language model on the CPU, or lays it out, inside ``torch.device("meta")``.
 
     Raises:
         InputError: no such model, weights that do not fit the architecture, or an attention kernel that is not there.
     """
     config = load_config(policy, option=option)
-    options: dict[str, Any] = {"dtype": DTYPES[policy.dtype], "trust_remote_code": policy.trust_remote_code}
-    try:
-        if policy.init == "random":
-            make: Any = partial(AutoModelForCausalLM.from_config, config, **options)
-            model = with_attention(make, policy.attn_implementation, option)
-        else:
-            load: Any = partial(
-                AutoModelForCausalLM.from_pretrained,
-                model_path(policy),
-                config=config,
-                revision=policy.revision,
-                output_loading_info=True,
-                **options,
-            )
-            model, report = with_attention(load, policy.attn_implementation, option)
-            if missing := sorted(report["missing_keys"]):
-                raise InputError(
-                    f"{option}: {policy.path!r} has no weights for {missing[0]} "
-                    f"({len(missing)} of the model's tensors are missing): it is not a causal language model."
-                )
-    except LOADING_ERRORS as error:
-        raise InputError(why_not_loaded(policy, option, error)) from error
-    assert isinstance(model, PreTrainedModel)
+    model = load_model(AutoModelForCausalLM, policy, config, kind="causal language model", option=option)
     note_own_head(model)
+    return model
+
+
+def load_model(
+    auto: Any, source: PolicyConfig, config: PretrainedConfig, *, kind: str, option: str, dtype: str | None = None
+) -> PreTrainedModel:
+    """Makes a model of one of transformers' auto classes, in evaluation mode.
+
+    Args:
+        auto: the class, such as ``AutoModelForCausalLM``.
+        source: names the weights, or says that they are random.
+        config: the architecture.
+        kind: of model, for messages.
+        option: names the model, for messages.
+        dtype: of the weights. Default: that of ``source``.
+
+    Raises:
+        InputError: weights that do not fit the architecture, or an attention kernel that is not there.
+    """
+    options = {"dtype": DTYPES[dtype or source.dtype], "trust_remote_code": source.trust_remote_code}
+    make: Any = partial(auto.from_config, config, **options)
+    if source.init == "pretrained":
+        options |= {"config": config, "revision": source.revision, "output_loading_info": True}
+        make = partial(auto.from_pretrained, model_path(source), **options)
+    missing: list[str] = []
+    try:
+        model = with_attention(make, source.attn_implementation, option)
+    except LOADING_ERRORS as error:
+        raise InputError(why_not_loaded(source, option, error)) from error
+    if source.init == "pretrained":
+        model, report = model
+        missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{option}: {source.path!r} has no weights for {missing[0]} ({len(missing)} of the model's tensors are "
+            f"missing): it is not a {kind}."
+        )
+    assert isinstance(model, PreTrainedModel)
     model.eval()
-    if policy.gradient_checkpointing:
+    if source.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
 
 
 def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
-    """What ``load`` makes with an attention kernel; models without sdpa get their own attention in its place.
+    """Calls ``load`` with an attention kernel; models without sdpa get their own attention instead.
 
     Args:
         load: takes transformers' ``attn_implementation``.
@@ -228,11 +220,6 @@ def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
             reason = str(error).partition(". ")[0].rstrip(".")
             raise InputError(f"{option}: attn_implementation {kernel!r}: {reason}.") from error
     return load(attn_implementation="eager")
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """The attention kernel that a model has, which may be another than the one that was asked for."""
-    return str(model.config.get_text_config()._attn_implementation)
 
 
 def note_own_head(model: PreTrainedModel) -> None:
@@ -273,12 +260,6 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(dynamic=True)  # rows differ in length from batch to batch
 
 
-def eagerly(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Leaves compiled layers aside, for shapes that would all be compiled anew: a key-value cache that grows."""
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-
-
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """A model in training or evaluation mode; each of its modules then has its own mode again."""
@@ -291,7 +272,52 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def why_not_loaded(source: ModelSource, option: str, error: Exception) -> str:
+def switch_length(config: PretrainedConfig) -> int | None:
+    """The longest input, in tokens, that gets LongRoPE's short frequencies; ``None`` if a model has only one set.
+
+    LongRoPE (arXiv 2402.13753) has two sets of frequencies. transformers takes the short ones for a batch whose longest
+    row has up to ``original_max_position_embeddings`` tokens, and else the long ones for all rows. So the log-probs of
+    a row would depend on the rows beside it, and those of a token on the text that follows. Here the longest sequence
+    of the run decides, as the longest sequence of an engine does in vLLM.
+    """
+    return min((scaling["original_max_position_embeddings"] for scaling in _long_ropes(config)), default=None)
+
+
+def pin_rope(config: PretrainedConfig, max_length: int) -> None:
+    """Gives inputs of any length the frequencies for ``max_length`` tokens, in place.
+
+    >>> from transformers import Phi3Config
+    >>> rope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48}
+    >>> config = Phi3Config(rope_parameters=rope, original_max_position_embeddings=4096)
+    >>> pin_rope(config, 8192)
+    >>> config.rope_parameters["short_factor"][0]
+    4.0
+    """
+    for scaling in _long_ropes(config):
+        is_long = max_length > scaling["original_max_position_embeddings"]
+        for what in ("factor", "mscale"):  # the second is Phi-MoE's
+            if f"long_{what}" in scaling:
+                chosen = scaling[f"{'long' if is_long else 'short'}_{what}"]
+                scaling[f"long_{what}"] = scaling[f"short_{what}"] = chosen
+
+
+def unpin_rope(config: PretrainedConfig, original: PretrainedConfig) -> None:
+    """Undoes :func:`pin_rope`, in place. ``original`` is the configuration as it was read."""
+    for pinned, scaling in zip(_long_ropes(config), _long_ropes(original), strict=True):
+        pinned.update(scaling)
+
+
+def _long_ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The options of each LongRoPE of a decoder; its kinds of layers may have one each."""
+    options = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [part for part in (options, *options.values()) if isinstance(part, dict) and _is_long(part)]
+
+
+def _is_long(options: dict[str, Any]) -> bool:
+    return options.get("rope_type") == "longrope" and "original_max_position_embeddings" in options
+
+
+def why_not_loaded(source: PolicyConfig, option: str, error: Exception) -> str:
     """One sentence for what transformers raised."""
     path = Path(model_path(source))
     lines = str(error).strip().splitlines() or [type(error).__name__]

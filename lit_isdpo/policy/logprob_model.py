@@ -10,16 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head, completion_hidden_states, sequence_logps
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
-from lit_isdpo.policy.attention import FLEX_BLOCK, attention_masks
-from lit_isdpo.policy.generation import autocast
-from lit_isdpo.policy.loading import DTYPES, PolicyConfig, load_causal_lm
-from lit_isdpo.policy.trial import HowToSample, check_model, how_to_sample
-from lit_isdpo.types import SequenceLogps, TokenBatch
+from lit_isdpo.policy.attention import (
+    FLEX,
+    FLEX_BLOCK,
+    SPLIT_FROM,
+    attention_masks,
+    autocast,
+    equal_within,
+    kernel_of,
+    tolerance_of,
+)
+from lit_isdpo.policy.generation import HowToSample, how_to_sample
+from lit_isdpo.policy.loading import DTYPES, PolicyConfig, in_mode, load_causal_lm
+from lit_isdpo.types import InputError, SequenceLogps, TokenBatch
 
 T = TypeVar("T")
 LOGITS_BUDGET = 2**26  # values: 0.25 GiB in fp32, which a KL of next tokens needs some six times over
@@ -43,7 +52,7 @@ class LogProbModel(nn.Module):
             all are tokens.
 
     Raises:
-        InputError: as :func:`~lit_isdpo.policy.trial.check_model`.
+        InputError: as :func:`check_model`.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class LogProbModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.chunk_size = chunk_size
         self.num_tokens: int | None = None
+        self.split_from = SPLIT_FROM
         self.computes_on: torch.device | None = None  # where that is not where the weights are
         text_config = model.config.get_text_config()
         # The three ways in which published families change their logits: Cohere, Granite, Gemma.
@@ -151,9 +161,10 @@ class LogProbModel(nn.Module):
         # and has faster kernels than attention under a mask.
         if tokens.segment_ids is not None:
             config = self.model.config.get_text_config()
-            if config._attn_implementation == "flex_attention":
+            if kernel_of(config) == FLEX:
                 tokens = _pad(tokens, -length % FLEX_BLOCK)
-            layout = {"attention_mask": attention_masks(tokens, config), "position_ids": tokens.position_ids}
+            masks = attention_masks(tokens, config, self.split_from)
+            layout = {"attention_mask": masks, "position_ids": tokens.position_ids}
         with autocast(tokens.input_ids.device, self.compute_dtype):
             output = self.model.base_model(
                 input_ids=tokens.input_ids,
@@ -167,6 +178,55 @@ class LogProbModel(nn.Module):
         """From hidden states to logits."""
         embeddings = cast(nn.Linear, self.model.get_output_embeddings())
         return Head(embeddings.weight, embeddings.bias, self.logit_scale, self.softcap, self.compute_dtype)
+
+
+@torch.no_grad()
+def check_model(model: LogProbModel) -> None:
+    """Checks that a model is a causal language model whose head is known, and computes each row by itself.
+
+    A row must not depend on later tokens, on the rows beside it, or on whether the model is in training.
+
+    Raises:
+        InputError: it is not.
+    """
+    name, base = f"model.policy.path: {type(model.model).__name__}", model.model.base_model
+    rows = torch.arange(4, device=model.device).repeat(2, 1)
+    rows[1, 3] = 0
+    # Layers of a sharded model are gathered in the dtype that they compute in.
+    numerics = model.compute_dtype if model.is_sharded else model.model.dtype
+    with autocast(model.device, numerics):
+        own = model.model(input_ids=rows[:1], use_cache=False).logits.float()
+        single = getattr(base(input_ids=rows[:1], use_cache=False), "last_hidden_state", None)
+        if single is None:
+            raise InputError(f"{name} has no decoder apart from its head, which is not supported.")
+        both = base(input_ids=rows, use_cache=False).last_hidden_state
+        with in_mode(model.model, training=True):
+            in_training = base(input_ids=rows[:1], use_cache=False).last_hidden_state
+    tolerance = tolerance_of(numerics)
+    for is_fine, fault in (
+        (
+            equal_within(single[0, :3], both[1, :3], tolerance),
+            "is not causal: a token changes what is computed before it, so its log-probs are not those of a language "
+            "model.",
+        ),
+        (
+            equal_within(single[0], both[0], tolerance),
+            "computes a row from the other rows of its batch, which is not supported.",
+        ),
+        (
+            equal_within(single, in_training, tolerance),
+            "computes something else in training, by noise that its configuration does not name; policy and reference "
+            "would differ by it.",
+        ),
+    ):
+        if not is_fine:
+            raise InputError(f"{name} {fault}")
+    head = model.head
+    if single.shape[-1] != head.weight.shape[-1] or not equal_within(own, head(single), tolerance):
+        raise InputError(
+            f"{name} changes its logits after the head in a way that is not supported (known: logit_scale, "
+            "logits_scaling, final_logit_softcapping)."
+        )
 
 
 def _pad(tokens: TokenBatch, number: int) -> TokenBatch:
@@ -194,3 +254,13 @@ def _wrapped(model: PreTrainedModel, config: PolicyConfig) -> LogProbModel:
     adapter = None if config.peft is None else Adapter(model, parse_adapter(config.peft), revision=config.revision)
     compute_dtype = DTYPES[config.compute_dtype]
     return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of a model, of which a rank may hold a shard; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,7 +4,8 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,49 +32,22 @@ class ReferenceConfig:
     cache: bool = False
     cache_dir: str | None = None
 
-
-class Load(Protocol):
-    """Makes a model of a configuration; messages name ``option``."""
-
-    def __call__(self, config: PolicyConfig, *, option: str) -> LogProbModel:
-        """Whole, or this rank's part of it."""
-        ...
+    def folder(self, root_dir: str) -> Path:
+        """Where cached log-probs lie, given the trainer's ``default_root_dir``."""
+        return Path(self.cache_dir or Path(root_dir) / "reference_logps")
 
 
-class Reference(Protocol):
-    """What training and evaluation ask of a reference.
+class Reference:
+    """A model that is asked: the policy itself, for example, until it has learned something.
 
-    None of its kinds is an ``nn.Module``, so that the policy's module cannot register it: checkpoints then hold the
-    policy alone. The price is that nobody moves it to a device but ``to``.
-    """
-
-    @property
-    def is_live(self) -> bool:
-        """Whether ``logps`` costs a forward."""
-        ...
-
-    def to(self, device: torch.device) -> "Reference":
-        """Moves the weights."""
-        ...
-
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """``(2B,)`` log-probs of a batch's completions under the reference, in nats, without gradient."""
-        ...
-
-    def scoring(self) -> AbstractContextManager[LogProbModel]:
-        """The reference as a model, to be sampled or asked for whole distributions, inside the context alone."""
-        ...
-
-    def release(self) -> None:
-        """Frees what ``scoring`` needs and ``logps`` does not."""
-        ...
-
-
-class LiveReference:
-    """A model that is asked: the policy itself, say, which speaks for its reference until it has learned something.
+    It is no ``nn.Module``, so that the policy's module cannot register it: checkpoints then hold only the policy. The
+    price is that nothing but ``to`` moves it to a device.
 
     Args:
-        model: asked as it is, with its adapter where it has one.
+        model: asked as it is, with its adapter if it has one.
+
+    Attributes:
+        is_live: whether ``logps`` costs a forward.
     """
 
     is_live = True
@@ -89,64 +63,42 @@ class LiveReference:
 
     @torch.no_grad()
     def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """A forward of the model."""
-        output: SequenceLogps = self.model(batch.tokens)
+        """``(2B,)`` log-probs of a batch's completions under the reference, in nats, without gradient."""
+        with self.scoring() as model:
+            output: SequenceLogps = model(batch.tokens)
         return output.logps
 
     def scoring(self) -> AbstractContextManager[LogProbModel]:
-        """The model."""
+        """The reference as a model, to be sampled or asked for whole distributions, only inside the context."""
         return nullcontext(self.model)
 
     def release(self) -> None:
-        """Does nothing."""
+        """Frees what ``scoring`` needs and ``logps`` does not."""
 
 
-class ResidentReference(LiveReference):
+class ResidentReference(Reference):
     """A frozen copy in memory, in the policy's numerics: one code path, dtype and kernel, so log-ratios start at 0."""
 
     def __init__(self, model: LogProbModel) -> None:
         super().__init__(model.eval().requires_grad_(False))
 
 
-class AdapterOffReference:
+class AdapterOffReference(Reference):
     """The policy with its adapter switched off: no second model in memory.
 
-    The adapter is on again before anybody's backward pass, so what gradient checkpointing computes anew there is the
+    The adapter is on again before a backward pass begins, so what gradient checkpointing recomputes there is the
     policy's.
-
-    Args:
-        policy: a model with an adapter.
     """
-
-    is_live = True
-
-    def __init__(self, policy: LogProbModel) -> None:
-        assert policy.adapter is not None
-        self._policy = policy
-        self._adapter = policy.adapter
-
-    def to(self, device: torch.device) -> "AdapterOffReference":
-        """Does nothing: the weights are the policy's, which moves with its module."""
-        return self
-
-    @torch.no_grad()
-    def logps(self, batch: PreferenceBatch, split: str) -> Tensor:
-        """A forward of the base model."""
-        with self._adapter.switched_off():
-            output: SequenceLogps = self._policy(batch.tokens)
-        return output.logps
 
     @contextmanager
     def scoring(self) -> Iterator[LogProbModel]:
-        """The policy, which is the reference in here."""
-        with self._adapter.switched_off():
-            yield self._policy
-
-    def release(self) -> None:
-        """Does nothing."""
+        """The policy, which is the reference inside the context."""
+        assert self.model.adapter is not None
+        with self.model.adapter.switched_off():
+            yield self.model
 
 
-class CachedReference:
+class CachedReference(Reference):
     """Log-probs that were computed before, by row; the model is loaded where it is asked for more, and until released.
 
     Args:
@@ -163,7 +115,7 @@ class CachedReference:
         self._loaded: Reference | None = None
         self._device = torch.device("cpu")
 
-    def to(self, device: torch.device) -> "CachedReference":
+    def to(self, device: torch.device) -> Self:
         """Moves the values, and later what is loaded."""
         self._device = device
         self._logps = {split: values.to(device) for split, values in self._logps.items()}
@@ -190,9 +142,12 @@ class CachedReference:
 
 
 def load_reference(
-    config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel, load: Load = load_logprob_model
+    config: PolicyConfig,
+    reference: ReferenceConfig,
+    policy: LogProbModel,
+    load: Callable[..., LogProbModel] = load_logprob_model,
 ) -> Reference:
-    """The reference of a policy, in its numerics: its own base where it has an adapter, else a copy.
+    """Makes the reference of a policy, in its numerics: its own base if it has an adapter, else a copy.
 
     Args:
         config: the policy's.

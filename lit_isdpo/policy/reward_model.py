@@ -8,29 +8,22 @@ responses makes a poor one: the score is then read before it.
 
 import inspect
 from collections.abc import Collection, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lit_isdpo.policy.generation import autocast
-from lit_isdpo.policy.loading import (
-    DTYPES,
-    LOADING_ERRORS,
-    ModelSource,
-    PolicyConfig,
-    as_one_function,
-    enable_gradient_checkpointing,
-    load_causal_lm,
-    model_path,
-    read_config,
-    why_not_loaded,
-    with_attention,
-)
+from lit_isdpo.policy.attention import autocast
+from lit_isdpo.policy.loading import PolicyConfig, as_one_function, load_causal_lm, load_model, read_config
 from lit_isdpo.types import InputError, TokenBatch
 
 HEAD = "score"  # what transformers calls the head of every decoder
@@ -78,18 +71,14 @@ def load_score_model(source: PolicyConfig, *, option: str = "model.policy.path")
     Raises:
         InputError: no such model, or one that no reward model can be made of.
     """
-    model: PreTrainedModel
     if is_score_model(read_config(source, option=option)):
-        model = load_sequence_classifier(source, attn_implementation=source.attn_implementation, option=option)
-        if source.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
-        return model
+        return load_sequence_classifier(source, option=option)
     language_model = load_causal_lm(source, option=option)
     config = language_model.config
     config.num_labels = 1
     try:
         with torch.device("meta"):  # its weights are replaced, all of them
-            model = AutoModelForSequenceClassification.from_config(config)
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise InputError(
             f"{option}: transformers has no sequence-classification model of type {config.model_type!r}."
@@ -112,17 +101,11 @@ def outline_score_model(source: PolicyConfig) -> PreTrainedModel:
     option = "model.policy.path"
     config = as_one_function(read_config(source, option=option), source)
     config.num_labels = 1
-    make: Any = partial(
-        AutoModelForSequenceClassification.from_config,
-        config,
-        dtype=torch.float32,
-        trust_remote_code=source.trust_remote_code,
-    )
+    source = replace(source, init="random", attn_implementation="sdpa")
     with torch.device("meta"):
-        model: PreTrainedModel = with_attention(make, "sdpa", option)
-    if source.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    return model
+        return load_model(
+            AutoModelForSequenceClassification, source, config, kind="reward model", option=option, dtype="float32"
+        )
 
 
 def is_score_model(config: PretrainedConfig) -> bool:
@@ -130,7 +113,7 @@ def is_score_model(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
-def read_score_config(source: ModelSource, *, option: str) -> PretrainedConfig:
+def read_score_config(source: PolicyConfig, *, option: str) -> PretrainedConfig:
     """Reads the configuration of a model that scores.
 
     Raises:
@@ -142,7 +125,7 @@ def read_score_config(source: ModelSource, *, option: str) -> PretrainedConfig:
             f"{option}: {source.path!r} is a causal language model without a head for scores; train a reward model "
             "from it with configs/reward.yaml, or name one."
         )
-    if type(config) not in AutoModelForSequenceClassification._model_mapping and not source.trust_remote_code:
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not source.trust_remote_code:
         raise InputError(
             f"{option}: {source.path!r} is a {config.model_type!r} model, which AutoModelForSequenceClassification "
             "cannot load."
@@ -152,33 +135,14 @@ def read_score_config(source: ModelSource, *, option: str) -> PretrainedConfig:
     return config
 
 
-def load_sequence_classifier(
-    source: ModelSource, *, attn_implementation: str = "sdpa", dtype: str = "float32", option: str
-) -> PreTrainedModel:
-    """Loads a model that scores, on the CPU, head and all, without dropout.
+def load_sequence_classifier(source: PolicyConfig, *, option: str) -> PreTrainedModel:
+    """Loads a model that scores, on the CPU, with its head, without dropout.
 
     Raises:
-        InputError: as ``read_score_config``, and where weights are missing or do not fit.
+        InputError: as ``read_score_config``, and if weights are missing or do not fit.
     """
     config = as_one_function(read_score_config(source, option=option), source)
-    load: Any = partial(
-        AutoModelForSequenceClassification.from_pretrained,
-        model_path(source),
-        config=config,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        dtype=DTYPES[dtype],
-        output_loading_info=True,
-    )
-    try:
-        model, report = with_attention(load, attn_implementation, option)
-    except LOADING_ERRORS as error:
-        raise InputError(why_not_loaded(source, option, error)) from error
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{option}: {source.path!r} has no weights for {missing[0]}: it is not a reward model.")
-    assert isinstance(model, PreTrainedModel)
-    model.eval()
-    return model
+    return load_model(AutoModelForSequenceClassification, source, config, kind="reward model", option=option)
 
 
 def choose_pad_token_id(candidates: Sequence[int | None], terminators: Collection[int]) -> int | None:

@@ -15,7 +15,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lit_isdpo.policy.loading import PolicyConfig, decoder_layers, model_path
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
-from lit_isdpo.policy.trial import check_model
+from lit_isdpo.policy.logprob_model import LogProbModel, check_model, load_logprob_model, outline_logprob_model
 from lit_isdpo.types import InputError, Ranks
 
 
@@ -134,7 +133,7 @@ class Sharding:
         for name, buffer in model.model.named_buffers():
             value = buffers.get(name, buffer).to(self.device)
             place, _, leaf = name.rpartition(".")
-            model.model.get_submodule(place)._buffers[leaf] = value
+            setattr(model.model.get_submodule(place), leaf, value)
         model.computes_on = self.device
 
     def _receive(self, model: LogProbModel, config: PolicyConfig, option: str) -> None:
@@ -181,16 +180,6 @@ def all_ranks() -> Ranks:
     return Ranks(dist.get_rank(), size, gather)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which a rank may hold a shard; every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def read_tensors(tensors: dict[str, Any], reader: StorageReader) -> None:
     """Fills tensors by name, in place, or what of them is on this rank.
 
@@ -207,23 +196,18 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, Tensor] | None:
 
     ``None`` where it does not: what was in the memory before is then still there.
     """
-    buffers: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        names = sorted(module._non_persistent_buffers_set)
-        outcomes = []
-        for filling in (0, 1):
-            for name in names:
-                buffer = module._buffers[name]
-                module._buffers[name] = None if buffer is None else torch.full_like(buffer, filling, device="cpu")
-            if names:
-                model._init_weights(module)
-            outcomes.append({f"{prefix}.{name}".lstrip("."): module._buffers[name] for name in names})
-        first, second = outcomes
-        known = {name: value for name, value in first.items() if value is not None}
-        if any(not torch.equal(value, cast(Tensor, second[name])) for name, value in known.items()):
-            return None
-        buffers |= known
-    return buffers
+    stored = model.state_dict().keys()
+    names = [name for name, _ in model.named_buffers() if name not in stored]
+    outcomes = []
+    for filling in (0, 1):
+        for name in names:
+            place, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(place), leaf, torch.full_like(model.get_buffer(name), filling, device="cpu"))
+        for place in {name.rpartition(".")[0] for name in names}:
+            model._init_weights(model.get_submodule(place))
+        outcomes.append({name: model.get_buffer(name) for name in names})
+    first, second = outcomes
+    return first if all(torch.equal(value, second[name]) for name, value in first.items()) else None
 
 
 def _folder_of_slices(config: PolicyConfig, model: PreTrainedModel) -> Path | None:

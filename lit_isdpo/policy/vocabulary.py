@@ -7,7 +7,7 @@ token: it is never sampled, and it may differ between two models that are compar
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from lit_isdpo.policy.loading import LOADING_ERRORS, ModelSource, model_path
+from lit_isdpo.policy.loading import LOADING_ERRORS, PolicyConfig, model_path
 from lit_isdpo.types import NEEDS_CODE, InputError
 
 # What one of every tokenizer's files is called.
@@ -40,7 +40,7 @@ def first_without_row(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def check_rows(
-    source: ModelSource, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, option: str
+    source: PolicyConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, option: str
 ) -> None:
     """Checks that a model has a row for every token of a tokenizer; messages name ``option``.
 
@@ -64,7 +64,7 @@ def check_rows(
 
 
 def check_vocabulary(
-    reference: ModelSource, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, policy: PretrainedConfig
+    reference: PolicyConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, policy: PretrainedConfig
 ) -> None:
     """Checks that a token is the same entry to a reference as to the policy, whose token ids it will be given.
 
@@ -103,21 +103,12 @@ def check_vocabulary(
     check_rows(reference, config, tokenizer, option=option)
 
 
-def _load_vocabulary(source: ModelSource, option: str) -> dict[str, int] | None:
+def _load_vocabulary(source: PolicyConfig, option: str) -> dict[str, int] | None:
     """The ids of a model's tokens, or ``None`` where no tokenizer lies beside it."""
     path = model_path(source)
+    if not any(_has_file(path, name, source.revision) for name in TOKENIZER_FILES):
+        return None
     try:
-        if not any(
-            cached_file(
-                path,
-                name,
-                revision=source.revision,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            for name in TOKENIZER_FILES
-        ):
-            return None
         # Some architectures get an empty tokenizer where there is none, so this comes after.
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -128,3 +119,10 @@ def _load_vocabulary(source: ModelSource, option: str) -> dict[str, int] | None:
             reason = NEEDS_CODE
         raise InputError(f"{option}: no tokenizer can be loaded from {source.path!r}: {reason}") from error
     return vocabulary_of(tokenizer)
+
+
+def _has_file(path: str, name: str, revision: str | None) -> bool:
+    try:
+        return cached_file(path, name, revision=revision) is not None
+    except OSError:  # whatever keeps it away has kept the configuration away before
+        return False

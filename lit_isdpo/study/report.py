@@ -1,8 +1,9 @@
 """The study's folder: two tables, the pictures, and a report that says in words what the numbers say."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,7 +17,7 @@ from lit_isdpo.study.results import (
     WIDEST_GAP,
     across_designs,
     against_baseline,
-    fit_gao,
+    fit_of,
     groups,
     interval,
     paired_effect,
@@ -81,17 +82,20 @@ def write_report(
     for design in summary["design"].unique():
         here, of_runs = history[history["design"] == design], summary[summary["design"] == design]
         varied = [key for key in settings if of_runs[key].nunique() > 1]
-        lines += ["", f"## {design}", "", *_words(of_runs, here, varied, baseline), ""]
+        pairs = None if baseline is None else against_baseline(of_runs, here, varied, baseline)
+        lines += ["", f"## {design}", "", *_words(of_runs, varied, baseline, pairs), ""]
         for name, figure in _pictures(here, of_runs, varied, color):
             file = f"{''.join(c if c.isalnum() else '_' for c in design)}_{name}.png"
             figure.savefig(folder / file, dpi=110)
             plt.close(figure)
             lines += [f"![{design}: {name.replace('_', ' ')}]({file})", ""]
-        lines += _table(of_runs, varied)
-        if baseline is not None:
-            lines += _differences(of_runs, here, varied, baseline)
+        lines += _table(of_runs, varied, {"seeds": len, **{title: _mean(key) for key, title in COLUMNS.items()}})
+        if pairs is not None and not pairs.empty:
+            lines += _differences(of_runs, pairs, varied, str(baseline))
         if here["gold"].notna().any():
-            lines += _budgets(of_runs, varied)
+            lines += ["Best gold reward of the checkpoints within a budget of KL, and its mean over the training.", ""]
+            budgets = {f"KL <= {budget:g}": _mean(f"gold_at_kl_{budget:g}") for budget in KL_BUDGETS}
+            lines += _table(of_runs, varied, {**budgets, "mean over training": _mean("gold_area")})
             lines += _fits(here)
     if summary["design"].nunique() > 1 and summary["gold_final"].notna().all():
         lines += _across(summary, [key for key in settings if summary[key].nunique() > 1])
@@ -99,7 +103,7 @@ def write_report(
 
 
 def _pictures(
-    history: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[str], color: dict[str, str]
+    history: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[str], color: Mapping[str, str]
 ) -> list[tuple[str, Figure]]:
     gold = bool(history["gold"].notna().any())
     pictures = [("frontier", figures.draw_frontier(history, settings, color))] if gold else []
@@ -118,13 +122,13 @@ def _pictures(
     return pictures
 
 
-def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str], baseline: str | None) -> list[str]:
-    """What stands in the tables, as sentences: who ends best, who loses most, who differs from the baseline."""
-    if history["gold"].isna().all():
+def _words(
+    summary: pd.DataFrame, settings: Sequence[str], baseline: str | None, differences: pd.DataFrame | None
+) -> list[str]:
+    """The numbers of the tables as sentences: who ends best, who loses most, who differs from the baseline."""
+    if summary["gold_peak"].isna().all():
         return ["- No gold reward is known for this data: KL and weights are compared, and no method is called better."]
-    means = summary.groupby(["method", *settings], sort=False, dropna=False)[
-        ["gold_peak", "gold_final", "gold_lost"]
-    ].mean()
+    means = groups(summary, settings)[["gold_peak", "gold_final", "gold_lost"]].mean()
     # By place: a key with a setting that a method is without cannot be looked up.
     best, peak, lost = (means.iloc[int(means[column].argmax())] for column in ("gold_final", "gold_peak", "gold_lost"))
     sentences = [
@@ -135,90 +139,62 @@ def _words(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str]
     ]
     if summary["seed"].nunique() == 1:
         return [*sentences, "- One seed tells no difference from chance."]
-    if baseline is None:
+    if differences is None:
         return sentences
-    differences = against_baseline(summary, history, settings, baseline)
+    ends = [(_name(key), *interval(rows["final"])) for key, rows in groups(differences, settings)]
     for direction, word in ((1, "above"), (-1, "below")):
-        found = []
-        for key, rows in differences.groupby(["method", *settings], sort=False, dropna=False):
-            mean, half = interval(rows["final"])
-            if direction * mean - half > 0:
-                found.append(f"{_name(key)} ({mean:+.2f} ± {half:.2f})")
+        found = [f"{name} ({mean:+.2f} ± {half:.2f})" for name, mean, half in ends if direction * mean - half > 0]
         if found:
             sentences.append(
                 f"- Ends {word} {baseline} by more than the interval of the paired differences: {', '.join(found)}."
             )
-    if compared := differences.groupby(["method", *settings], dropna=False).ngroups:
-        sentences.append(f"- Of {compared} such comparisons {compared / 20:.1f} would be that far off by chance.")
-    undecided = [
-        _name(key)
-        for key, rows in differences.groupby(["method", *settings], sort=False, dropna=False)
-        if not abs(interval(rows["final"])[0]) > interval(rows["final"])[1]
-    ]
+    if ends:
+        sentences.append(f"- Of {len(ends)} such comparisons {len(ends) / 20:.1f} would be that far off by chance.")
+    undecided = [name for name, mean, half in ends if not abs(mean) > half]
     if undecided:
         sentences.append(f"- Not to be told from {baseline} by its end on these seeds: {', '.join(undecided)}.")
     return sentences
 
 
-def _table(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
-    lines = _head(["method", *settings, "seeds", *COLUMNS.values()])
-    for key, rows in groups(summary, settings):
-        _, *identity = key
-        lines.append(_row([*identity, len(rows), *(_pm(rows[column].tolist()) for column in COLUMNS)]))
-    return [*lines, ""]
+def _differences(summary: pd.DataFrame, differences: pd.DataFrame, settings: Sequence[str], baseline: str) -> list[str]:
+    def bootstrap(rows: pd.DataFrame) -> str:
+        low, high, _ = paired_effect(rows["final"])
+        return "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
 
+    def effect(rows: pd.DataFrame) -> str:
+        size = paired_effect(rows["final"])[2]
+        return "-" if math.isnan(size) else f"{size:+.1f}"
 
-def _differences(summary: pd.DataFrame, history: pd.DataFrame, settings: Sequence[str], baseline: str) -> list[str]:
-    differences = against_baseline(summary, history, settings, baseline)
-    if differences.empty:
-        return []
+    def at_equal_kl(rows: pd.DataFrame) -> str:
+        known = rows["equal_kl"].count()
+        return f"{_mean('equal_kl', '+')(rows)} ({known})" if known else "-"
+
+    cells = {"final gold": _mean("final", "+"), "bootstrap": bootstrap, "d": effect}
+    cells |= {"peak gold": _mean("peak", "+"), "final KL": _mean("kl", "+"), "at equal KL": at_equal_kl}
     lines = [
         f"Differences to {baseline}, paired over seeds. *At equal KL*: the method's end against {baseline} stopped",
         "where it first had that KL, on a line between two checkpoints (for the seeds on which it came so far, and",
         f"had checkpoints at most {WIDEST_GAP:g} nats apart there; their number in brackets). *d*: mean over standard",
         "deviation of the differences in final gold; with eight seeds or more, a 95 % bootstrap interval of the mean.",
         "",
-        *_head(["method", *settings, "final gold", "bootstrap", "d", "peak gold", "final KL", "at equal KL"]),
+        *_table(differences, settings, cells),
     ]
-    for key, rows in groups(differences, settings):
-        _, *identity = key
-        known = rows["equal_kl"].dropna().tolist()
-        equal = f"{_pm(known, signed=True)} ({len(known)})" if known else "-"
-        low, high, effect = paired_effect(rows["final"].tolist())
-        ends = "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
-        final, peak, kl = (_pm(rows[column].tolist(), signed=True) for column in ("final", "peak", "kl"))
-        lines.append(_row([*identity, final, ends, "-" if math.isnan(effect) else f"{effect:+.1f}", peak, kl, equal]))
     left = [method for method in summary["method"].unique() if method not in {baseline, *differences["method"]}]
     if left:
-        lines += ["", f"Without one of the settings, and so not compared: {', '.join(left)}."]
-    return [*lines, ""]
-
-
-def _budgets(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
-    lines = [
-        "Best gold reward of the checkpoints within a budget of KL, and its mean over the training.",
-        "",
-        *_head(["method", *settings, *(f"KL <= {budget:g}" for budget in KL_BUDGETS), "mean over training"]),
-    ]
-    for key, rows in groups(summary, settings):
-        _, *identity = key
-        columns = [*(f"gold_at_kl_{budget:g}" for budget in KL_BUDGETS), "gold_area"]
-        lines.append(_row([*identity, *(_pm(rows[column].tolist()) for column in columns)]))
-    return [*lines, ""]
+        lines += [f"Without one of the settings, and so not compared: {', '.join(left)}.", ""]
+    return lines
 
 
 def _fits(history: pd.DataFrame) -> list[str]:
-    lines = [
+    def of_fit(number: int) -> Callable[[pd.DataFrame], str]:
+        return lambda rows: _cell(fit_of(rows)[number], ".2f")
+
+    return [
         "Fits of R = d (alpha - beta log d), d = sqrt KL (arXiv 2210.10760), to all checkpoints of a method together;",
         f"drawn above where they explain at least {figures.GOOD_FIT:.0%} of the variance.",
         "",
-        *_head(["method", "alpha", "beta", "variance explained"]),
+        *_table(history, [], {"alpha": of_fit(0), "beta": of_fit(1), "variance explained": of_fit(2)}),
     ]
-    for method, rows in history.groupby("method", sort=False):
-        start = rows.loc[rows["progress"] == 0, "gold"].mean()
-        fit = fit_gao(rows["kl"].tolist(), (rows["gold"] - start).tolist())
-        lines.append(_row([method, *("-" if math.isnan(value) else f"{value:.2f}" for value in fit)]))
-    return [*lines, ""]
 
 
 def _across(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
@@ -231,32 +207,36 @@ def _across(summary: pd.DataFrame, settings: Sequence[str]) -> list[str]:
         "Final gold reward above the reference's, as a share of that of the best row on the same design: 1 is the",
         "best, 0 the reference, below 0 is harm. The best mean comes first.",
         "",
-        *_head(["method", *settings, *designs, "mean", "worst"]),
     ]
-    for _, row in table.iterrows():
-        identity = ["-" if pd.isna(row[key]) else row[key] for key in settings]
-        lines.append(_row([row["method"], *identity, *(f"{row[key]:.2f}" for key in (*designs, "mean", "worst"))]))
-    return lines
+    shares = {column: _mean(column) for column in (*designs, "mean", "worst")}
+    return lines + _table(table.assign(design=""), settings, shares)
 
 
-def _head(cells: Sequence[object]) -> list[str]:
-    return [_row(cells), "|" + "---|" * len(cells)]
+def _table(
+    table: pd.DataFrame, settings: Sequence[str], cells: Mapping[str, Callable[[pd.DataFrame], Any]]
+) -> list[str]:
+    """A row for each method and its settings; a cell shows what its column's function makes of their rows."""
+    rows = [["method", *settings, *cells]]
+    rows += [[*identity, *(cell(part) for cell in cells.values())] for (_, *identity), part in groups(table, settings)]
+    head, *lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *lines, ""]
 
 
-def _row(cells: Sequence[object]) -> str:
-    shown = ["-" if isinstance(cell, float) and math.isnan(cell) else str(cell) for cell in cells]
-    return f"| {' | '.join(shown)} |"
+def _cell(value: Any, form: str = "") -> str:
+    return "-" if isinstance(value, float) and math.isnan(value) else format(value, form)
 
 
-def _pm(values: Sequence[float], signed: bool = False) -> str:
-    mean, half = interval(values)
-    if math.isnan(mean):
-        return "-"
-    number = f"{mean:+.2f}" if signed else f"{mean:.2f}"
-    return number if math.isnan(half) else f"{number} ± {half:.2f}"
+def _mean(column: str, sign: str = "") -> Callable[[pd.DataFrame], str]:
+    """The cell of a column's mean over the rows, with its half width if that is known."""
+
+    def cell(rows: pd.DataFrame) -> str:
+        mean, half = interval(rows[column])
+        return _cell(mean, f"{sign}.2f") + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+    return cell
 
 
-def _name(key: object) -> str:
-    method, *values = key if isinstance(key, tuple) else (key,)
-    known = [str(value) for value in values if not (isinstance(value, float) and math.isnan(value))]
+def _name(key: Any) -> str:
+    _, method, *values = key
+    known = [str(value) for value in values if not pd.isna(value)]
     return f"{method} ({', '.join(known)})" if known else str(method)

@@ -1,4 +1,4 @@
-"""What runs logged, as tables: one row a validation, one row a run, one row a group of seeds."""
+"""The logs of runs as tables: one row per validation, one row per run, one row per group of seeds."""
 
 import math
 from collections.abc import Sequence
@@ -44,23 +44,20 @@ def read_log(folder: Path) -> pd.DataFrame:
         InputError: there is neither.
     """
     in_order = sorted(folder.glob("version_*"), key=lambda part: (len(part.name), part.name))  # 2 before 10
-    versions = [folder] if _has_log(folder) else [part for part in in_order if _has_log(part)]
-    if not versions:
+    own = _read_version(folder)
+    versions = [_read_version(part) for part in in_order] if own is None else [own]
+    if all(version is None for version in versions):
         raise InputError(f"{str(folder)!r} holds no log of a run: no metrics.csv, no TensorBoard events.")
-    log = pd.concat([_read_version(version) for version in versions])
-    return log.groupby("step").last().drop(columns="epoch", errors="ignore")
+    return pd.concat(versions).groupby("step").last().drop(columns="epoch", errors="ignore")
 
 
-def _has_log(folder: Path) -> bool:
-    csv = folder / "metrics.csv"
-    return (csv.is_file() and csv.stat().st_size > 0) or any(folder.glob("events.out.tfevents.*"))
-
-
-def _read_version(folder: Path) -> pd.DataFrame:
+def _read_version(folder: Path) -> pd.DataFrame | None:
     csv = folder / "metrics.csv"
     if csv.is_file() and csv.stat().st_size:
         whole_lines = csv.read_text().rpartition("\n")[0]  # a kill may have cut the last one, in a number even
         return pd.read_csv(StringIO(whole_lines + "\n"))
+    if not any(folder.glob("events.out.tfevents.*")):
+        return None
     # All scalars: by default a sample of each is kept.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
@@ -137,13 +134,10 @@ def read_runs(runs: Sequence[Run], root: Path) -> tuple[pd.DataFrame, pd.DataFra
             raise InputError(f"{run.name}: there is no validation in its log, and a study compares those.")
         histories.append(history.assign(**identity))
         summaries.append({**identity, **summarize(history)})
-    columns = list(dict.fromkeys(key for run in runs for key in ("design", "method", *run.settings, "seed")))
-    columns = [*(key for key in columns if key != "seed"), "seed"]
-    history, summary = pd.concat(histories, ignore_index=True), pd.DataFrame(summaries)
-    return (
-        history[[*columns, *(key for key in history if key not in columns)]],
-        summary[[*columns, *(key for key in summary if key not in columns)]],
-    )
+    columns = ["design", "method", *dict.fromkeys(key for run in runs for key in run.settings), "seed"]
+    tables = pd.concat(histories, ignore_index=True), pd.DataFrame(summaries)
+    history, summary = (table[[*columns, *table.columns.difference(columns, sort=False)]] for table in tables)
+    return history, summary
 
 
 def groups(table: pd.DataFrame, settings: Sequence[str]) -> "pd.api.typing.DataFrameGroupBy":
@@ -161,13 +155,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     >>> round(mean, 3), round(half, 3)
     (2.0, 2.484)
     """
-    known = np.asarray([value for value in values if not math.isnan(value)], dtype=float)
-    if not len(known):
-        return math.nan, math.nan
-    if len(known) == 1:
-        return float(known[0]), math.nan
-    half = stats.t.ppf((1 + level) / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known))
-    return float(known.mean()), float(half)
+    known = pd.Series(values, dtype=float).dropna()
+    return float(known.mean()), float(stats.t.ppf((1 + level) / 2, len(known) - 1) * known.sem())
 
 
 def against_baseline(
@@ -180,25 +169,17 @@ def against_baseline(
     is stopped early. A setting that the baseline does not have matches all of its values.
     """
     rows = []
+    keys = ["design", "method", *settings, "seed"]
     of_baseline = summary[summary["method"] == baseline]
     for _, run in summary[summary["method"] != baseline].iterrows():
         same = (of_baseline["design"] == run["design"]) & (of_baseline["seed"] == run["seed"])
         for key in settings:
             same &= (of_baseline[key] == run[key]) | of_baseline[key].isna()
-        if not same.any():
-            continue
-        other = of_baseline[same].iloc[0]
-        curve = history[_is(history, other, ["design", "method", *settings, "seed"])].sort_values("step")
-        rows.append(
-            {
-                **{key: run[key] for key in ("design", "method", *settings, "seed")},
-                "final": run["gold_final"] - other["gold_final"],
-                "peak": run["gold_peak"] - other["gold_peak"],
-                "kl": run["kl"] - other["kl"],
-                "equal_kl": run["gold_final"] - _gold_at(curve, run["kl"]),
-            }
-        )
-    return pd.DataFrame(rows, columns=["design", "method", *settings, "seed", "final", "peak", "kl", "equal_kl"])
+        for _, other in of_baseline[same].head(1).iterrows():
+            curve = history[(history[keys].eq(other[keys]) | other[keys].isna()).all(axis=1)].sort_values("step")
+            ends = [run[column] - other[column] for column in ("gold_final", "gold_peak", "kl")]
+            rows.append([*run[keys], *ends, run["gold_final"] - _gold_at(curve, run["kl"])])
+    return pd.DataFrame(rows, columns=[*keys, "final", "peak", "kl", "equal_kl"])
 
 
 def paired_effect(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -208,12 +189,10 @@ def paired_effect(differences: Sequence[float]) -> tuple[float, float, float]:
         The ends of the mean's 95 % bootstrap interval (bias-corrected and accelerated, 10,000 draws), NaN below
         ``ENOUGH_SEEDS``, and Cohen's d: the mean over the standard deviation of the differences.
     """
-    known = np.asarray([value for value in differences if not math.isnan(value)], dtype=float)
-    spread = known.std(ddof=1) if len(known) > 1 else 0.0
-    if not spread:
-        return math.nan, math.nan, math.nan
-    effect = float(known.mean() / spread)
-    if len(known) < ENOUGH_SEEDS:
+    known = pd.Series(differences, dtype=float).dropna()
+    spread = known.std()
+    effect = float(known.mean() / spread) if spread > 0 else math.nan
+    if len(known) < ENOUGH_SEEDS or math.isnan(effect):
         return math.nan, math.nan, effect
     drawn = stats.bootstrap((known,), np.mean, n_resamples=10_000, rng=np.random.default_rng(0))
     low, high = drawn.confidence_interval
@@ -239,24 +218,20 @@ def across_designs(summary: pd.DataFrame, settings: Sequence[str]) -> pd.DataFra
     return table.sort_values("mean", ascending=False).reset_index()
 
 
-def _is(table: pd.DataFrame, row: "pd.Series[float]", keys: Sequence[str]) -> "pd.Series[bool]":
-    same = pd.Series(True, index=table.index)
-    for key in keys:
-        same &= table[key].isna() if pd.isna(row[key]) else table[key] == row[key]
-    return same
-
-
 def _gold_at(curve: pd.DataFrame, kl: float) -> float:
     """Gold reward where a curve first reaches a KL; NaN if it never does, or between checkpoints that lie far apart."""
     kls, golds = curve["kl"].to_numpy(), curve["gold"].to_numpy()
-    for before in range(len(kls) - 1):
-        low, high = kls[before], kls[before + 1]
-        if low <= kl <= high:
-            if high - low > WIDEST_GAP:
-                return math.nan
-            share = 0.0 if high == low else (kl - low) / (high - low)
-            return float(golds[before] + share * (golds[before + 1] - golds[before]))
-    return math.nan
+    around = np.flatnonzero((kls[:-1] <= kl) & (kl <= kls[1:]))
+    if not len(around) or kls[around[0] + 1] - kls[around[0]] > WIDEST_GAP:
+        return math.nan
+    line = slice(around[0], around[0] + 2)
+    return float(np.interp(kl, kls[line], golds[line]))
+
+
+def fit_of(history: pd.DataFrame) -> tuple[float, float, float]:
+    """:func:`fit_gao` of the checkpoints in a history, whose gold reward counts from its mean at the start."""
+    start = history.loc[history["progress"] == 0, "gold"].mean()
+    return fit_gao(history["kl"].tolist(), (history["gold"] - start).tolist())
 
 
 def fit_gao(kl: Sequence[float], gained: Sequence[float]) -> tuple[float, float, float]:

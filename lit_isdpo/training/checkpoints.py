@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import FrameType
@@ -56,14 +54,6 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over no paths: a resumed run keeps its own best checkpoints, and would delete those it was told of."""
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        with _another_name(trainer, Path(filepath)) as temporary:
-            super()._save_checkpoint(trainer, str(temporary))
-        if trainer.is_global_zero:
-            temporary.replace(filepath)
-        trainer.strategy.barrier("best.ckpt")
-        self._last_checkpoint_saved = filepath
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves; the validation before the first step tells already whether the metric is there.
 
@@ -82,7 +72,7 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Callback):
     """Saves ``checkpoints/last.ckpt`` where a fit ends: its last step, ``max_steps``, an interrupt, each epoch's end.
 
-    It is written between two optimizer steps only, so that a resumed fit continues as if it had not stopped, and under
+    It is written only between two optimizer steps, so that a resumed fit continues as if it had not stopped, and under
     another name first, so that a crash while saving leaves the previous one whole. A sharded checkpoint is a folder,
     which cannot be replaced in one go: there ``last.ckpt`` is a link to it.
 
@@ -203,10 +193,11 @@ class LastCheckpoint(Callback):
         path = self.path(trainer)
         _flush_logs(trainer)
         self._flushes = True
-        with _another_name(trainer, path) as temporary:
-            trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            _put_in_place(temporary, path, f"last-{trainer.global_step}")
+        written = path.with_name(trainer.strategy.broadcast(f"last-{trainer.global_step}-{uuid4().hex[:8]}"))
+        with naming(path):
+            trainer.save_checkpoint(written)
+            if trainer.is_global_zero:
+                _put_in_place(written, path)
         trainer.strategy.barrier("last.ckpt")
         self._saved_at = trainer.global_step
 
@@ -229,23 +220,6 @@ def _status(trainer: Trainer) -> int:
     return 0 if is_child else EX_TEMPFAIL
 
 
-@contextmanager
-def _another_name(trainer: Trainer, path: Path) -> Iterator[Path]:
-    """What a checkpoint is called until it is whole; all ranks are here when it is written."""
-    temporary = path.with_suffix(".saving")
-    if trainer.is_global_zero:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut off
-    trainer.strategy.barrier(f"{path.name} begins")
-    try:
-        with naming(path):
-            yield temporary
-    except BaseException:
-        if trainer.is_global_zero:
-            shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        raise
-    trainer.strategy.barrier(f"{path.name} is written")
-
-
 def _flush_logs(trainer: Trainer) -> None:
     """Writes what loggers hold back: a resumed fit does not log it again."""
     if not trainer.is_global_zero:
@@ -257,16 +231,17 @@ def _flush_logs(trainer: Trainer) -> None:
                 logger.experiment.flush()
 
 
-def _put_in_place(written: Path, path: Path, folder_name: str) -> None:
+def _put_in_place(written: Path, path: Path) -> None:
     """Makes what was written the checkpoint; at every moment there is the old one or the new one."""
-    if not written.is_dir():
+    if written.is_dir():
+        link = path.with_suffix(".link")
+        link.unlink(missing_ok=True)
+        link.symlink_to(written.name)
+        link.replace(path)
+    else:
         written.replace(path)
-        return
-    folder, link = path.with_name(f"{folder_name}-{uuid4().hex[:8]}"), path.with_suffix(".link")
-    written.rename(folder)
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.replace(path)
     for other in path.parent.glob("last-*"):  # the one before, and what a kill has left
-        if other != folder:
+        if other.is_dir() and other != written:
             shutil.rmtree(other, ignore_errors=True)
+        elif other.is_file():
+            other.unlink()

@@ -19,12 +19,11 @@ from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import PairLoss
 from lit_isdpo.objective.metrics import pair_columns
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights
+from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import (
     CachedReference,
-    LiveReference,
-    Load,
     Reference,
     ReferenceConfig,
     load_reference,
@@ -32,7 +31,6 @@ from lit_isdpo.policy.reference import (
     reference_as_policy,
     starts_at_reference,
 )
-from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.policy.vocabulary import check_vocabulary
 from lit_isdpo.training.guards import row_names
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
@@ -112,7 +110,7 @@ class Comparison:
         self,
         source: PolicyConfig,
         policy: LogProbModel,
-        load: Load,
+        load: Callable[..., LogProbModel],
         cached: Callable[[Reference, Layout], dict[str, Tensor]],
         *,
         is_new: bool,
@@ -136,7 +134,7 @@ class Comparison:
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
         untrained = is_new and starts_at_reference(source, self.config)
         is_policy = self.config.cache and policy.adapter is None and untrained
-        reference = LiveReference(policy) if is_policy else make()
+        reference = Reference(policy) if is_policy else make()
         with reference.scoring() as model:
             self.shares_prompts = self._share_prompts(policy, model)
         if self.config.cache:

@@ -20,13 +20,14 @@ from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.data.outcomes import Split
+from lit_isdpo.evaluation.reference_logps import cached_logps
 from lit_isdpo.objective.metrics import LOG_WEIGHTS, Columns, PairMetrics, RowMetrics
 from lit_isdpo.policy.generation import Vocabulary
 from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, whole
 from lit_isdpo.policy.reference import Reference, ResidentReference
 from lit_isdpo.policy.reward_model import ScoreModel
-from lit_isdpo.policy.sharding import all_ranks, whole
+from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.comparison import Comparison
 from lit_isdpo.training.guards import NonFinite, StepGuard
@@ -48,7 +49,6 @@ from lit_isdpo.training.models import (
 )
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
 from lit_isdpo.training.reading import Limits, hand_over, lift_limits, limit_epoch, steps_per_epoch
-from lit_isdpo.training.reference_cache import cached_logps
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks, Reward, SFTBatch
 
 SKIPPED_KEY = "skipped_steps"  # of a checkpoint
@@ -270,8 +270,15 @@ class LanguageModule(LightningModule, ABC):
         if not self.policy.is_sharded:
             # Where an adapter's base is; else it goes there soon anyway.
             self.policy.to(self.trainer.strategy.root_device)
-        with_test = self.comparison.caches_test_rows
-        return cached_logps(self.trainer, self.comparison.config, reference, self.ranks, layout, with_test=with_test)
+        return cached_logps(
+            self.data,
+            reference,
+            self.comparison.config.folder(self.trainer.default_root_dir),
+            device=self.trainer.strategy.root_device,
+            ranks=self.ranks,
+            layout=layout,
+            with_test=self.comparison.caches_test_rows,
+        )
 
     # The reference is not a submodule, so Lightning does not move it.
 

@@ -1,6 +1,6 @@
 """What a module does with its model besides training it: loads it, keeps it, samples from it, knows its limits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,11 +12,10 @@ from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.encoding import pad_token_id, terminator_ids
 from lit_isdpo.data.outcomes import Split
 from lit_isdpo.policy.adapters import Adapter, check_same_tensors
+from lit_isdpo.policy.attention import kernel_of
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
-from lit_isdpo.policy.loading import PolicyConfig, attention_of
+from lit_isdpo.policy.loading import PolicyConfig, switch_length
 from lit_isdpo.policy.logprob_model import LogProbModel, outline_logprob_model
-from lit_isdpo.policy.reference import Load
-from lit_isdpo.policy.rope import switch_length
 from lit_isdpo.policy.vocabulary import num_tokens
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -99,7 +98,9 @@ def predict(
     ]
 
 
-def load_policy(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, load: Load, option: str) -> LogProbModel:
+def load_policy(
+    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, load: Callable[..., LogProbModel], option: str
+) -> LogProbModel:
     """Loads a model, which then samples only what the tokenizer has; names an attention that was not asked for.
 
     Args:
@@ -116,7 +117,7 @@ def load_policy(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, load: 
 
 def say_attention(model: PreTrainedModel, config: PolicyConfig, option: str) -> None:
     """Names the attention of a model that has not the one that was asked for."""
-    if (kernel := attention_of(model)) != config.attn_implementation:
+    if (kernel := kernel_of(model.config)) != config.attn_implementation:
         rank_zero_info(
             f"{option}: {type(model).__name__} has no {config.attn_implementation} attention, so its "
             f"attn_implementation is {kernel}."

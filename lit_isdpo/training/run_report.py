@@ -22,13 +22,11 @@ from torch.utils.tensorboard.summary import hparams
 
 from lit_isdpo.data import outcomes
 from lit_isdpo.evaluation.store import write_text
-from lit_isdpo.policy.code import copy_code
-from lit_isdpo.policy.loading import read_config
-from lit_isdpo.policy.rope import switch_length, unpin_rope
+from lit_isdpo.policy.loading import read_config, switch_length, unpin_rope
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.probe import SamplingProbe
-from lit_isdpo.training.run_folder import run_dir
+from lit_isdpo.training.run_folder import copy_code, run_dir
 
 ROWS = (
     ("loss", "loss", "{:.4f}"),

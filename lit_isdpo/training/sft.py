@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_isdpo.objective.metrics import Columns, Ratio
 from lit_isdpo.policy.loading import PolicyConfig, load_config
-from lit_isdpo.policy.sharding import own_part
+from lit_isdpo.policy.logprob_model import own_part
 from lit_isdpo.training.language import LanguageModule, Stage
 from lit_isdpo.types import SequenceLogps, SFTBatch
 

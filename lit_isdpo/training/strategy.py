@@ -4,6 +4,7 @@ Lightning's older ``FSDPStrategy`` (FSDP1) is not used: it refuses gradient clip
 run on a CPU, where this is tested, and PyTorch develops its successor alone.
 """
 
+import shutil
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
+from lit_isdpo.evaluation.store import naming
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint, plain_values_only, unreadable
@@ -30,8 +32,6 @@ NAME = "fsdp2"
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Each rank holds a shard of weights, gradients and optimizer states, and reads batches of its own.
-
-    Lightning's ``auto`` sizes would mean tensor parallelism, with the same batch on every rank of a node.
 
     Args:
         shard_size: ranks that share one copy of the weights; the copies are averaged as in DDP (HSDP). The ranks of a
@@ -51,9 +51,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
+            # Collectives on shards in the host's memory run there.
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None,
             timeout=timedelta(minutes=timeout_minutes),
         )
         self.shard_size = shard_size
+        self.writes_folders = save_distributed_checkpoint
         self.cpu_offload = cpu_offload
         self.sharding: Sharding | None = None
 
@@ -63,10 +66,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             InputError: ``shard_size`` does not divide their number.
         """
-        size = self.num_nodes * self.num_processes
-        self._data_parallel_size, self._tensor_parallel_size = size, 1
         super().setup_environment()
-        self.sharding = Sharding.over(size, self.shard_size, self.root_device, cpu_offload=self.cpu_offload)
+        self.sharding = Sharding.over(self.world_size, self.shard_size, self.root_device, cpu_offload=self.cpu_offload)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Each rank reads batches of its own; Lightning's mesh would mean the same batch for all ranks of a node."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
@@ -91,16 +97,34 @@ class FSDP2Strategy(ModelParallelStrategy):
             if not isinstance(child, LogProbModel):
                 child.to(self.root_device)
 
-    def _get_process_group_backend(self) -> str:
-        """With shards in the host's memory, collectives run there too."""
-        is_mixed = self.cpu_offload and self.root_device.type == "cuda"
-        return "cpu:gloo,cuda:nccl" if is_mixed else super()._get_process_group_backend()
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes each rank's part, and from rank 0 all else, which other ranks then read without its GPU."""
+        """Writes each rank's part, and from rank 0 all else, which other ranks then read without its GPU.
+
+        A folder has another name until it is whole.
+        """
         extras = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         checkpoint |= move_data_to_device(extras, torch.device("cpu"))
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        path = Path(self.broadcast(filepath))
+        if not self.writes_folders:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        temporary = path.with_suffix(".saving")
+        self._remove(temporary)  # of a save that was cut off
+        self.barrier(f"{path.name} begins")
+        try:
+            with naming(path):
+                super().save_checkpoint(checkpoint, temporary, storage_options)
+        except BaseException:
+            self._remove(temporary)  # it may be what fills the disk
+            raise
+        self.barrier(f"{path.name} is written")
+        self._remove(path)
+        if self.is_global_zero:
+            temporary.rename(path)
+
+    def _remove(self, folder: Path) -> None:
+        if self.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads weights and optimizer states, resharded where the ranks are others than those that wrote them.

@@ -176,7 +176,7 @@ def model(**options: Any) -> dict[str, Any]:
 
 OWN: dict[str, list[str]] = {  # what a file of a method sets besides the method
     "simpo": ["model.loss.beta"],  # its rewards are means per token, so no other method has a beta of its size
-    "remedy_stopped": ["trainer.val_check_interval"],  # it stops at a validation
+    "stopped": ["trainer.val_check_interval"],  # it stops at a validation
     "reward_model": ["model.optimizer.lr", "model.schedule.decay", "model.schedule.warmup_steps"],
 }
 
@@ -188,11 +188,18 @@ def test_a_file_of_a_method_changes_the_method_alone(method: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "beta"), [("is_dpo", 0.1), ("ipo", 0.1), ("remedy_forward_kl", 0.1), ("chi_hypo", 0.1), ("simpo", 2.0)]
+    ("method", "beta"),
+    [
+        ("model/is_dpo", 0.1),
+        ("model/ipo", 0.1),
+        ("remedy/forward_kl", 0.1),
+        ("model/chi_hypo", 0.1),
+        ("model/simpo", 2.0),
+    ],
 )
 def test_methods_on_one_base_have_one_beta(method: str, beta: float, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", f"--config={CAUSAL_LM}", f"--config={CONFIGS / 'model' / method}.yaml", "--print_config"])
+        main(["fit", f"--config={CAUSAL_LM}", f"--config={CONFIGS / method}.yaml", "--print_config"])
     loss = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["loss"]
     assert loss["init_args"]["beta"] == beta
 

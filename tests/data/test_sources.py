@@ -51,6 +51,14 @@ def test_the_first_rows_alone(tmp_path, write_rows, first, prompts):
     assert read(write_rows(tmp_path / "pairs.jsonl", ROWS), first=first)["prompt"] == prompts
 
 
+def test_a_file_is_not_read_beyond_the_first_rows(tmp_path, write_rows):
+    file = Path(write_rows(tmp_path / "pairs.jsonl", ROWS))
+    file.write_text(file.read_text() + "{\n")
+    assert read(file, first=4)["prompt"] == ["0", "1", "2", "3"]
+    with pytest.raises(InputError, match="line 5 is not JSON"):
+        read(file, first=5)
+
+
 def test_arrow_folders_are_read(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved")["prompt"] == ["0", "1", "2", "3"]

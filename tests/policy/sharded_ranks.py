@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.policy import sharding as sharding_module
+from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, whole
 from lit_isdpo.policy.reference import AdapterOffReference
-from lit_isdpo.policy.sharding import Sharding, whole
-from lit_isdpo.policy.trial import why_not_shared
+from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.types import InputError, TokenizedPair
 
 PAIRS = [TokenizedPair([1, 5, 7], [6, 2], [8, 9, 2]), TokenizedPair([1], [7, 2], [9, 2])]

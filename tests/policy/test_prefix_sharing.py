@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.policy import attention
+from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.types import PreferenceBatch, SequenceLogps, TokenizedPair
 
 PAIRS = [
@@ -101,11 +101,12 @@ def test_prompts_are_attended_to_without_a_mask(
         masks.append(args[4])
         return sdpa_attention_forward(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "SPLIT_FROM", 3)
     monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
     pairs = [pair for pair in PAIRS if len(pair.prompt_ids) >= 3]
     shared = collate_pairs(pairs, range(2), pad_token_id=0, layout="shared")
     model = make(architecture, options)
+    assert why_not_shared(model) is None
+    model.split_from = 3
     masks.clear()
     model(shared.tokens)
     assert [None if mask is None else mask.shape[2] for mask in masks] == [
@@ -115,12 +116,13 @@ def test_prompts_are_attended_to_without_a_mask(
     assert_same(model, shared, collate_pairs(pairs, range(2), pad_token_id=0))
 
 
-def test_a_prompt_longer_than_the_window_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SPLIT_FROM", 4)
+def test_a_prompt_longer_than_the_window_keeps_its_mask() -> None:
     pairs = [PAIRS[2], PAIRS[2]._replace(chosen_ids=[5, 2])]
     shared = collate_pairs(pairs, range(2), pad_token_id=0, layout="shared")
     assert shared.tokens.num_prompt_positions == 8
     model = make("gemma3_text", WINDOWED["gemma3_text"])  # a layer of each kind
+    assert why_not_shared(model) is None
+    model.split_from = 4
     assert_same(model, shared, collate_pairs(pairs, range(2), pad_token_id=0))
 
 

@@ -13,9 +13,8 @@ from lit_isdpo.cli import main
 from lit_isdpo.commands.export import load_policy
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.lab.tokenizer import build_tokenizer
-from lit_isdpo.policy.loading import PolicyConfig, as_one_function
+from lit_isdpo.policy.loading import PolicyConfig, as_one_function, pin_rope, switch_length
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.rope import pin_rope, switch_length
 
 SWITCH = 40  # tokens: the lab's posts lie on both sides
 ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 4.0, 8.0, 16.0]}

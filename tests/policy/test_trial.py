@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lit_isdpo.policy.attention import layer_windows
-from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
+from lit_isdpo.policy.attention import layer_windows, why_not_shared
+from lit_isdpo.policy.generation import HowToSample, Sampling, Vocabulary, how_to_sample, sample
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function, enable_gradient_checkpointing, with_attention
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.trial import HowToSample, how_to_sample, why_not_shared
 from lit_isdpo.types import InputError
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

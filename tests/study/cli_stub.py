@@ -1,16 +1,19 @@
-"""Stands for the command line in tests of the runner: logs its calls, and fails or lasts where told to."""
+"""Stands for the command line in tests of the runner: logs its calls, and fails or lasts as its flags say."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 
 def main(arguments: list[str]) -> None:
+    flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments[1:] if "=" in argument)
     if arguments[-1] == "--print_config":
-        if "--is_wrong=true" in arguments:
+        if flags.get("is_wrong") == "true":
             print("error: no such option", file=sys.stderr)
-        raise SystemExit(2 if "--is_wrong=true" in arguments else 0)
-    flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments[1:])
+            raise SystemExit(2)
+        print(json.dumps(flags))
+        raise SystemExit(0)
     if arguments[0] == "export":
         checkpoint, exported = Path(flags["ckpt_path"]), Path(flags["output_dir"])
         with (exported.parent / "calls.txt").open("a") as calls:
@@ -19,6 +22,7 @@ def main(arguments: list[str]) -> None:
             raise SystemExit(2)
         exported.mkdir()  # an error where it is there already, as the real one
         return
+    flags = json.loads(Path(flags["config"]).read_text()) | flags
     folder = Path(flags["trainer.default_root_dir"])
     with (folder / "calls.txt").open("a") as calls:
         calls.write(" ".join(arguments) + "\n")

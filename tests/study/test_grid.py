@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from lit_isdpo.study.grid import COLUMNS, Run, Variant, plan_runs
 from lit_isdpo.study.results import SOURCES
-from lit_isdpo.study.study import study
+from lit_isdpo.study.runner import study
 from lit_isdpo.types import InputError
 
 
@@ -63,7 +63,7 @@ def test_later_options_win_and_values_are_yaml() -> None:
     assert run.arguments[2:] == (
         "--a=3",
         "--z=null",
-        "--b={first: 5, path: 'x@4'}",
+        "--b={first: 5, path: x@4}",
         "--c=.inf",
         "--flag=true",
         "--seed_everything=4",

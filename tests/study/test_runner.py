@@ -1,6 +1,7 @@
 """Runs in processes of their own: what fails is named, what is done is not done again, a killed study ends its runs."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +9,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+import yaml
 
 from lit_isdpo.study.grid import Run, Variant
-from lit_isdpo.study.runner import execute, is_done
-from lit_isdpo.study.study import study
+from lit_isdpo.study.runner import execute, is_done, study
 from lit_isdpo.types import InputError
 
 STUB = "cli_stub"
@@ -44,6 +47,7 @@ def test_good_runs_are_done_once_and_failed_ones_are_named(tmp_path: Path) -> No
     assert "error: no such data" in (tmp_path / bad.folder / "output.log").read_text()
     (call,) = calls(good, tmp_path)
     assert call.startswith("fit ")
+    assert f"--config={tmp_path / good.folder / 'run.yaml'}" in call
     assert f"--ckpt_path={last}" in call
     assert (tmp_path / good.folder / "lab").resolve() == (tmp_path / "lab").resolve()
     assert execute([good, bad], tmp_path, 2, cli=STUB) == [bad]
@@ -127,7 +131,7 @@ def test_a_preparation_is_parsed_too_before_anything_is_started(tmp_path: Path) 
 def test_a_study_says_what_failed_and_what_was_not_started_for_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_isdpo.study.study.execute", partial(execute, cli=STUB))
+    monkeypatch.setattr("lit_isdpo.study.runner.execute", partial(execute, cli=STUB))
     reported = {}
     monkeypatch.setattr("lit_isdpo.study.report.write_report", lambda folder, **given: reported.update(given))
     with pytest.raises(InputError) as error:
@@ -148,6 +152,85 @@ def test_a_study_says_what_failed_and_what_was_not_started_for_that(
     )
     assert [run.method for run in reported["runs"]] == ["DPO"]
     assert reported["num_planned"] == 2
+
+
+def small(folder: Path, **changes) -> dict[str, Any]:
+    """Arguments of a study."""
+    given = {"designs": {"toy": Variant()}, "methods": {"DPO": Variant(), "IS-DPO": Variant()}, "seeds": [0, 1]}
+    given |= {"title": "A title", "output_dir": str(folder / "report"), "runs_dir": str(folder / "runs")}
+    return given | changes
+
+
+@pytest.mark.parametrize("name", ["toy/IS-DPO", "toy/IS-DPO-seed=4"])
+def test_one_run_is_shown_and_none_is_made(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lit_isdpo.study.runner.CLI", STUB)
+    options = {"model.loss.beta": 0.1}
+    study(**small(tmp_path, seeds=[4], options=options), show=name)
+    shown = json.loads(capsys.readouterr().out)
+    folder = shown.pop("trainer.default_root_dir")
+    assert folder.startswith(str(tmp_path / "runs" / "toy" / "IS-DPO-seed=4-"))
+    assert shown == {"model.loss.beta": "0.1", "seed_everything": "4"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "toy/RPO",
+            r"show: the study has no run 'toy/RPO'; it has, for example, toy/DPO-seed=0; .*IS-DPO-seed=1\.",
+        ),
+        (
+            "toy/DPO",
+            r"show: 'toy/DPO' is the name of 2 runs; name one, for example of .*DPO-seed=0; toy/DPO-seed=1\.",
+        ),
+    ],
+)
+def test_a_name_must_be_that_of_one_run(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        study(**small(tmp_path), show=name)
+
+
+def test_runs_that_do_not_count_any_more_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("DPO-seed=0-12345678", "DPO-seed=1-12345678", "RPO-seed=0-12345678"):
+        (tmp_path / "runs" / "toy" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "toy" / "DPO-seed=0-12345678" / "done.json").touch()
+    (tmp_path / "runs" / "toy" / "RPO-seed=0-12345678" / "done.json").touch()
+    with pytest.raises(InputError, match="no run is done"):
+        study(**small(tmp_path), report_only=True)
+    said = capsys.readouterr().out
+    assert said.startswith(f"1 runs are not done, although {tmp_path / 'runs'} has runs of their names that are")
+    assert said.endswith("do not count: toy, DPO, seed 0.\n")
+
+
+def test_a_study_without_such_runs_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="no run is done"):
+        study(**small(tmp_path), report_only=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_by_its_file_and_its_ranks_are_ranks_of_it(tmp_path: Path, tiny: list[str]) -> None:
+    """With two ranks, which Lightning starts by the command line of the process."""
+    flags = dict(option.removeprefix("--").split("=", 1) for option in tiny)
+    options = {key: yaml.safe_load(value) for key, value in flags.items()}
+    options |= {"trainer.max_steps": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    given = small(tmp_path, methods={"DPO": Variant()}, seeds=[3], options=options, num_workers=1)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(given | {"designs": {"toy": {}}, "methods": {"DPO": {}}}))
+    command = [sys.executable, "-m", "lit_isdpo"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    run([*command, "study", "--config=study.yaml"])
+    shown = run([*command, "study", "--config=study.yaml", "--show=toy/DPO"]).stdout
+    (folder,) = (tmp_path / "runs" / "toy").iterdir()
+    assert (folder / "run.yaml").read_text() == shown
+    assert [file.name for file in folder.glob("version_*")] == ["version_0"]
+    run([*command, "fit", f"--config={folder / 'run.yaml'}"])
+    logs = [pd.read_csv(folder / f"version_{number}" / "metrics.csv") for number in (0, 1)]
+    assert logs[0]["train/loss"].notna().sum() == 2
+    pd.testing.assert_series_equal(logs[0]["train/loss"], logs[1]["train/loss"], check_exact=True)
 
 
 SCRIPT = """

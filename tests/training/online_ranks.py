@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lit_isdpo.cli import main
 from lit_isdpo.commands.trainer import IsdpoTrainer
-from lit_isdpo.policy.sharding import whole
+from lit_isdpo.policy.logprob_model import whole
 from lit_isdpo.training import online, preference
 from lit_isdpo.training.rollouts import SampledResponses, sample_rollouts
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
 from lit_isdpo.commands.export import load_policy
-from lit_isdpo.policy.code import code_files, copy_code
 from lit_isdpo.policy.loading import PolicyConfig
+from lit_isdpo.training.run_folder import code_files, copy_code
 from tests.conftest import write_model
 
 CLASSES = {

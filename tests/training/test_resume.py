@@ -165,14 +165,14 @@ def test_a_fit_that_fails_gives_ctrl_c_back(tiny: list[str], tmp_path: Path) -> 
 
 
 def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def written(text: str) -> Path:
-        (tmp_path / "last.saving").mkdir()
-        (tmp_path / "last.saving" / "content").write_text(text)
-        return tmp_path / "last.saving"
+    def written(text: str, name: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(text)
+        return tmp_path / name
 
     path = tmp_path / "last.ckpt"
-    _put_in_place(written("first"), path, "last-1")
-    _put_in_place(written("second"), path, "last-1")  # the same step, once more
+    _put_in_place(written("first", "last-1-a"), path)
+    _put_in_place(written("second", "last-1-b"), path)  # the same step, once more
     assert (path / "content").read_text() == "second"
     assert len(list(tmp_path.iterdir())) == 2, "the link and its folder"
 
@@ -181,9 +181,9 @@ def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):  # just before the new one counts
-        _put_in_place(written("third"), path, "last-2")
+        _put_in_place(written("third", "last-2"), path)
     assert (path / "content").read_text() == "second"
     monkeypatch.undo()
-    _put_in_place(written("fourth"), path, "last-3")
+    _put_in_place(written("fourth", "last-3"), path)
     assert (path / "content").read_text() == "fourth"
     assert len(list(tmp_path.iterdir())) == 2, "nothing is left of the third"

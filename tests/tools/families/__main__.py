@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lit_isdpo.policy.loading import PolicyConfig, as_one_function, attention_of, with_attention
+from lit_isdpo.policy.attention import kernel_of, why_not_shared
+from lit_isdpo.policy.loading import PolicyConfig, as_one_function, with_attention
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.policy.trial import why_not_shared
 from lit_isdpo.types import InputError
 
 SECONDS, GIB = 60, 10  # that a family may take
@@ -133,7 +133,7 @@ def _try(kind: str) -> str:
     except Exception:  # of the sizes that were chosen here
         return kind
     sampling = "as it is" if way.is_padded else f"equally long prompts{'' if way.is_cached else ', no cache'}"
-    return f"| {kind} | {attention_of(model)} | {'yes' if why_not is None else f'no: {why_not}'} | {sampling} |"
+    return f"| {kind} | {kernel_of(model.config)} | {'yes' if why_not is None else f'no: {why_not}'} | {sampling} |"
 
 
 def _in_a_process(kind: str) -> str:

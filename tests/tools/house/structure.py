@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def overridden(own: set[type]) -> Iterator[str]:
     for cls in own:
         bases = [base for base in cls.__mro__[1:] if base.__module__.partition(".")[0] in LIBRARIES]
         for name, value in vars(cls).items():
-            if is_private(name) and callable(value) and any(name in vars(base) for base in bases):
+            if is_private(name) and inspect.isroutine(value) and any(name in vars(base) for base in bases):
                 yield f"{cls.__module__}.{cls.__name__} overrides {name}"
 
 

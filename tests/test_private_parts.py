@@ -35,17 +35,8 @@ PARTS = {
     " a trial decides on",
     "_init_weights": "computes the buffers that no file has of one module; the public function draws all weights anew",
     # Lightning 2.6
-    "_logger_connector": "logs a step before an interrupt ends it, and a validation before the first step",
+    "_logger_connector": "logs a step before an interrupt ends it",
     "_version": "tells a version that was given from one that is looked up when it is asked for",
-    "_first_loop_iter": "must be unset in a validation that no loop begins",
-    "_get_file_writer": "the writer of TensorBoard's table of runs",
-    "_parse_ckpt_path": "lets options of a checkpoint win over the config's",
-    "_prepare_subcommand_kwargs": "passes weights_only on to the trainer",
-    "_prepare_subcommand_parser": "gathers the options of one verb",
-    "_run_subcommand": "gives a run its folder",
-    "_subcommand_method_arguments": "the options of a verb",
-    "_get": "an option of a verb",
-    "_parser": "the parser of a verb",
 }
 """Why each is used. The versions are those that the tests below were last looked at with."""
 

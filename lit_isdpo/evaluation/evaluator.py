@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.evaluation import judge as judging
-from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
 from lit_isdpo.evaluation.judge import Judge, Verdict
-from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
 from lit_isdpo.evaluation.rewards import LabReward
 from lit_isdpo.evaluation.statistics import (
+    ESTIMATORS,
     Interval,
     bootstrap_interval,
     flatten,
     repetition,
+    sampled_kl,
     win_rate_interval,
     win_rates,
     win_scores,
 )
-from lit_isdpo.evaluation.store import RESPONSES, Columns, ResponseSet
+from lit_isdpo.evaluation.store import RESPONSES, Columns, ResponseSet, digest, weights_fingerprint
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.tokenized_rows import Rows
-from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
-from lit_isdpo.evaluation.store import read_table, write_table, write_text
+from lit_isdpo.evaluation.store import digest, read_table, weights_fingerprint, write_table, write_text
 from lit_isdpo.policy.attention import kernel_of
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference

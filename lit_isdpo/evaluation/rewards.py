@@ -14,7 +14,7 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.encoding import load_tokenizer, terminator_ids
 from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode, tokenize_response
-from lit_isdpo.evaluation.fingerprints import weights_fingerprint
+from lit_isdpo.evaluation.store import weights_fingerprint
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import (

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from lit_isdpo.data.tokenization import TextEncoder
-from lit_isdpo.lab.designs import FLIPPED, Design
+from lit_isdpo.lab.designs import FLIPPED, Design, build_closed_tokenizer
 from lit_isdpo.lab.exact import ExactEvaluation, ResponseDistribution, behavior_logps, pair_logps, shipped_reference
 from lit_isdpo.lab.labelling import (
     Candidate,
@@ -25,14 +25,15 @@ from lit_isdpo.lab.labelling import (
 )
 from lit_isdpo.lab.posts import (
     LABEL_TEMPERATURE,
+    MAX_LENGTH,
     MAX_NEW_TOKENS,
     Split,
+    build_tokenizer,
     gold_reward,
     render_prompt,
     sample_demonstration,
     sample_post,
 )
-from lit_isdpo.lab.tokenizer import MAX_LENGTH, build_closed_tokenizer, build_tokenizer
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel

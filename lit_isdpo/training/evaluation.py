@@ -18,9 +18,8 @@ from lit_isdpo.evaluation.judge import Judge
 from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.vllm_sampler import check_vllm
-from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.probe import SamplingProbe, log_texts
+from lit_isdpo.training.probe import SamplingProbe, exact_values, find_gold_reward, log_texts
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Reward, check_least
 

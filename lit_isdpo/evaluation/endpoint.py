@@ -8,10 +8,10 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from threading import Event
-from types import TracebackType
 from typing import Any, Self
 
 import httpx2
@@ -77,9 +77,7 @@ class Endpoint:
         self._client = httpx2.Client(headers=headers, timeout=self._timeout_s, limits=httpx2.Limits())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.close()
 
     def stop(self) -> None:
@@ -177,15 +175,12 @@ def retry_after_s(value: str | None, *, now: datetime) -> float:
     """
     if value is None:
         return 0.0
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return 0.0
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else 0.0
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(ValueError):
+        date = parsedate_to_datetime(value)
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+    return 0.0
 
 
 def _text(response: httpx2.Response) -> str | None:
@@ -245,7 +240,9 @@ def check_no_secret(options: Any, name: str = "") -> None:
         InputError: names the option, and not what it holds.
     """
     for option, text in _texts(options, name):
-        if _is_secret(option, text) or hide_secrets(text) != text:
+        is_named = SECRET_OPTION.fullmatch(option.rpartition(".")[2].replace("-", "_"))
+        parameters = (SECRET_PARAMETER.fullmatch(name.replace("-", "_")) for name in _PARAMETER.findall(text))
+        if (text and is_named) or any(parameters) or _USER.search(text) or hide_secrets(text) != text:
             raise InputError(
                 f"{option} holds a secret, and a run's options are saved with it; leave it to an environment variable."
             )
@@ -257,12 +254,6 @@ def hide_secrets(text: str) -> str:
         if KEEPS_SECRET.fullmatch(key) and len(value.strip()) >= LEAST_LENGTH:
             text = text.replace(value.strip(), "***")
     return _ISSUED.sub("***", text)
-
-
-def _is_secret(option: str, text: str) -> bool:
-    is_named = SECRET_OPTION.fullmatch(option.rpartition(".")[2].replace("-", "_"))
-    parameters = (SECRET_PARAMETER.fullmatch(name.replace("-", "_")) for name in _PARAMETER.findall(text))
-    return bool((text and is_named) or any(parameters) or _USER.search(text))
 
 
 def _texts(options: Any, name: str) -> Iterator[tuple[str, str]]:

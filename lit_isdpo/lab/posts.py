@@ -152,14 +152,11 @@ def sample_post(rng: Random, split: Split) -> Post:
 
 def sample_demonstration(rng: Random, post: Post) -> str:
     """A summary of two to four of the post's facts, as the reference is trained on; see the module's text."""
-    facts = rng.sample(list(post.items()), rng.randint(2, 4))
-    return render_facts((attribute, _perhaps_wrong(rng, value)) for attribute, value in facts)
-
-
-def _perhaps_wrong(rng: Random, value: str) -> str:
-    if rng.random() < WRONG_VALUE_PROBABILITY:
-        return rng.choice([other for other in VALUES if other != value])
-    return value
+    facts = []
+    for attribute, value in rng.sample(list(post.items()), rng.randint(2, 4)):
+        others = [other for other in VALUES if other != value]
+        facts.append((attribute, rng.choice(others) if rng.random() < WRONG_VALUE_PROBABILITY else value))
+    return render_facts(facts)
 
 
 def _are_facts(facts: Iterable[Fact]) -> bool:

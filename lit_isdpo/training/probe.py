@@ -72,25 +72,24 @@ class SamplingProbe(Callback):
         Raises:
             InputError: it has not.
         """
+        assert isinstance(pl_module, LanguageModule)
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
-        if validates and self.num_prompts and isinstance(pl_module, LanguageModule) and pl_module.writes:
+        if validates and self.num_prompts and pl_module.writes:
             pl_module.check_positions("val", self.sampling.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
         self._evaluator = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
-        is_wanted = self.num_prompts and not trainer.sanity_checking
-        if not is_wanted or not (
-            isinstance(pl_module, LanguageModule) and pl_module.writes
-        ):  # a reward model writes nothing
+        assert isinstance(pl_module, LanguageModule)
+        if not self.num_prompts or trainer.sanity_checking or not pl_module.writes:  # as a reward model
             return
         if self._evaluator is None:
             prompts = pl_module.data.prompts("val", self.num_prompts)
             self._exact = exact_values(pl_module, "val", prompts)
             self._evaluator = Evaluator(
-                prompts,
-                pl_module.vocabulary,
-                self.sampling,
+                prompts=prompts,
+                vocabulary=pl_module.vocabulary,
+                sampling=self.sampling,
                 kl_prompts=len(prompts),
                 reward=find_gold_reward(pl_module.data, "val", prompts[0].source),
                 proxy=pl_module.reward,

@@ -7,7 +7,6 @@ from itertools import groupby
 from random import Random
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -138,12 +137,11 @@ class PreferenceLabels(Callback):
         """
         if self._labeller is None:
             return
-        parts = [(self._pairs, self._counts)] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(parts, (self._pairs, self._counts))
+        assert isinstance(pl_module, LanguageModule)
+        parts = pl_module.ranks.gather((self._pairs, self._counts))
         # Sorting keeps the order of a row's own pairs.
         pairs = [pair for _, pair in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]
-        counts = sum((count for _, count in parts), Counter())
+        counts: Counter[str] = sum((count for _, count in parts), Counter())
         num_rows, num_responses = counts.pop("rows", 0), counts.pop("responses", 0)
         why = "".join(f", {number:,} {reason}" for reason, number in counts.most_common())
         made = f"{num_responses:,} responses to {num_rows:,} rows{why}"

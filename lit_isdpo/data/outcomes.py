@@ -95,9 +95,8 @@ class SourceCounts(NamedTuple):
     """The outcome of reading one source.
 
     ``kept``, ``held_out`` and ``dropped``, which is by reason, add up to ``lines``: the rows that were read or, if a
-    row holds several responses, the pairs that were made of it. ``changed`` counts the changes in lines that are kept
-    or held out; one line may have several. ``example`` shows the text of a row that was dropped for the commonest
-    reason.
+    row holds several responses, the pairs that were made of it. ``changed`` counts changes in lines that are kept or
+    held out; one line may have several. ``example`` shows the text of a row that was dropped for the commonest reason.
     """
 
     source: str

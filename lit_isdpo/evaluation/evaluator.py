@@ -8,8 +8,8 @@ one this is the probe of a validation: no files, no chosen responses, no judge, 
 scored.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from math import isnan
@@ -38,7 +38,7 @@ from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.policy.vllm_sampler import VLLMSampler
-from lit_isdpo.types import ProbePrompt, Ranks, Response, Reward, score
+from lit_isdpo.types import ProbePrompt, Ranks, Reward, score
 
 Engine = Literal["transformers", "vllm"]
 
@@ -120,7 +120,8 @@ class Evaluator:
         self.judge = judge
         self._option = reward_option
         self._engine, self._engine_options = engine, engine_options or {}
-        self._ranks, self._show = ranks, show
+        self._num_ranks = ranks.size
+        self._new_set = partial(ResponseSet, folder, ranks=ranks, show=show)
         self._reference: tuple[ResponseSet, str | None] | None = None
 
     def __call__(self, policy: LogProbModel, reference: Reference | None) -> Outcome:
@@ -134,7 +135,7 @@ class Evaluator:
         if reference is not None:
             sets["reference"], ref_name = self._of_reference(reference)
         if self.folder is not None:
-            sets["chosen"] = self._chosen(self.folder)
+            sets["chosen"] = self._chosen()
         kl: dict[str, Interval] = {}
         if reference is not None and self.kl_prompts:
             kl = self._kl(policy, name, own, reference, ref_name)
@@ -209,9 +210,11 @@ class Evaluator:
             about["num_tokens"] = model.num_tokens
         size = sampling.batch_size
         if self.folder is None:  # nobody else reads these shards, so that all ranks get a share
-            size = min(size, -(-len(prompts) // self._ranks.size) * sampling.num_responses)
-        responses = self._new_set(about, prompts, sampling.num_responses, size)
-        with self._sampler(model, with_adapter) as draw:
+            size = min(size, -(-len(prompts) // self._num_ranks) * sampling.num_responses)
+        responses = self._new_set(about, prompts, num_responses=sampling.num_responses, shard_size=size)
+        vllm = VLLMSampler(model, with_adapter=with_adapter, options=self._engine_options)
+        draw = vllm if self._engine == "vllm" else partial(sample, model)
+        with closing(vllm):
 
             def columns(shard: int) -> Columns:
                 ids = [prompts[row].prompt_ids for row in responses.shards[shard]]
@@ -225,21 +228,11 @@ class Evaluator:
             responses.fill(RESPONSES, columns, f"sampling, {stream}")
         return responses
 
-    @contextmanager
-    def _sampler(self, model: LogProbModel, with_adapter: bool) -> Iterator[Callable[..., list[list[Response]]]]:
-        if self._engine == "transformers":
-            yield partial(sample, model)
-            return
-        sampler = VLLMSampler(model, with_adapter=with_adapter, options=self._engine_options)
-        try:
-            yield sampler
-        finally:
-            sampler.close()
-
-    def _chosen(self, folder: Path) -> ResponseSet:
+    def _chosen(self) -> ResponseSet:
         """The data's own responses, one per prompt; they count as finished."""
         about = {"responses": "of the data", "prompts": digest([tuple(prompt) for prompt in self.prompts])}
-        responses = self._new_set(about, self.prompts, 1, self.sampling.batch_size)
+        size = self.sampling.batch_size
+        responses = self._new_set(about, self.prompts, num_responses=1, shard_size=size)
 
         def columns(shard: int) -> Columns:
             texts = [prompt.response for prompt in responses.asked(shard)]
@@ -247,10 +240,6 @@ class Evaluator:
 
         responses.fill(RESPONSES, columns, "reading, chosen")
         return responses
-
-    def _new_set(self, about: dict[str, Any], prompts: Sequence[ProbePrompt], number: int, size: int) -> ResponseSet:
-        more: Any = {"num_responses": number, "shard_size": size, "ranks": self._ranks, "show": self._show}
-        return ResponseSet(self.folder, about, prompts, **more)
 
     def _columns(self, responses: ResponseSet, owner: str) -> dict[str, Tensor]:
         """Values of single responses, ``(P, n)``, by log key."""

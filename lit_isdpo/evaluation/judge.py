@@ -29,14 +29,13 @@ from math import isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from lit_isdpo.data.tokenization import transcript
 from lit_isdpo.evaluation.endpoint import Endpoint, NoAnswerError, RefusedError, StoppedError
 from lit_isdpo.evaluation.store import Answers
-from lit_isdpo.types import InputError, Prompt
+from lit_isdpo.types import InputError, Prompt, check_least
 
 TEMPLATES = Path(__file__).parent / "judge_prompts"
 PLACEHOLDERS = ("{prompt}", "{response_a}", "{response_b}")
@@ -109,8 +108,7 @@ class Judge:
         answers: str = "runs/judge_answers.jsonl",
     ) -> None:
         for name, value in (("concurrency", concurrency), ("max_attempts", max_attempts), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"judge.{name} must be at least 1, not {value}.")
+            check_least(f"judge.{name}", value, 1)
         if temperature is not None and not (isfinite(temperature) and temperature >= 0):
             raise InputError(f"judge.temperature must be at least 0, not {temperature}.")
         if not (isfinite(timeout_s) and timeout_s > 0):
@@ -146,7 +144,7 @@ class Judge:
         answers = Answers(self._answers)
         if any(not _is_settled(answers[key]) for key in requests):
             self._ask(requests, answers)
-        invalid = [answers[key][-1] for key in requests if answers[key] and _first_preference(answers[key]) is None]
+        invalid = [answers[key][-1] for key in requests if answers[key] and isnan(_preference(answers[key]))]
         if invalid:
             logger.warning(
                 "judge: %d of %d answers hold no verdict, such as %r", len(invalid), len(requests), invalid[-1][-200:]
@@ -180,7 +178,7 @@ class Judge:
         with (
             self._endpoint as endpoint,
             ThreadPoolExecutor(self._concurrency, thread_name_prefix="judge") as pool,
-            Progress(console=console, transient=True, disable=not (console.is_terminal and _is_rank_zero())) as bar,
+            Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ):
             try:
                 futures = [pool.submit(settle, key) for key in unsettled]
@@ -260,26 +258,17 @@ def summarize(verdicts: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def _is_rank_zero() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _first_preference(answers: Sequence[str]) -> float | None:
-    return next((found for found in map(parse_preference, answers) if found is not None), None)
-
-
 def _preference(answers: Sequence[str]) -> float:
-    found = _first_preference(answers)
-    return float("nan") if found is None else found
+    """The first one that an answer gives; NaN where none does."""
+    return next((found for found in map(parse_preference, answers) if found is not None), float("nan"))
 
 
 def _is_settled(answers: Sequence[str]) -> bool:
-    return len(answers) >= MAX_INVALID or _first_preference(answers) is not None
+    return len(answers) >= MAX_INVALID or not isnan(_preference(answers))
 
 
 def _prompt_text(prompt: Prompt) -> str:

@@ -58,10 +58,10 @@ def resolve(
         InputError: the lab has nothing of that name.
     """
     match = re.fullmatch(r"lab:(\w+)(?:/(\w+))?(?:@(\d{1,9}))?", source)
-    writers = _writers(match[1]) if match is not None and match[1] in ENVIRONMENTS else {}
+    parts = _parts(match[1]) if match is not None and match[1] in ENVIRONMENTS else []
     part = default if match is None else match[2] or default
-    if match is None or part not in writers:
-        there_is = ", ".join(f"lab:{name}/{part}" for name in ENVIRONMENTS for part in _writers(name))
+    if match is None or part not in parts:
+        there_is = ", ".join(f"lab:{name}/{part}" for name in ENVIRONMENTS for part in _parts(name))
         raise InputError(
             f"the lab has no {source!r}; it has {there_is}, and each of them with a seed, as in lab:posts/pairs@1."
         )
@@ -69,7 +69,7 @@ def resolve(
     folder = root / f"{name}-{seed}-{_content_hash(ENVIRONMENTS[name])}" / part
     if part in ENVIRONMENTS[name].pairs_parts and not folder.exists():
         say(f"Drawing the pairs of {source}, once.")
-    return _write_once(folder, lambda place: writers[part](place, seed))
+    return _write_once(folder, lambda place: _write_part(place, name, part, seed))
 
 
 def environment_of(folder: Path) -> str | None:
@@ -85,7 +85,7 @@ def exact_evaluation_for(folder: Path) -> ExactEvaluation | None:
 
 
 def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
-    """Writes a set of pairs, one file a split, and counts in the marker what was left out.
+    """Writes a set of pairs, one file for each split, and counts in the marker those that were left out.
 
     Args:
         folder: an existing folder.
@@ -102,37 +102,31 @@ def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
 
 
 def write_sft(folder: Path, name: str, seed: int) -> None:
-    """Writes demonstrations, one file a split; arguments as those of :func:`write_pairs`."""
+    """Writes demonstrations, one file for each split; arguments as those of :func:`write_pairs`."""
     environment = ENVIRONMENTS[name]
     for split in environment.num_demonstrations:
         _write_lines(folder / f"{split}.jsonl", environment.sample_demonstrations(split, seed))
     _write_marker(folder, name, "sft", seed)
 
 
-def write_reference(folder: Path, name: str) -> None:
-    """Copies the shipped reference into ``folder``."""
-    shutil.copytree(ENVIRONMENTS[name].reference, folder, dirs_exist_ok=True)
+def _write_part(folder: Path, name: str, part: str, seed: int) -> None:
+    """Writes any part of an environment into an existing folder."""
+    environment = ENVIRONMENTS[name]
+    if part == "sft":
+        write_sft(folder, name, seed)
+    elif part == "reference":
+        shutil.copytree(environment.reference, folder, dirs_exist_ok=True)
+    elif part == "init":  # architecture and tokenizer without weights
+        config = environment.build_config()
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        environment.build_tokenizer().save_pretrained(folder)
+    else:
+        write_pairs(folder, name, part, seed)
 
 
-def write_init(folder: Path, name: str) -> None:
-    """Writes the reference's architecture and tokenizer into ``folder``, without weights."""
-    config = ENVIRONMENTS[name].build_config()
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    ENVIRONMENTS[name].build_tokenizer().save_pretrained(folder)
-
-
-def _writers(name: str) -> dict[str, Callable[[Path, int], None]]:
-    """What writes each part of an environment, given a folder and a seed."""
-
-    def pairs_writer(part: str) -> Callable[[Path, int], None]:
-        return lambda folder, seed: write_pairs(folder, name, part, seed)
-
-    return {part: pairs_writer(part) for part in ENVIRONMENTS[name].pairs_parts} | {
-        "sft": lambda folder, seed: write_sft(folder, name, seed),
-        "reference": lambda folder, _: write_reference(folder, name),
-        "init": lambda folder, _: write_init(folder, name),
-    }
+def _parts(name: str) -> list[str]:
+    return [*ENVIRONMENTS[name].pairs_parts, "sft", "reference", "init"]
 
 
 def _read_marker(folder: Path) -> tuple[str, str] | None:

@@ -158,8 +158,8 @@ def with_needs(runs: Iterable[Run], wanted: Callable[[Run], bool] = lambda run: 
     """The runs, each once and behind the preparations that it needs; only those that are wanted, and what they need."""
     found: dict[str, Run] = {}
     for run in filter(wanted, runs):
-        found |= {need.folder: need for need in with_needs(run.needs, wanted) if need.folder not in found}
-        found.setdefault(run.folder, run)
+        for one in (*with_needs(run.needs, wanted), run):
+            found.setdefault(one.folder, one)
     return list(found.values())
 
 

@@ -176,10 +176,8 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
     # A mistake in a study's file is told at once, and not hours later when the first run of a kind is made.
     kinds = {(run.exports, run.design, run.method, *run.settings.items()): run for run in waiting}.values()
     with ProcessPoolExecutor(min(num_workers, len(kinds)) or 1, mp_context=context) as pool:
-        for run, error in zip(kinds, pool.map(partial(_mistake, root=root, cli=cli), kinds), strict=True):
-            if error:
-                pool.shutdown(cancel_futures=True)
-                raise InputError(f"{run.name}: {error.removeprefix('error: ')}")
+        for _ in pool.map(partial(_config, root=root, cli=cli), kinds):
+            pass  # it raises the first mistake
     working: dict[int, tuple[BaseProcess, Run, float]] = {}  # by worker
     failed: list[Run] = []
     console = Console(highlight=False, soft_wrap=True)
@@ -235,29 +233,18 @@ def _config(run: Run, root: Path, cli: str) -> str:
     """The whole config of a run's ``fit``, as the command line makes it of the files and options; for any verb.
 
     Raises:
-        SystemExit: they cannot be parsed; the command line has printed why.
+        InputError: they cannot be parsed.
     """
-    printed = io.StringIO()
+    printed, said = io.StringIO(), io.StringIO()
     folder = f"--trainer.default_root_dir={root / run.folder}"
     try:
-        with redirect_stdout(printed):
+        with redirect_stdout(printed), redirect_stderr(said):
             importlib.import_module(cli).main(["fit", *run.arguments, folder, "--print_config"])
     except SystemExit as end:
         if end.code:
-            raise
+            raise InputError(f"{run.name}: {said.getvalue().strip().removeprefix('error: ')}") from None
     of_fit = ("ckpt_path: null\n", "weights_only: null\n")  # other verbs lack them, and take the rest
     return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line not in of_fit)
-
-
-def _mistake(run: Run, root: Path, cli: str) -> str:
-    """What the command line says of a run's options; nothing if they are in order."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            _config(run, root, cli)
-    except SystemExit:
-        return said.getvalue().strip()
-    return ""
 
 
 def _mark(run: Run, root: Path, seconds: float) -> None:

@@ -110,8 +110,8 @@ class Evaluation(Callback):
         judge: Judge | None = None,
         folder: str | None = None,
     ) -> None:
-        for name, value, least in (("num_prompts", num_prompts, 0), ("kl_prompts", kl_prompts, 0)):
-            check_least(f"evaluation.{name}", value, least)
+        check_least("evaluation.num_prompts", num_prompts, 0)
+        check_least("evaluation.kl_prompts", kl_prompts, 0)
         check_least("evaluation.kl_max_new_tokens", kl_max_new_tokens, 1)
         if engine_options and engine != "vllm":
             raise InputError("evaluation.engine_options are vLLM's; use them with --evaluation.engine vllm.")

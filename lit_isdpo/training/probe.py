@@ -20,7 +20,9 @@ class ProbeSampling(Sampling):
 
 
 class SamplingProbe(Callback):
-    """Logs ``val/kl/*``, ``gold_reward``, ``win_rate``, ``response_length`` and ``finished_fraction``.
+    """Logs ``val/kl/*``, ``gold_reward``, ``win_rate``, ``response_length``, ``finished_fraction``, ``repetition``.
+
+    This is the evaluation of ``test`` with few prompts and without files; each value has its ``_stderr`` beside it.
 
     Of a policy that is trained on a reward, ``val/reward`` is what that one says to the same responses: where it goes
     on rising while the gold reward falls, the reward is over-optimized (arXiv 2210.10760).

@@ -17,7 +17,7 @@ from lit_isdpo.policy.generation import Sampling, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference, ReferenceConfig
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.types import InputError, PreferenceBatch, Response, TokenBatch
+from lit_isdpo.types import InputError, PreferenceBatch, Response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def score_rollouts(
 def imitate_rollouts(
     policy: LogProbModel, reference: Reference, batch: PreferenceBatch, config: RolloutConfig
 ) -> Rollouts:
-    """What a plan of memory and time takes for rollouts: of a shape alone, K to a prompt, each as long as it may be.
+    """Rollouts for a plan of memory and time: values of no meaning, K to a prompt, each as long as it may be.
 
     Args:
         policy: the model that is trained.
@@ -173,20 +173,6 @@ def imitate_rollouts(
     given, width = batch.tokens, config.max_new_tokens
     beside_prompt = given.completion_ids.shape[1] * (1 if given.segment_ids is None else 2)
     longest = max(1, given.num_prompt_positions, given.input_ids.shape[1] - beside_prompt)
-    rows, length = len(batch.row_ids) * config.num_responses, longest + width
-    ids, of_responses = given.input_ids.new_zeros(rows, length), given.completion_ids.new_zeros(rows, width)
-    tokens = TokenBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        position_ids=torch.arange(length, device=ids.device).expand(rows, length),
-        completion_ids=of_responses,
-        completion_mask=torch.ones_like(of_responses, dtype=torch.bool),
-        logit_positions=of_responses,
-        completion_index=torch.arange(of_responses.numel(), device=ids.device),
-    )
-    shape = (-1, config.num_responses)
-    with torch.no_grad(), reference.scoring() as model:
-        ref_per_token = model(tokens).per_token_logps.unflatten(0, shape)
-    per_token = policy(tokens).per_token_logps.unflatten(0, shape)
-    rewards = per_token.new_zeros(per_token.shape[:2])
-    return Rollouts(per_token, ref_per_token, tokens.completion_mask.unflatten(0, shape), rewards)
+    rows = len(batch.row_ids) * config.num_responses
+    sampled = SampledResponses([[0] * longest] * rows, [Response([0] * width, False)] * rows, config.num_responses)
+    return score_rollouts(policy, reference, sampled, 0)

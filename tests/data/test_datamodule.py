@@ -389,7 +389,7 @@ def test_lightning_moves_a_whole_batch_without_waiting_for_a_gpu():
     batch = collate_pairs([TokenizedPair([1, 5], [6, 2], [7])], [0], pad_token_id=0, layout="shared")
     with Moves():
         assert move_data_to_device(batch, torch.device("cuda")).num_counted == 1
-    assert moved == [{"non_blocking": True}] * 12
+    assert moved == [{"non_blocking": True}] * 13  # eight of tokens, four numbers of pairs, and the row ids
 
 
 def test_a_number_of_pairs_is_declared_once_more_and_is_in_the_batch():

@@ -6,6 +6,8 @@ from random import Random
 import pytest
 
 from lit_isdpo.lab import posts
+from lit_isdpo.lab.environments import Posts
+from lit_isdpo.lab.labelling import first_wins
 from lit_isdpo.types import InputError
 
 # The post tells safety, price, speed, smell, color and box; it has no quality, comfort, noise or weight.
@@ -58,7 +60,7 @@ def test_gold_reward_takes_each_importance_from_the_table() -> None:
 
 def test_gold_rewards_of_a_batch_are_those_of_its_rows() -> None:
     other = PROMPT.replace("safety poor", "safety bad")
-    rewards = posts.GoldReward()([PROMPT, other, PROMPT], [" safety poor"] * 3, [True, True, False])
+    rewards = Posts()([PROMPT, other, PROMPT], [" safety poor"] * 3, [True, True, False])
     assert rewards == [1.0, -1.0, 0.0]
 
 
@@ -128,6 +130,6 @@ def test_demonstrations_tell_two_to_four_facts_15_percent_of_them_wrong() -> Non
 @pytest.mark.parametrize("margin", [-1.0, 0.0, 0.3, 2.0])
 def test_labels_follow_bradley_terry_at_temperature_one_half(margin: float) -> None:
     rng, number = Random(0), 10_000
-    wins = sum(posts.first_wins(rng, 0.5 + margin, 0.5) for _ in range(number))
+    wins = sum(first_wins(rng, 0.5 + margin, 0.5, posts.LABEL_TEMPERATURE) for _ in range(number))
     expected = 1 / (1 + math.exp(-margin / 0.5))
     assert wins / number == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / number))

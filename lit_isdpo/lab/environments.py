@@ -120,6 +120,18 @@ class Environment(ABC):
         return None
 
 
+class _PostsLabeller(Labeller):
+    """Keeps pairs with an empty response, which training leaves out: the labels of the pairs after it depend on it."""
+
+    def read_back(self, row: SampledRow, response: Response) -> str:
+        """The text whose tokens are those that were sampled."""
+        tokenizer = self.encoder.tokenizer
+        text = str(tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        if text or not response.finished:
+            return super().read_back(row, response)
+        return text
+
+
 class Posts(Environment):
     """Posts and summaries; see :mod:`lit_isdpo.lab.posts`."""
 
@@ -152,7 +164,7 @@ class Posts(Environment):
                     yield response
 
         first, second = list(draw()), list(draw())
-        labeller = Labeller(
+        labeller = _PostsLabeller(
             reward=self,
             encoder=TextEncoder(tokenizer),
             choose=lambda prompt, texts, scores: [(0, 1)] if len(texts) == 2 else [],  # equal scores too

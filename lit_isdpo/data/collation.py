@@ -14,14 +14,52 @@ layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is comp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.types import PreferenceBatch, SFTBatch, TokenBatch, TokenizedExample, TokenizedPair
 
 Layout = Literal["plain", "shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Who reads the rows: what a data module must know of the model and of the run, which hands this over.
+
+    Without a run it is one process that reads everything, in the plain layout.
+
+    Attributes:
+        tokenizer: the model's own.
+        first_without_row: the first token id that the model's embedding has no row for, if there is one.
+        mixes_pairs: whether a pair's weight depends on the others of its micro-batch, which must then be random.
+        shares_prompts: whether the model wants one row per pair; known once the model is loaded.
+        stage: fit, validate, test or predict.
+        world_size: number of ranks.
+        rank: of this process; known once the processes are.
+        step: optimizer steps that were taken.
+        limits: of the batches of a split's evaluation: an integer is a number of them, a float a share.
+        pin_memory: whether batches go to a GPU.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    first_without_row: int | None = None
+    mixes_pairs: bool = False
+    shares_prompts: Callable[[], bool] = lambda: False
+    stage: str = "fit"
+    world_size: int = 1
+    rank: Callable[[], int] = lambda: 0
+    step: Callable[[], int] = lambda: 0
+    limits: Mapping[str, int | float] = field(default_factory=dict)
+    pin_memory: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """How the model that is trained or tested wants its rows."""
+        return "shared" if self.shares_prompts() else "plain"
 
 
 def collate_completions(

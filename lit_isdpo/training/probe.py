@@ -111,7 +111,7 @@ def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward |
         stage: the split.
         prompt: one of its prompts as the data has it.
     """
-    rewards = [LabReward.for_folder(folder) for folder in datamodule.source_folders(stage)]
+    rewards = [LabReward.for_folder(folder) for folder in datamodule.splits.folders(stage)]
     # Of a mixture of tasks each reward reads its own prompts alone.
     if len({reward and reward.identity for reward in rewards}) == 1 and rewards[0] is not None:
         with suppress(InputError):
@@ -134,7 +134,7 @@ def exact_values(
         stage: the split of the prompts.
         prompts: of the evaluation.
     """
-    found = [exact_evaluation_for(folder) for folder in module.data.source_folders(stage)]
+    found = [exact_evaluation_for(folder) for folder in module.data.splits.folders(stage)]
     if len(found) != 1 or found[0] is None:  # on every rank alike
         return dict
     exact = found[0]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head
-from lit_isdpo.policy.attention import autocast, tolerance_of
+from lit_isdpo.policy.attention import FLEX, autocast, kernel_of, tolerance_of
 from lit_isdpo.policy.loading import in_mode
 from lit_isdpo.types import InputError, Response, check_least
 
@@ -167,13 +167,14 @@ def generating(
 
     A model in training mode with gradient checkpointing has no key-value cache. Its own generation config would fill in
     options that ``config`` leaves out, for example a chat model's ``top_k``. Compiled layers would be compiled anew for
-    each length.
+    each length, so they run eagerly.
     """
     own_config, model.generation_config = model.generation_config, config
+    is_flex = kernel_of(model.config) == FLEX  # it is compiled for itself; eager, it would hold all scores
     try:
         with (
             in_mode(model, training=False),
-            torch.compiler.set_stance("force_eager"),  # compiled layers would be compiled anew for each length
+            nullcontext() if is_flex else torch.compiler.set_stance("force_eager"),
             _casts_kept(model, compute_dtype),
             _cache_in_one_dtype(model, compute_dtype),
             _head_as_scored(model, compute_dtype),

@@ -25,11 +25,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_least(option: str, value: float | None, least: int) -> None:
-    """Raises for an option's value that is below ``least``; ``None`` is not checked.
-
-    Raises:
-        InputError: it is.
-    """
+    """Raises ``InputError`` for an option's value that is below ``least``; ``None`` is not checked."""
     if value is not None and not value >= least:
         raise InputError(f"{option} must be at least {least}, not {value}.")
 
@@ -90,8 +86,8 @@ class PreferenceExample(NamedTuple):
     """One preference pair as text: what ``data.formats`` makes of a row.
 
     A ``str`` prompt is used as it stands; a list of messages is rendered with the tokenizer's chat template (or,
-    without one, as a plain transcript). The behavior log-probs are those of the policy that wrote the
-    response (nats, summed over its tokens, EOS included), where the data has them. The pair's loss is multiplied with
+    without one, as a plain transcript). The behavior log-probs, if the data has them, are those of the policy that
+    wrote the response: nats, summed over its tokens, EOS included. The pair's loss is multiplied with
     ``weight`` (at least 0), and its scaled preference must exceed ``margin``, both where the user names a column.
     ``changes`` says what was done to the row's text, in words.
     """

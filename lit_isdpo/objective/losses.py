@@ -342,10 +342,7 @@ def checked(
     held = abs(value) <= torch.finfo(torch.float32).max or (value == math.inf and not finite)
     if held and value >= least and value > above and (value < below or not finite):
         return value
-    bounds = [
-        *([f"at least {least:g}"] if least > -math.inf else []),
-        *([f"above {above:g}"] if above > -math.inf else []),
-        *([f"below {below:g}"] if below < math.inf else []),
-    ]
+    limits = {"at least": least, "above": above, "below": below}
+    bounds = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
     kind = "a finite number" if finite else "a number"
     raise InputError(f"{of}.{name} must be {' '.join([kind, ' and '.join(bounds)]).strip()}, not {value}.")

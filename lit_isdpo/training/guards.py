@@ -9,9 +9,8 @@ from lightning import pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.policy.sharding import all_ranks
-from lit_isdpo.types import InputError, Ranks
+from lit_isdpo.training.reading import find_data, ranks_of
+from lit_isdpo.types import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +96,7 @@ class StepGuard:
 
     def _leave_out(self, trainer: pl.Trainer, what: str, row_ids: Tensor) -> None:
         """Marks the step as one to skip, or raises; every rank comes here."""
-        ranks = all_ranks() if trainer.world_size > 1 else Ranks()
-        rows = [row for part in ranks.gather(row_ids[row_ids >= 0].tolist()) for row in part]
+        rows = [row for part in ranks_of(trainer).gather(row_ids[row_ids >= 0].tolist()) for row in part]
         named = f"{'for' if what == 'loss' else 'in the step of'} {row_names(trainer, torch.tensor(rows))}"
         said = f"The {what} is NaN or infinite at optimizer step {trainer.global_step} {named}"
         if self.nonfinite.action == "stop":
@@ -131,8 +129,8 @@ class StepGuard:
 def row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
     """A few rows in words, as they were read."""
     some, others = row_ids.tolist()[:8], row_ids.numel() - 8
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, TextDataModule):
+    data = find_data(trainer)
+    if data is None:
         return f"training rows {some}"
     if not some:
         return "training rows of another rank"

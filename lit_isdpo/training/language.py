@@ -27,7 +27,6 @@ from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, whole
 from lit_isdpo.policy.reference import Reference, ResidentReference
 from lit_isdpo.policy.reward_model import ScoreModel
-from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
 from lit_isdpo.training.comparison import Comparison
 from lit_isdpo.training.guards import NonFinite, StepGuard
@@ -36,19 +35,18 @@ from lit_isdpo.training.models import (
     Prediction,
     PredictSampling,
     check_base,
-    check_length,
     check_positions,
     check_tensors,
+    fit_length,
     load_policy,
     of_adapter,
     outline_policy,
     outline_source,
-    pin_rope,
     predict,
     vocabulary_of,
 )
 from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, check_options
-from lit_isdpo.training.reading import Limits, hand_over, lift_limits, limit_epoch, steps_per_epoch
+from lit_isdpo.training.reading import Limits, find_data, hand_over, lift_limits, limit_epoch, ranks_of, total_steps
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks, Reward, SFTBatch
 
 SKIPPED_KEY = "skipped_steps"  # of a checkpoint
@@ -171,15 +169,15 @@ class LanguageModule(LightningModule, ABC):
         Raises:
             InputError: it has none of ours.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, TextDataModule):
+        data = find_data(self.trainer)
+        if data is None:
             raise InputError("data: pass a PreferenceDataModule or an SFTDataModule to the trainer.")
         return data
 
     @property
     def ranks(self) -> Ranks:
         """The trainer's processes."""
-        return all_ranks() if self.trainer.world_size > 1 else Ranks()
+        return ranks_of(self.trainer)
 
     @property
     def logs_this_step(self) -> bool:
@@ -200,17 +198,17 @@ class LanguageModule(LightningModule, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds none: this is the first hook of a run, in which the data module hears of it."""
-        self.hand_over(self.data)
+        if (data := find_data(self.trainer)) is not None:
+            self.hand_over(data)
         return []
 
     # Models
 
     def setup(self, stage: str) -> None:
-        """Checks what only the trainer and the data together can tell.
+        """Checks the trainer and, if it has a data module, the data.
 
         Raises:
-            InputError: rows longer than the model's positions, another tokenizer than the model's, or a device without
-                float64, in which sums are kept.
+            InputError: the device has no float64, in which sums are kept.
         """
         if self.trainer.strategy.root_device.type == "mps":
             raise InputError("trainer.accelerator: Apple GPUs have no float64 and are not supported; use cpu.")
@@ -219,15 +217,23 @@ class LanguageModule(LightningModule, ABC):
                 "The model is a mixture of experts. Its load-balancing loss (router_aux_loss_coef) is not added to the "
                 "loss."
             )
-        if self.data.tokenizer_path is not None:
+        if (data := find_data(self.trainer)) is not None:
+            self.check_data(data, stage)
+
+    def check_data(self, data: TextDataModule, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell.
+
+        Raises:
+            InputError: rows longer than the model's positions, or another tokenizer than the model's.
+        """
+        if data.tokenizer_path is not None:
             raise InputError("data.tokenizer: with a model the tokenizer is the model's own; save it into its folder.")
         if stage == "fit":
-            self._limits = limit_epoch(self.trainer, self.data)
-        self.source = pin_rope(self.source, self.architecture, self.data.max_length)
-        check_length(self.source, self.architecture, self.data.max_length)
+            self._limits = limit_epoch(self.trainer, data)
+        self.source = fit_length(self.source, self.architecture, data.max_length)
         if stage == "predict":
-            split, option = self.data.split_to_predict, "model.sampling.max_new_tokens"
-            self.check_positions(split, self.sampling.max_new_tokens, option)
+            option = "model.sampling.max_new_tokens"
+            self.check_positions(data.split_to_predict, self.sampling.max_new_tokens, option)
 
     def teardown(self, stage: str) -> None:
         """Leaves the trainer as it was."""
@@ -410,27 +416,12 @@ class LanguageModule(LightningModule, ABC):
         if gradient_clip_val:
             self.log("train/grad_clipped", (norm > gradient_clip_val).float())
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole fit.
-
-        Lightning's ``estimated_stepping_batches`` is not read: it sets up the loaders before their state is restored.
-        """
-        limits = []
-        if self.trainer.max_steps != -1:
-            limits.append(self.trainer.max_steps)
-        if self.trainer.max_epochs is not None and self.trainer.max_epochs != -1:
-            limits.append(self.trainer.max_epochs * steps_per_epoch(self.trainer, self.data))
-        if not limits:
-            raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
-        return min(limits)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over what is trained, one schedule over optimizer steps."""
         trained = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
         optimizer = build_optimizer(self.make_optimizer, trained, decay_norms_and_biases=self.decay_norms_and_biases)
-        total_steps = 1 if self.schedule.decay == "constant" else self.total_steps
-        scheduler = ScheduledRate(optimizer, self.schedule, total_steps)
+        steps = 1 if self.schedule.decay == "constant" else total_steps(self.trainer, lambda: self.data)
+        scheduler = ScheduledRate(optimizer, self.schedule, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Checkpoints

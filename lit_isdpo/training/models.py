@@ -170,27 +170,30 @@ def longest_input(source: PolicyConfig, architecture: PretrainedConfig, max_leng
     return positions
 
 
-def pin_rope(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> PolicyConfig:
-    """Decides which of its frequencies LongRoPE has in a run; arguments as of ``longest_input``."""
-    if source.rope_length is not None:
-        return source
+def fit_length(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> PolicyConfig:
+    """Decides which of its frequencies LongRoPE has in a run; arguments as of ``longest_input``.
+
+    Returns:
+        The model with its ``rope_length``.
+
+    Raises:
+        InputError: rows are longer than the model's positions.
+    """
     switch = switch_length(architecture)
-    if switch is not None:
-        kind = "long" if max_length > switch else "short"
-        rank_zero_info(
-            f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
-            f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
-            "model.policy.rope_length can say otherwise."
-        )
-    return replace(source, rope_length=max_length)
-
-
-def check_length(source: PolicyConfig, architecture: PretrainedConfig, max_length: int) -> None:
-    """Raises for rows that are longer than the model's positions; arguments as of ``longest_input``."""
-    positions, switch = longest_input(source, architecture, max_length), switch_length(architecture)
+    if source.rope_length is None:
+        if switch is not None:
+            kind = "long" if max_length > switch else "short"
+            rank_zero_info(
+                f"The model has rotary frequencies for inputs of up to {switch:,} tokens and others for longer ones "
+                f"(LongRoPE). All inputs get those for {kind} ones, because data.max_length is {max_length:,}; "
+                "model.policy.rope_length can say otherwise."
+            )
+        source = replace(source, rope_length=max_length)
+    positions = longest_input(source, architecture, max_length)
     if positions is not None and max_length > positions:
         why = "" if positions != switch else f", as rope_length is {source.rope_length}"
         raise InputError(f"data.max_length: {max_length} tokens are more than the model's {positions}{why}.")
+    return source
 
 
 def check_positions(

@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse.typing import lazy_instance
 from torch import Tensor
 
-from lit_isdpo.data.datamodule import PreferenceDataModule
+from lit_isdpo.data.datamodule import PreferenceDataModule, TextDataModule
 from lit_isdpo.objective.metrics import Columns, PairMetrics
 from lit_isdpo.objective.on_policy import OnPolicyObjective, RLOOObjective, rollout_columns
 from lit_isdpo.objective.weights import ImportanceWeighting
@@ -106,18 +106,18 @@ class OnlineModule(LanguageModule):
         """Scores what is sampled."""
         return self.judge.reward
 
-    def setup(self, stage: str) -> None:
+    def check_data(self, data: TextDataModule, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
-        super().setup(stage)
-        if stage == "fit" and not isinstance(self.data, PreferenceDataModule):
+        super().check_data(data, stage)
+        if stage == "fit" and not isinstance(data, PreferenceDataModule):
             raise InputError("data: online methods take their prompts from PreferenceDataModule.")
-        if self.data.packing_length is not None:
+        if data.packing_length is not None:
             raise InputError("data.packing_length: online methods sample from single prompts; leave the option out.")
-        if self.data.read_options.get("margin_column"):
+        if data.read_options.get("margin_column"):
             raise InputError("data.margin_column: online methods know no margins of pairs; leave the option out.")
         if stage == "fit":
             self.check_positions("train", self.rollout.max_new_tokens, "model.rollout.max_new_tokens")
-        self.comparison.check_data(self.data, stage, trains_on_pairs=False)
+        self.comparison.check_data(data, stage, trains_on_pairs=False)
 
     def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:
         """Losses of the prompts' sampled responses; in evaluations those of the pairs.

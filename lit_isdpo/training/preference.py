@@ -6,6 +6,7 @@ import torch
 from jsonargparse.typing import lazy_instance
 from torch import Tensor
 
+from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.objective.losses import DPOLoss, PairLoss
 from lit_isdpo.objective.metrics import Columns, PairMetrics
 from lit_isdpo.objective.on_policy import on_policy_kl
@@ -91,12 +92,17 @@ class PreferenceModule(LanguageModule):
         return " x ".join(name for name, _ in parts), numbers
 
     def setup(self, stage: str) -> None:
-        """Checks what only the trainer and the data together can tell."""
+        """Sets the window of the effective sample size, which ranks share."""
         super().setup(stage)
-        weighting, rows = self.comparison.weighting, self.data.rows_per_forward
+        self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
+
+    def check_data(self, data: TextDataModule, stage: str) -> None:
+        """Checks what only the trainer and the data together can tell."""
+        super().check_data(data, stage)
+        weighting, rows = self.comparison.weighting, data.rows_per_forward
         sizes = {"micro_batch_size": rows} if stage == "fit" else {}
         if stage in ("fit", "validate", "test"):
-            sizes["eval_batch_size"] = self.data.eval_batch_size or rows
+            sizes["eval_batch_size"] = data.eval_batch_size or rows
         for option, size in sizes.items():
             if size < weighting.min_pairs:
                 raise InputError(
@@ -104,13 +110,12 @@ class PreferenceModule(LanguageModule):
                     f"{weighting.min_pairs}, not {size}."
                 )
         if stage == "fit" and self.on_policy_kl is not None:
-            if self.data.packing_length is not None:
+            if data.packing_length is not None:
                 raise InputError(
                     "data.packing_length: model.on_policy_kl samples from single prompts; leave one of the options out."
                 )
             self.check_positions("train", self.on_policy_kl.max_new_tokens, "model.on_policy_kl.max_new_tokens")
-        self.comparison.check_data(self.data, stage)
-        self.train_metrics.window = -(-self.ess_window // self.trainer.world_size)
+        self.comparison.check_data(data, stage)
 
     def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:
         """Weighted losses of the pairs; in training with the KL of what the policy samples to their prompts."""

@@ -1,5 +1,6 @@
 """How a run and its data module agree: what the data is told of the run, and whole optimizer steps for Lightning."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -9,9 +10,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_isdpo.data.collation import Reader
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.sampling import limited_steps
-from lit_isdpo.types import InputError
+from lit_isdpo.policy.sharding import all_ranks
+from lit_isdpo.types import InputError, Ranks
 
 Limits = tuple[int | float, int | float]
+
+
+def find_data(trainer: Trainer) -> TextDataModule | None:
+    """The trainer's data module; ``None`` if it was given loaders of the user's own, with batches of our types."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, TextDataModule) else None
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The trainer's processes."""
+    return all_ranks() if trainer.world_size > 1 else Ranks()
 
 
 def hand_over(trainer: Trainer, data: TextDataModule, **of_model: Any) -> None:
@@ -54,6 +67,24 @@ def steps_per_epoch(trainer: Trainer, data: TextDataModule) -> int:
     """Optimizer steps of an epoch, the trainer's limit counted in."""
     limit = trainer.limit_train_batches
     return limited_steps(limit, data.order.steps_per_epoch, trainer.accumulate_grad_batches)
+
+
+def total_steps(trainer: Trainer, data: Callable[[], TextDataModule]) -> int:
+    """Optimizer steps of the whole fit; the data is asked only if the trainer counts epochs.
+
+    Lightning's ``estimated_stepping_batches`` is not read: it sets up the loaders before their state is restored.
+
+    Raises:
+        InputError: the trainer has no limit.
+    """
+    limits = []
+    if trainer.max_steps != -1:
+        limits.append(trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        limits.append(trainer.max_epochs * steps_per_epoch(trainer, data()))
+    if not limits:
+        raise InputError("trainer: set max_epochs or max_steps, so that the end of the schedule is known.")
+    return min(limits)
 
 
 def limit_epoch(trainer: Trainer, data: TextDataModule) -> Limits:

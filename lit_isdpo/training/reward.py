@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_isdpo.data.datamodule import PreferenceDataModule
+from lit_isdpo.data.datamodule import PreferenceDataModule, TextDataModule
 from lit_isdpo.data.encoding import terminator_ids
 from lit_isdpo.objective.losses import bradley_terry_losses
 from lit_isdpo.objective.metrics import Columns, score_columns
@@ -90,10 +90,10 @@ class RewardModule(LanguageModule):
             return None
         return f"The reward model starts with a random head: {self.source.path!r} is a language model and has none."
 
-    def setup(self, stage: str) -> None:
+    def check_data(self, data: TextDataModule, stage: str) -> None:
         """Checks what only the trainer and the data together can tell."""
-        super().setup(stage)
-        if not isinstance(self.data, PreferenceDataModule):
+        super().check_data(data, stage)
+        if not isinstance(data, PreferenceDataModule):
             raise InputError("data: a reward model is trained on pairs; use PreferenceDataModule.")
 
     def load_network(self, *, outline: bool = False) -> ScoreModel:

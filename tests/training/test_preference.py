@@ -4,12 +4,13 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lit_isdpo.cli import main
 from lit_isdpo.data.collation import batch_prompts, collate_pairs
@@ -17,6 +18,7 @@ from lit_isdpo.objective.losses import DPOLoss, PreferenceLoss, RPOLoss, SimPOLo
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, UniformWeighting, WPOWeighting
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.preference import PreferenceModule
+from lit_isdpo.training.reading import total_steps
 from lit_isdpo.types import InputError, PreferenceBatch, TokenizedPair
 from tests.conftest import pair_logps
 from tests.runs import read_metrics
@@ -218,12 +220,20 @@ def test_eight_pairs_can_be_overfitted(tiny: list[str], pairs_file: str, tmp_pat
         ({"max_epochs": 3, "max_steps": 50}, 30),
     ],
 )
-def test_total_steps(
-    limits: dict[str, int], total: int, module: PreferenceModule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module.trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, **limits)
-    monkeypatch.setattr(PreferenceModule, "data", SimpleNamespace(order=SimpleNamespace(steps_per_epoch=10)))
-    assert module.total_steps == total
+def test_total_steps(limits: dict[str, int], total: int) -> None:
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, **limits)
+    data: Any = SimpleNamespace(order=SimpleNamespace(steps_per_epoch=10))
+    assert total_steps(trainer, lambda: data) == total
+
+
+def test_a_fit_on_loaders_of_ones_own_needs_no_data_module(model_dir: str) -> None:
+    batches = [collate_pairs(PAIRS, [0, 1], pad_token_id=0)] * 3
+    module = PreferenceModule(PolicyConfig(path=model_dir))
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
+    trainer = Trainer(max_steps=3, accelerator="cpu", **options)
+    trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None))
+    assert trainer.global_step == 3
+    assert trainer.callback_metrics["train/loss"] < 0.6931472
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(module: PreferenceModule) -> None:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lit_isdpo.cli import main
-from lit_isdpo.commands.cost import ACTIVATIONS, GATHERED, CostRecorder
+from lit_isdpo.commands.plan import ACTIVATIONS, GATHERED, CostRecorder
 from lit_isdpo.policy.attention import IN_PARTS, kernel_of, set_kernel, why_not_shared
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import _computed_buffers

@@ -29,7 +29,7 @@ from lit_isdpo.cli.options import check, is_sharded
 from lit_isdpo.cli.parser_errors import check_config_files, explain_option, explain_verb
 from lit_isdpo.commands.export import export
 from lit_isdpo.commands.label import PreferenceLabels
-from lit_isdpo.commands.trainer import IsdpoTrainer
+from lit_isdpo.commands.trainer import SUMMARIES, IsdpoTrainer
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.evaluation.endpoint import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
@@ -255,7 +255,7 @@ def _parser_options(verb: str) -> dict[str, Any]:
 
 
 def _first_line(verb: str) -> str:
-    return str(inspect.getdoc(VERBS[verb])).partition("\n")[0]
+    return SUMMARIES.get(verb) or str(inspect.getdoc(VERBS[verb])).partition("\n")[0]
 
 
 def _in_force(verb: str, config: Namespace) -> Namespace:

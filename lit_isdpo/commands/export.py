@@ -156,11 +156,11 @@ class TrainedModel:
         self._configuration(CONFIG_FILE)
         self.base_model, self.trust_remote_code = base_model, trust_remote_code
         self.checkpoint = StoredCheckpoint(path)
-        self.scores = self.checkpoint.holds(REWARD_WEIGHTS_PREFIX)
+        self.scores = bool(self.checkpoint.under(REWARD_WEIGHTS_PREFIX))
         self.prefix = REWARD_WEIGHTS_PREFIX if self.scores else WEIGHTS_PREFIX
         self.auto_class: Any = AutoModelForSequenceClassification if self.scores else AutoModelForCausalLM
         self.has_base = BASE_KEY in self.checkpoint.extras
-        if not self.checkpoint.holds(self.prefix):
+        if not self.checkpoint.under(self.prefix):
             raise InputError(f"ckpt_path: {str(path)!r} holds no model of this project.")
 
     def check(self) -> None:

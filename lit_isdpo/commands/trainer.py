@@ -1,12 +1,11 @@
 """The trainer, with the verbs that Lightning's has not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -14,38 +13,25 @@ from lit_isdpo.commands.inspect import inspect_data
 from lit_isdpo.commands.plan import make_plan, print_plan
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.outcomes import Split
+from lit_isdpo.training.checkpoints import WholeStepTrainer
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.run_folder import claimed, run_dir
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, check_least
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _described(method: Callable[P, R], line: str) -> Callable[P, R]:
-    """A method of Lightning's with another line of help."""
-
-    @wraps(method)
-    def described(*args: P.args, **kwargs: P.kwargs) -> R:
-        return method(*args, **kwargs)
-
-    described.__doc__ = f"{line}\n\n        Args:{str(method.__doc__).partition('Args:')[2]}"
-    return described
+SUMMARIES = {
+    "fit": "Trains; with --ckpt_path it goes on from a checkpoint. Options of the method and of the data: "
+    "fit --model.help PreferenceModule, fit --data.help PreferenceDataModule.",
+    "validate": "Loss, weights and KL of the validation rows, and a few samples.",
+    "test": "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.",
+    "predict": "Samples responses to the prompts, and labels pairs of them if wanted.",
+}
+"""The line of help for each of Lightning's verbs."""
 
 
-class IsdpoTrainer(Trainer):
+class IsdpoTrainer(WholeStepTrainer):
     """Lightning's trainer; each method more is a verb of the command line that shares ``fit``'s config."""
 
-    fit = _described(
-        Trainer.fit,
-        "Trains; with --ckpt_path it goes on from a checkpoint. "
-        "Options of the method and of the data: fit --model.help PreferenceModule, fit --data.help "
-        "PreferenceDataModule.",
-    )
-    validate = _described(Trainer.validate, "Loss, weights and KL of the validation rows, and a few samples.")
-    test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
-    predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
     _run_folder: str | None = None
 
     @property
@@ -68,27 +54,6 @@ class IsdpoTrainer(Trainer):
         with claimed([*self.loggers, numbered]) as (*loggers, folder):
             self.loggers, self._run_folder = loggers, folder.log_dir
             yield
-
-    @property
-    def is_between_steps(self) -> bool:
-        """Whether no optimizer step has begun that is not made: no gradient waits for more micro-batches."""
-        begun = self.fit_loop.batch_idx + 1  # micro-batches of the epoch
-        return begun == 0 or begun % self.accumulate_grad_batches == 0
-
-    @property
-    def enable_validation(self) -> bool:
-        """Whether a validation may begin: between two steps, as it saves checkpoints; it waits until then."""
-        return super().enable_validation and self.is_between_steps
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether the fit ends: between two steps, whatever asks for it (``max_time``) and whenever."""
-        return self._is_asked_to_stop and self.is_between_steps
-
-    @should_stop.setter
-    def should_stop(self, is_asked: bool) -> None:
-        if is_asked or self.is_between_steps:  # callbacks write back what they read, in the middle of a step too
-            self._is_asked_to_stop = is_asked
 
     def precompute(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Computes the reference's log-probs of all rows once, for later runs with model.reference.cache.
@@ -159,7 +124,6 @@ class IsdpoTrainer(Trainer):
         """
         assert isinstance(model, LanguageModule)
         assert isinstance(datamodule, TextDataModule)
-        if devices < 1:
-            raise InputError(f"devices must be at least 1, not {devices}.")
+        check_least("devices", devices, 1)
         plan = make_plan(model, datamodule, self, devices=devices, lengths=lengths)
         print_plan(plan, model, devices=devices, lengths=lengths)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, first_line
 
 if TYPE_CHECKING:  # an extra, imported where an adapter is asked for
     from peft import PeftConfig, PeftModel
@@ -88,22 +88,13 @@ def parse_adapter(options: Mapping[str, Any]) -> "PeftConfig":
     try:
         config = classes[name](**given)
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{OPTION}: {name}: {_first_line(error)}") from error
+        raise InputError(f"{OPTION}: {name}: {first_line(error)}") from error
     dropouts = [key for key, value in config.to_dict().items() if "dropout" in key and value]
     if dropouts:
         raise InputError(f"{OPTION}: {dropouts[0]} must be 0, or policy and reference would differ by its noise.")
     if getattr(config, "bias", "none") != "none":
         raise InputError(f"{OPTION}: bias must be 'none': biases that are trained are not switched off.")
     return config
-
-
-def put_in(model: PreTrainedModel, config: "PeftConfig") -> "PeftModel":
-    """Replaces layers of the model in place, and freezes its own tensors; nothing is tried out."""
-    from peft import get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's to mend
-        return get_peft_model(model, config)
 
 
 class Adapter:
@@ -124,13 +115,17 @@ class Adapter:
     """
 
     def __init__(self, model: PreTrainedModel, config: "PeftConfig", *, revision: str | None = None) -> None:
+        from peft import get_peft_model
+
         before = None if model.device.type == "meta" else _logits(model)
         base = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         self.base_fingerprint = "" if before is None else fingerprint(model)
         config.revision = revision
         try:
-            self._peft_model = put_in(model, config)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's to mend
+                self._peft_model: PeftModel = get_peft_model(model, config)
             self.model = model
             base_path = Path(str(self.config.base_model_name_or_path))
             if base_path.is_dir():  # an adapter's file is read from other folders than the run's
@@ -147,7 +142,7 @@ class Adapter:
         except InputError:
             raise
         except Exception as error:  # PEFT raises whatever its parts raise
-            raise InputError(f"{OPTION}: {_type(config)}: {_first_line(error)}") from error
+            raise InputError(f"{OPTION}: {_type(config)}: {first_line(error)}") from error
 
     @property
     def config(self) -> "PeftConfig":
@@ -189,7 +184,7 @@ class Adapter:
         except Exception as error:  # PEFT raises whatever its parts raise
             raise InputError(
                 f"{_type(self.config)} adapters like this cannot be merged, so export it with --as_adapter true: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         return merged
 
@@ -283,7 +278,3 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 def _type(config: "PeftConfig") -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_isdpo.types import TokenBatch
+from lit_isdpo.types import TokenBatch, first_line
 
 if TYPE_CHECKING:
     from lit_isdpo.policy.logprob_model import LogProbModel
@@ -49,11 +49,6 @@ def kernel_of(config: PretrainedConfig) -> str:
     """The attention kernel that a model has, which may be another than the one that was asked for."""
     kernel = str(config.get_text_config()._attn_implementation)
     return SDPA if kernel == IN_PARTS else kernel
-
-
-def takes_parts(config: PretrainedConfig) -> bool:
-    """Whether a model's attention is :func:`sdpa_in_parts`."""
-    return bool(config.get_text_config()._attn_implementation == IN_PARTS)
 
 
 def set_kernel(config: PretrainedConfig, kernel: str) -> None:
@@ -118,19 +113,17 @@ def attention_masks(tokens: TokenBatch, config: PretrainedConfig, split_from: in
         ``BlockMask``, whose empty blocks cost nothing; a dictionary of them by kind of layer if there are several.
     """
     assert tokens.segment_ids is not None
+    (num_rows, length), device, end = tokens.input_ids.shape, tokens.input_ids.device, tokens.num_prompt_positions
+    takes_parts = config.get_text_config()._attn_implementation == IN_PARTS
     masks: dict[str, Any] = {}
     for kind, window in layer_windows(config).items():
         rule = visible(tokens.segment_ids, tokens.position_ids, window)
-        num_rows, length = tokens.input_ids.shape
         if kernel_of(config) == FLEX:
-            device = tokens.input_ids.device
             create = _compiled_create_block_mask() if device.type == "cuda" else create_block_mask
             masks[kind] = create(rule, num_rows, None, length, length, device=str(device))
         else:
-            rows = torch.arange(num_rows, device=tokens.input_ids.device)[:, None, None]
-            at = torch.arange(length, device=tokens.input_ids.device)
-            end = tokens.num_prompt_positions
-            is_split = takes_parts(config) and end >= split_from and (window is None or end <= window)
+            rows, at = torch.arange(num_rows, device=device)[:, None, None], torch.arange(length, device=device)
+            is_split = takes_parts and end >= split_from and (window is None or end <= window)
             masks[kind] = rule(rows, None, at[end if is_split else 0 :, None], at)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -215,7 +208,7 @@ def why_not_shared(model: "LogProbModel") -> str | None:
                 with autocast(device, model.compute_dtype):
                     apart = model.model.base_model(input_ids=plain, use_cache=False).last_hidden_state[0]
             except Exception as error:  # whatever an architecture says to a mask that it does not know
-                why = f"it takes no such masks ({next(iter(str(error).splitlines()), type(error).__name__)})"
+                why = f"it takes no such masks ({first_line(error)})"
                 continue
             if device.type == "meta" or equal_within(apart, together, tolerance):
                 kernel = tried if kernel == SDPA else kernel

@@ -137,7 +137,6 @@ def sample(
         pad_token_id=vocabulary.pad_token_id,
         use_cache=way.is_cached,
     )
-    generate = policy.generate_apart if apart else policy.generate
     responses: list[list[Response]] = [[] for _ in prompts]
     seed = seed_of(sampling.seed, *place) if place else sampling.seed
     devices = [device] if device.type == "cuda" else []
@@ -146,7 +145,9 @@ def sample(
             ids, mask = _pad_left([prompts[row] for row in rows], vocabulary.pad_token_id)
             torch.manual_seed(seed + number)
             try:
-                output = generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+                output = policy.generate(
+                    apart=apart, input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                )
             except RuntimeError as error:
                 if "probability tensor contains" not in str(error):
                     raise
@@ -325,8 +326,8 @@ def how_to_sample(model: "LogProbModel") -> HowToSample:
             return_dict_in_generate=True,
         )
         with generating(model.model, config, device, numerics):
-            generated: Any = model.generate_apart(
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
+            generated = model.generate(
+                apart=True, input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[force]
             )
         return torch.stack(generated.logits)[:, 0]
 

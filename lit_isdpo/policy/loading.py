@@ -27,11 +27,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from lit_isdpo.names import named_path
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
-from lit_isdpo.types import NEEDS_CODE, InputError
+from lit_isdpo.types import NEEDS_CODE, InputError, check_least
 
 BAD_CONFIG = (OSError, ValueError, StrictDataclassError)  # what transformers raises
 LOADING_ERRORS = (*BAD_CONFIG, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")  # in the names of rates
+ORIGINAL_LENGTH = "original_max_position_embeddings"  # where LongRoPE changes its frequencies, in tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,10 +75,8 @@ class PolicyConfig:
     peft: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise InputError(f"model.policy.chunk_size must be at least 1 token, not {self.chunk_size}.")
-        if self.rope_length is not None and self.rope_length < 1:
-            raise InputError(f"model.policy.rope_length must be at least 1 token, not {self.rope_length}.")
+        check_least("model.policy.chunk_size", self.chunk_size, 1)
+        check_least("model.policy.rope_length", self.rope_length, 1)
         if self.peft is not None:
             parse_adapter(self.peft)
             if self.init == "random":
@@ -155,7 +154,11 @@ def load_causal_lm(policy: PolicyConfig, *, option: str = "model.policy.path") -
     """
     config = load_config(policy, option=option)
     model = load_model(AutoModelForCausalLM, policy, config, kind="causal language model", option=option)
-    note_own_head(model)
+    # transformers does not tie head and embeddings if the file has both with different values, whatever the
+    # configuration says; whoever builds the model from its configuration, as ``export`` does, would.
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None):
+        model.config.tie_word_embeddings = False
     return model
 
 
@@ -180,19 +183,17 @@ def load_model(
     if source.init == "pretrained":
         options |= {"config": config, "revision": source.revision, "output_loading_info": True}
         make = partial(auto.from_pretrained, model_path(source), **options)
-    missing: list[str] = []
     try:
         model = with_attention(make, source.attn_implementation, option)
     except LOADING_ERRORS as error:
         raise InputError(why_not_loaded(source, option, error)) from error
     if source.init == "pretrained":
         model, report = model
-        missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"{option}: {source.path!r} has no weights for {missing[0]} ({len(missing)} of the model's tensors are "
-            f"missing): it is not a {kind}."
-        )
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(
+                f"{option}: {source.path!r} has no weights for {missing[0]} ({len(missing)} of the model's tensors are "
+                f"missing): it is not a {kind}."
+            )
     assert isinstance(model, PreTrainedModel)
     model.eval()
     if source.gradient_checkpointing:
@@ -220,17 +221,6 @@ def with_attention(load: Callable[..., Any], kernel: str, option: str) -> Any:
             reason = str(error).partition(". ")[0].rstrip(".")
             raise InputError(f"{option}: attn_implementation {kernel!r}: {reason}.") from error
     return load(attn_implementation="eager")
-
-
-def note_own_head(model: PreTrainedModel) -> None:
-    """Has the configuration say so if the weights have a head of their own, although it ties them to the embeddings.
-
-    transformers does not tie the two if the file has both with different values; whoever builds the model from its
-    configuration, as ``export`` does, would.
-    """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and getattr(head, "weight", None) is not getattr(embeddings, "weight", None):
-        model.config.tie_word_embeddings = False
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -280,7 +270,7 @@ def switch_length(config: PretrainedConfig) -> int | None:
     a row would depend on the rows beside it, and those of a token on the text that follows. Here the longest sequence
     of the run decides, as the longest sequence of an engine does in vLLM.
     """
-    return min((scaling["original_max_position_embeddings"] for scaling in _long_ropes(config)), default=None)
+    return min((scaling[ORIGINAL_LENGTH] for scaling in _long_ropes(config)), default=None)
 
 
 def pin_rope(config: PretrainedConfig, max_length: int) -> None:
@@ -294,7 +284,7 @@ def pin_rope(config: PretrainedConfig, max_length: int) -> None:
     4.0
     """
     for scaling in _long_ropes(config):
-        is_long = max_length > scaling["original_max_position_embeddings"]
+        is_long = max_length > scaling[ORIGINAL_LENGTH]
         for what in ("factor", "mscale"):  # the second is Phi-MoE's
             if f"long_{what}" in scaling:
                 chosen = scaling[f"{'long' if is_long else 'short'}_{what}"]
@@ -310,11 +300,8 @@ def unpin_rope(config: PretrainedConfig, original: PretrainedConfig) -> None:
 def _long_ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The options of each LongRoPE of a decoder; its kinds of layers may have one each."""
     options = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [part for part in (options, *options.values()) if isinstance(part, dict) and _is_long(part)]
-
-
-def _is_long(options: dict[str, Any]) -> bool:
-    return options.get("rope_type") == "longrope" and "original_max_position_embeddings" in options
+    parts = [part for part in (options, *options.values()) if isinstance(part, dict)]
+    return [part for part in parts if part.get("rope_type") == "longrope" and ORIGINAL_LENGTH in part]
 
 
 def why_not_loaded(source: PolicyConfig, option: str, error: Exception) -> str:

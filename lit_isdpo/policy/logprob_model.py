@@ -103,24 +103,23 @@ class LogProbModel(nn.Module):
         """The outcome of a trial, in here, so that what wraps this module sees it begin and end."""
         return trial(self)
 
-    def generate(self, **arguments: Any) -> Tensor:
-        """As transformers' own, in here, so that what wraps this module sees it begin and end."""
-        generated = self._generate(**arguments)
+    def generate(self, *, apart: bool = False, **arguments: Any) -> Any:
+        """Runs transformers' own ``generate``, in here, so that what wraps this module sees it begin and end.
+
+        Args:
+            apart: whether each rank that shares the weights has prompts of its own, as many as the others; else all
+                ranks have the same prompts.
+            **arguments: transformers' own.
+        """
+        generate: Any = self.model.generate
         if not self.is_sharded:
+            return generate(**arguments)
+        generated = generate(**arguments, synced_gpus=True)  # all ranks make as many forwards, whoever is done first
+        if apart:
             return generated
-        # All ranks are asked the same; should rounding part them, they go on alike.
-        told: list[Tensor] = [generated.cpu()]
+        told: list[Tensor] = [generated.cpu()]  # should rounding part the ranks, they go on alike
         dist.broadcast_object_list(told)
         return told[0].to(self.device)
-
-    def generate_apart(self, **arguments: Any) -> Tensor:
-        """Like ``generate``, where each rank that shares the weights has prompts of its own, as many as the others."""
-        return self._generate(**arguments)
-
-    def _generate(self, **arguments: Any) -> Tensor:
-        generate: Any = self.model.generate
-        # Ranks that share the weights make as many forwards, whoever is done first.
-        return cast(Tensor, generate(**arguments, **({"synced_gpus": True} if self.is_sharded else {})))
 
     @property
     def is_sharded(self) -> bool:

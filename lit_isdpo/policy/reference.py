@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model
+from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.types import PreferenceBatch, SequenceLogps
 
 
@@ -145,7 +145,7 @@ def load_reference(
     config: PolicyConfig,
     reference: ReferenceConfig,
     policy: LogProbModel,
-    load: Callable[..., LogProbModel] = load_logprob_model,
+    load: Callable[..., LogProbModel],
 ) -> Reference:
     """Makes the reference of a policy, in its numerics: its own base if it has an adapter, else a copy.
 
@@ -153,7 +153,7 @@ def load_reference(
         config: the policy's.
         reference: the reference's; one that names another model, or another revision, is always loaded.
         policy: the model that is trained.
-        load: makes a model of a configuration, whole or in parts.
+        load: makes a model of a configuration, whole, in parts or without weights.
 
     Raises:
         InputError: as ``load_causal_lm``.
@@ -162,14 +162,6 @@ def load_reference(
     if policy.adapter is not None and is_own_base:
         return AdapterOffReference(policy)
     return ResidentReference(load(reference_as_policy(config, reference), option="model.reference.path"))
-
-
-def outline_reference(config: PolicyConfig, reference: ReferenceConfig, policy: LogProbModel) -> Reference:
-    """What ``load_reference`` makes, or a cache in its place, for a policy without weights and likewise without."""
-    outline = load_reference(config, reference, policy, load=outline_logprob_model)
-    if not reference.cache:
-        return outline
-    return CachedReference({"train": torch.zeros(1, 2)}, lambda: outline).to(torch.device("meta"))
 
 
 def reference_as_policy(policy: PolicyConfig, reference: ReferenceConfig) -> PolicyConfig:

@@ -12,6 +12,7 @@ so does the sum of an embedding's gradients. Gradients are reduced in fp32.
 
 import json
 import warnings
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.storage import StorageReader
@@ -39,7 +40,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lit_isdpo.policy.loading import PolicyConfig, decoder_layers, model_path
 from lit_isdpo.policy.logprob_model import LogProbModel, check_model, load_logprob_model, outline_logprob_model
-from lit_isdpo.types import InputError, Ranks
+from lit_isdpo.types import InputError, Ranks, first_line
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,9 @@ class Sharding:
         shard_size = shard_size or size
         if size % shard_size:
             raise InputError(f"trainer.strategy.shard_size: {shard_size} ranks do not divide {size}.")
-        if shard_size == size:
-            return cls(init_device_mesh(device.type, (size,), mesh_dim_names=("shard",)), device, cpu_offload)
-        mesh = init_device_mesh(device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+        sizes = {"shard": size} if shard_size == size else {"replicate": size // shard_size, "shard": shard_size}
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return cls(mesh, device, cpu_offload)
-
-    @property
-    def _home(self) -> torch.device:
-        """Where shards lie."""
-        return torch.device("cpu") if self.cpu_offload else self.device
 
     def load(self, config: PolicyConfig, *, option: str = "model.policy.path") -> LogProbModel:
         """This rank's part of the model that ``config`` names; every rank must call it.
@@ -106,7 +101,7 @@ class Sharding:
         else:
             self._receive(model, config, option)
         model.model.tie_weights()
-        for method in ("completion_states", "token_logits", "generate", "generate_apart", "tried"):
+        for method in ("completion_states", "token_logits", "generate", "tried"):
             register_fsdp_forward_method(model, method)  # each begins with gathered weights, as the forward does
         model.tried(check_model)
         return model
@@ -128,7 +123,7 @@ class Sharding:
 
     def _allocate(self, model: LogProbModel, buffers: dict[str, Tensor]) -> None:
         """Memory for the shards, and the buffers that no file has."""
-        model.to_empty(device=self._home)
+        model.to_empty(device="cpu" if self.cpu_offload else self.device)
         model.model.tie_weights()
         for name, buffer in model.model.named_buffers():
             value = buffers.get(name, buffer).to(self.device)
@@ -232,31 +227,16 @@ def _folder_of_slices(config: PolicyConfig, model: PreTrainedModel) -> Path | No
                 stored |= set(tensors.keys())
     except Exception:  # whatever it is, the other way meets it again, and says so
         return None
-    stored_once = [sum(name in stored for name in names) == 1 for names in _tensors_by_identity(model).values()]
-    return folder if all(stored_once) else None  # one that is stored twice may not be tied: rank 0 looks
-
-
-def _tensors_by_identity(model: nn.Module) -> dict[int, list[str]]:
-    """Tied tensors have several names."""
-    names: dict[int, list[str]] = {}
+    times = Counter[int]()  # that a tensor is stored; tied ones have several names
     for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    return names
-
-
-def _stored_names(model: nn.Module, stored: set[str]) -> list[str]:
-    """One stored name of each tensor that has one."""
-    found = ([name for name in names if name in stored] for names in _tensors_by_identity(model).values())
-    return [names[0] for names in found if names]
+        times[id(tensor)] += name in stored
+    return folder if set(times.values()) == {1} else None  # one that is stored twice may not be tied: rank 0 looks
 
 
 def _read_slices(model: PreTrainedModel, folder: Path, config: PolicyConfig, option: str) -> None:
     reader = HuggingFaceStorageReader(str(folder))
-    stored = set(reader.read_metadata().state_dict_metadata)
-    state = model.state_dict()
-    wanted: dict[str, Any] = {name: state[name] for name in _stored_names(model, stored)}
+    stored = reader.read_metadata().state_dict_metadata
     try:
-        read_tensors(wanted, reader)
+        read_tensors({name: tensor for name, tensor in model.state_dict().items() if name in stored}, reader)
     except Exception as error:  # torch wraps whatever its parts raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{option}: the weights in {config.path!r} could not be read: {reason}") from error
+        raise InputError(f"{option}: the weights in {config.path!r} could not be read: {first_line(error)}") from error

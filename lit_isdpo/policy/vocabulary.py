@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.utils.hub import cached_file
 
 from lit_isdpo.policy.loading import LOADING_ERRORS, PolicyConfig, model_path
-from lit_isdpo.types import NEEDS_CODE, InputError
+from lit_isdpo.types import NEEDS_CODE, InputError, first_line
 
 # What one of every tokenizer's files is called.
 TOKENIZER_FILES = (
@@ -114,9 +114,7 @@ def _load_vocabulary(source: PolicyConfig, option: str) -> dict[str, int] | None
             path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (*LOADING_ERRORS, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if "trust_remote_code" in str(error):
-            reason = NEEDS_CODE
+        reason = NEEDS_CODE if "trust_remote_code" in str(error) else first_line(error)
         raise InputError(f"{option}: no tokenizer can be loaded from {source.path!r}: {reason}") from error
     return vocabulary_of(tokenizer)
 

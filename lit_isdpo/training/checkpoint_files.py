@@ -115,10 +115,6 @@ class StoredCheckpoint:
         states = self.extras.get("optimizer_states", [])
         return {name for state in states for own in state["state"].values() for name in own}
 
-    def holds(self, prefix: str) -> bool:
-        """Whether there are tensors of that name: of a policy or of a reward model."""
-        return any(name.startswith(prefix) for name in self.shapes)
-
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin so, without that beginning; as ``shapes``."""
         return {name.removeprefix(prefix): t for name, t in self.shapes.items() if name.startswith(prefix)}

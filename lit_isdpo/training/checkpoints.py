@@ -5,7 +5,7 @@ import signal
 from copy import deepcopy
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -18,11 +18,36 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_isdpo.evaluation.store import naming
 from lit_isdpo.training.guards import NonFiniteError
 from lit_isdpo.training.run_folder import run_dir
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, check_least
 
 MICRO_BATCHES = "micro_batches_per_step"  # of a checkpoint
 EX_TEMPFAIL = 75  # sysexits.h: "try again later"
 GOLD_KEYS = ("val/gold_reward", "val/win_rate", "val/exact/gold_reward")  # known for the lab's data alone
+
+
+class WholeStepTrainer(Trainer):
+    """Validates and stops between two optimizer steps only, where nothing is lost that a checkpoint does not hold."""
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no optimizer step has begun that is not made: no gradient waits for more micro-batches."""
+        begun = self.fit_loop.batch_idx + 1  # micro-batches of the epoch
+        return begun == 0 or begun % self.accumulate_grad_batches == 0
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether a validation may begin: between two steps, as it saves checkpoints; it waits until then."""
+        return super().enable_validation and self.is_between_steps
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the fit ends: between two steps, whatever asks for it (``max_time``) and whenever."""
+        return self._is_asked_to_stop and self.is_between_steps
+
+    @should_stop.setter
+    def should_stop(self, is_asked: bool) -> None:
+        if is_asked or self.is_between_steps:  # callbacks write back what they read, in the middle of a step too
+            self._is_asked_to_stop = is_asked
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -34,9 +59,7 @@ class BestCheckpoint(ModelCheckpoint):
         save_top_k: how many are kept.
     """
 
-    def __init__(self, monitor: str | None = None, mode: str = "min", save_top_k: int = 1) -> None:
-        if mode not in ("min", "max"):
-            raise InputError(f"checkpoint.mode must be 'min' or 'max', not {mode!r}.")
+    def __init__(self, monitor: str | None = None, mode: Literal["min", "max"] = "min", save_top_k: int = 1) -> None:
         super().__init__(
             filename="best-{step}",
             monitor=monitor,
@@ -84,8 +107,7 @@ class LastCheckpoint(Callback):
     """
 
     def __init__(self, every_n_steps: int = 0) -> None:
-        if every_n_steps < 0:
-            raise InputError(f"last.every_n_steps must be at least 0 optimizer steps, not {every_n_steps}.")
+        check_least("last.every_n_steps", every_n_steps, 0)
         self.every_n_steps = every_n_steps
         self._asked_by: int | None = None  # the signal
         self._saved_at = -1

@@ -21,13 +21,12 @@ from lit_isdpo.objective.metrics import pair_columns
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights
 from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig, load_config
-from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.logprob_model import LogProbModel, outline_logprob_model
 from lit_isdpo.policy.reference import (
     CachedReference,
     Reference,
     ReferenceConfig,
     load_reference,
-    outline_reference,
     reference_as_policy,
     starts_at_reference,
 )
@@ -145,9 +144,12 @@ class Comparison:
         """Does as ``load`` for models without weights; the configuration tells whether they share prompts."""
         models = [policy]
         if self.config is not None:
-            self.reference = outline_reference(source, self.config, policy)
-            with self.reference.scoring() as model:
+            outline = self.reference = load_reference(source, self.config, policy, outline_logprob_model)
+            with outline.scoring() as model:
                 models.append(model)
+            if self.config.cache:
+                cached = CachedReference({"train": torch.zeros(1, 2)}, lambda: outline)
+                self.reference = cached.to(torch.device("meta"))
         self.shares_prompts = self._share_prompts(*models)
 
     def _share_prompts(self, *models: LogProbModel) -> bool:

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,7 @@ class Schedule:
     final_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise InputError(f"schedule.warmup_steps must be at least 0 optimizer steps, not {self.warmup_steps}.")
+        check_least("schedule.warmup_steps", self.warmup_steps, 0)
         if not 0 <= self.final_factor <= 1:
             raise InputError(f"schedule.final_factor must lie between 0 and 1, not {self.final_factor}.")
 

@@ -86,10 +86,8 @@ class Throughput(Callback):
             self._seconds = 0.0
 
     def _stop(self, pl_module: LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # what was launched is not yet done
         if self._resumed is not None:
-            self._seconds += perf_counter() - self._resumed
+            self._seconds += _now(pl_module.device) - self._resumed
             self._resumed = None
 
 
@@ -135,18 +133,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     product = torch.empty_like(a)
     best = 0.0
     for _ in range(4):  # the first one warms up
-        if is_gpu:
-            torch.cuda.synchronize(device)
-        start = perf_counter()
+        start = _now(device)
         for _ in range(repeats):
             torch.mm(a, a, out=product)
-        if is_gpu:
-            torch.cuda.synchronize(device)
-        best = max(best, repeats * 2 * size**3 / (perf_counter() - start))
+        best = max(best, repeats * 2 * size**3 / (_now(device) - start))
     if is_gpu:
         del a, product
         torch.cuda.empty_cache()  # half a GiB that training would find cut to the wrong sizes
     return best
+
+
+def _now(device: torch.device) -> float:
+    """The time in seconds, once a GPU is done with what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -55,10 +55,10 @@ def test_what_is_sampled_is_what_is_scored(family: str, monkeypatch: pytest.Monk
         masks.append(options["attention_mask"])
         return draw(**options)
 
-    monkeypatch.setattr(model, "generate", watched)
     prompts = [[5, 9, 6, 8, 11], [7], [12, 13, 14], [5, 9, 4, 8, 11, 10, 6, 3, 3]]
     with pytest.warns(UserWarning, match="equally long") if family in UNPADDED else nullcontext():
         assert model.how_to_sample.is_padded == (family not in UNPADDED)
+    monkeypatch.setattr(model, "generate", watched)  # the trial has its own calls
     settings = Sampling(num_responses=2, max_new_tokens=6, temperature=1e-4, batch_size=8)
     drawn = sample(model, prompts, settings, Vocabulary(str, [2], 0))
     for prompt, responses in zip(prompts, drawn, strict=True):

@@ -140,6 +140,7 @@ def _sampling(sheet: Sheet) -> None:
         drawn_from: list[Tensor] = []
 
         def generate(policy: LogProbModel = policy, drawn_from: list[Tensor] = drawn_from, **arguments: Any) -> Tensor:
+            del arguments["apart"]  # not transformers'
             output = policy.model.generate(**arguments, output_logits=True, return_dict_in_generate=True)
             drawn_from.append(torch.stack(output.logits, dim=1))
             sequences: Tensor = output.sequences

@@ -1,10 +1,9 @@
 """The trainer, with the verbs that Lightning's has not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,33 +18,10 @@ from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.run_folder import claimed, run_dir
 from lit_isdpo.types import InputError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _described(method: Callable[P, R], line: str) -> Callable[P, R]:
-    """A method of Lightning's with another line of help."""
-
-    @wraps(method)
-    def described(*args: P.args, **kwargs: P.kwargs) -> R:
-        return method(*args, **kwargs)
-
-    described.__doc__ = f"{line}\n\n        Args:{str(method.__doc__).partition('Args:')[2]}"
-    return described
-
 
 class IsdpoTrainer(Trainer):
     """Lightning's trainer; each method more is a verb of the command line that shares ``fit``'s config."""
 
-    fit = _described(
-        Trainer.fit,
-        "Trains; with --ckpt_path it goes on from a checkpoint. "
-        "Options of the method and of the data: fit --model.help PreferenceModule, fit --data.help "
-        "PreferenceDataModule.",
-    )
-    validate = _described(Trainer.validate, "Loss, weights and KL of the validation rows, and a few samples.")
-    test = _described(Trainer.test, "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.")
-    predict = _described(Trainer.predict, "Samples responses to the prompts, and labels pairs of them if wanted.")
     _run_folder: str | None = None
 
     @property

@@ -8,7 +8,7 @@ import pytest
 
 from lit_isdpo.lab.folder import MARKER
 from lit_isdpo.lab.posts import render_prompt, sample_post
-from lit_isdpo.training.ground_truth import find_gold_reward
+from lit_isdpo.training.probe import find_gold_reward
 
 
 def folder_of(root: Path, task: str | None) -> Path:

@@ -20,7 +20,7 @@ from lit_isdpo.objective.losses import PreferenceLoss
 from lit_isdpo.objective.on_policy import OnPolicyObjective
 from lit_isdpo.objective.weights import PairWeighting
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.study.grid import Run, Variant, plan_runs
+from lit_isdpo.study.grid import Run, StudyPlan, Variant
 from lit_isdpo.training.strategy import FSDP2Strategy
 from tests.conftest import tiny_options
 from tests.runs import read_metrics
@@ -286,7 +286,7 @@ def planned(config: Path) -> list[Run]:
         for part in (given["designs"], given["methods"], given.get("prepare", {}))
     )
     grid, options = given.get("grid", {}), given.get("options", {})
-    return plan_runs(designs, methods, grid, given["seeds"], options, prepare=prepare)
+    return StudyPlan(designs, methods, grid, given["seeds"], options, prepare=prepare).runs()
 
 
 @pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)

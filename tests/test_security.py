@@ -27,7 +27,7 @@ from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.evaluation.endpoint import check_no_secret
 from lit_isdpo.policy.adapters import CONFIG_NAME
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, load_config
-from lit_isdpo.study.grid import Variant, plan_runs
+from lit_isdpo.study.grid import StudyPlan, Variant
 from lit_isdpo.training.checkpoint_files import EXTRAS, INDEX, StoredCheckpoint
 from lit_isdpo.training.checkpoints import BestCheckpoint
 from lit_isdpo.types import InputError, Message, PreferenceExample
@@ -392,11 +392,11 @@ def test_a_model_card_is_not_rewritten_by_what_a_run_says(run: Path, tmp_path: P
 @pytest.mark.parametrize("design", ["../../x", "/tmp/x", "..", ""])
 def test_a_study_stays_in_its_folder(design: str) -> None:
     with pytest.raises(InputError, match="cannot be a path"):
-        plan_runs({design: Variant()}, {"DPO": Variant()}, {}, [0], {})
+        StudyPlan({design: Variant()}, {"DPO": Variant()}, {}, [0], {}).runs()
 
 
 def test_a_methods_name_makes_no_path() -> None:
-    (planned,) = plan_runs({"x": Variant()}, {"../../y": Variant()}, {"a.b": ["../z"]}, [0], {})
+    (planned,) = StudyPlan({"x": Variant()}, {"../../y": Variant()}, {"a.b": ["../z"]}, [0], {}).runs()
     assert Path(planned.folder).parent == Path("x")
 
 

@@ -29,7 +29,7 @@ from lit_isdpo.cli.options import check, is_sharded
 from lit_isdpo.cli.parser_errors import check_config_files, explain_option, explain_verb
 from lit_isdpo.commands.export import export
 from lit_isdpo.commands.label import PreferenceLabels
-from lit_isdpo.commands.trainer import SUMMARIES, IsdpoTrainer
+from lit_isdpo.commands.trainer import IsdpoTrainer
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.evaluation.endpoint import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
@@ -59,9 +59,17 @@ SECTIONS = {
     "last": LastCheckpoint,
 }
 LIGHTNINGS_VERBS = LightningCLI.subcommands()  # and what is not an option of each
-OWN_VERBS = ("precompute", "inspect", "plan")  # methods of the trainer that need no folder of a run
+OWN_VERBS = {verb: getattr(IsdpoTrainer, verb) for verb in ("precompute", "inspect", "plan")}
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "study": study}  # they share no options
-VERBS = {verb: getattr(IsdpoTrainer, verb) for verb in (*LIGHTNINGS_VERBS, *OWN_VERBS)} | COMMANDS
+VERBS = {
+    "fit": "Trains; with --ckpt_path it goes on from a checkpoint. Options of the method and of the data: "
+    "fit --model.help PreferenceModule, fit --data.help PreferenceDataModule.",
+    "validate": "Loss, weights and KL of the validation rows, and a few samples.",
+    "test": "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.",
+    "predict": "Samples responses to the prompts, and labels pairs of them if wanted.",
+}
+VERBS |= {verb: str(inspect.getdoc(made)).partition("\n")[0] for verb, made in (OWN_VERBS | COMMANDS).items()}
+"""Every verb, with its line of help."""
 HELP = """usage: lit-isdpo VERB [--config FILE ...] [--OPTION VALUE ...]
 
 Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with:
@@ -71,24 +79,6 @@ Importance-sampled direct alignment (IS-DPO, arXiv 2506.08681). Begin with:
 verbs (each with --help for its options):
 """
 YAML = "yaml, former classes"  # the parser's name for YAML in which a class may be named as it once was
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser, which raises for a mistake, and takes no typo for an abbreviation."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, allow_abbrev=False)
-
-    def parse_options(self, arguments: Sequence[str]) -> Namespace:
-        """Parses the options of a verb.
-
-        Raises:
-            InputError: names the mistake, and what may have been meant.
-        """
-        try:
-            return self.parse_args(arguments)
-        except ArgumentError as error:
-            raise InputError(explain_option(str(error), arguments, self)) from error
 
 
 class IsdpoCLI(LightningCLI):
@@ -123,7 +113,6 @@ class IsdpoCLI(LightningCLI):
                 "enable_model_summary": False,
                 "callbacks": [RunReport(), Throughput(), PredictionWriter(), Peers()],
             },
-            parser_class=Parser,
             parser_kwargs=_parser_options(verb),
         )
 
@@ -139,13 +128,8 @@ class IsdpoCLI(LightningCLI):
             parser.set_defaults(verbose=False)  # our callbacks print what is measured
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the options.
-
-        Raises:
-            InputError: names the mistake, and what may have been meant.
-        """
-        assert isinstance(parser, Parser)
-        self.config = parser.parse_options(args)
+        """Parses the options."""
+        self.config = _parse(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Refuses what does not work together, before anything is loaded."""
@@ -226,7 +210,7 @@ def _run(arguments: Sequence[str]) -> None:
         InputError: there is no verb, or it does not take the options.
     """
     if arguments and arguments[0] in ("--help", "-h"):
-        print(HELP, *(f"  {verb:<12}{_first_line(verb)}" for verb in VERBS), sep="\n")
+        print(HELP, *(f"  {verb:<12}{line}" for verb, line in VERBS.items()), sep="\n")
         raise SystemExit(0)
     if arguments and arguments[0] == "--version":
         print(__version__)
@@ -237,10 +221,10 @@ def _run(arguments: Sequence[str]) -> None:
     verb, options = arguments[place], [*as_options(arguments[:place], arguments[place]), *arguments[place + 1 :]]
     check_config_files(arguments)
     if verb in COMMANDS:
-        parser = Parser(**_parser_options(verb))
+        parser = LightningArgumentParser(**_parser_options(verb))
         parser.add_argument("--config", action="config", help="A YAML file with options.")
         parser.add_function_arguments(COMMANDS[verb])
-        config = parser.instantiate_classes(parser.parse_options(options))
+        config = parser.instantiate_classes(_parse(parser, options))
         COMMANDS[verb](**{name: value for name, value in config.items() if name != "config"})
     else:
         rows = left_out(arguments, verb)
@@ -249,13 +233,22 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _parser_options(verb: str) -> dict[str, Any]:
+    """A parser that raises for a mistake, and takes no typo for an abbreviation."""
     set_loader(YAML, lambda text: get_loader("yaml")(with_present_classes(text)))
-    description = _first_line(verb)
-    return {"prog": f"lit-isdpo {verb}", "description": description, "parser_mode": YAML, "exit_on_error": False}
+    options = {"prog": f"lit-isdpo {verb}", "description": VERBS[verb], "parser_mode": YAML}
+    return {**options, "exit_on_error": False, "allow_abbrev": False}
 
 
-def _first_line(verb: str) -> str:
-    return SUMMARIES.get(verb) or str(inspect.getdoc(VERBS[verb])).partition("\n")[0]
+def _parse(parser: LightningArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The options of a verb.
+
+    Raises:
+        InputError: names the mistake, and what may have been meant.
+    """
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(explain_option(str(error), arguments, parser)) from error
 
 
 def _in_force(verb: str, config: Namespace) -> Namespace:

@@ -25,7 +25,7 @@ _DEFAULTS = {
 _ROWS = re.compile(r"data\.(train|val|test)\b")
 # What is appended to the training rows, or is said of them, leaves the other rows of the file.
 _NAMES_ROWS = re.compile(r"data\.(?:(train)(?:\.path)?|(val|test)\b.*)")
-_SECTIONS = ("model", "data", "trainer", "probe", "evaluation", "labels", "checkpoint", "last")  # each may be a file
+SECTIONS = ("model", "data", "trainer", "probe", "evaluation", "labels", "checkpoint", "last")  # each may be a file
 _WITHOUT_VALUE = ("--print_config", "--help", "-h")
 _LONGEST = 60  # characters of a value in a line
 
@@ -101,7 +101,7 @@ def as_options(arguments: Sequence[str], verb: str) -> list[str]:
         content, path = _load(text, Path())
         section = content.get(verb) if isinstance(content, dict) else None
         if isinstance(section, dict):
-            for key in _SECTIONS:
+            for key in SECTIONS:
                 if path is not None and isinstance(section.get(key), str) and (path.parent / section[key]).is_file():
                     section[key] = str(path.parent.absolute() / section[key])
             found.append(f"--config={yaml.safe_dump(section, default_flow_style=True)}")
@@ -144,7 +144,7 @@ def _layers(arguments: Sequence[str], verb: str) -> Iterator[tuple[dict[str, Any
                 content = content.get(verb)
             yield _flat(content, Path() if path is None else path.parent), None if path is None else value
         else:
-            is_section = name.removesuffix(".init_args") in _SECTIONS
+            is_section = name.removesuffix(".init_args") in SECTIONS
             content, path = _load(value, Path() if is_section else None)
             yield _flat({name: content}, Path()), None if path is None else value
 
@@ -154,7 +154,7 @@ def _flat(content: Any, folder: Path, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items() if isinstance(content, dict) else ():
         name = ".".join(part for part in (*prefix.split("."), *str(key).split(".")) if part not in ("", "init_args"))
-        if name in _SECTIONS and isinstance(value, str):
+        if name in SECTIONS and isinstance(value, str):
             value = _load(value, folder)[0]
         if isinstance(value, dict) and value:
             found |= _flat(value, folder, name)

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from jsonargparse import Namespace
 
+from lit_isdpo.cli.layers import SECTIONS
 from lit_isdpo.data.sampling import check_random_order, split_batch
 from lit_isdpo.evaluation.endpoint import check_no_secret
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
@@ -29,7 +30,7 @@ def check(verb: str, config: Namespace) -> None:
         InputError: names the option and what to use instead.
     """
     check_no_secret(config.as_dict())
-    for section in ("trainer", "probe", "evaluation", "labels", "checkpoint", "last", "model", "data"):
+    for section in SECTIONS:
         if config.get(section) is None:
             raise InputError(f"{section} is null; leave the section out for its defaults.")
     _check_nulls(config, "")
@@ -75,8 +76,7 @@ def arguments_of(cls: type | None) -> dict[str, Any]:
 
 def is_sharded(config: Namespace) -> bool:
     """Whether each rank holds only a part of the model."""
-    named = NAME if isinstance(config.trainer.strategy, str) else FSDP2Strategy.__name__
-    return _strategy_name(config) == named
+    return _strategy_name(config) in (NAME, FSDP2Strategy.__name__)
 
 
 def _check_nulls(config: Any, option: str) -> None:
@@ -150,13 +150,13 @@ def _check_trainer(verb: str, trainer: Namespace) -> None:
 def _check_strategy(verb: str, config: Namespace) -> None:
     """Raises for a strategy that is not supported, and for what a sharded model cannot do."""
     name = _strategy_name(config)
-    if not is_sharded(config) and name.split("_")[0] not in ("auto", "ddp"):
+    if not is_sharded(config):
+        if name.split("_")[0] in ("auto", "ddp"):
+            return
         raise InputError(
             f"trainer.strategy {name!r} is not supported: use 'auto' (one device), 'ddp' (the whole model on each) or "
             "'fsdp2' (a part of it on each; it is the successor of PyTorch's older FSDP)."
         )
-    if not is_sharded(config):
-        return
     shard_size = None if isinstance(config.trainer.strategy, str) else config.trainer.strategy.init_args.shard_size
     if shard_size is not None and shard_size < 1:
         raise InputError(f"trainer.strategy.shard_size must be at least 1 rank, not {shard_size}.")

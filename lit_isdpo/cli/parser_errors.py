@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -53,7 +53,9 @@ def check_config_files(arguments: Sequence[str]) -> None:
         if path.is_dir():
             raise InputError(f"{option} is a folder; name a file in it.")
         if not path.exists():
-            raise InputError(f"--config: no such file: {text!r}{_did_you_mean(_names_like(path))}")
+            near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+            suggested = _did_you_mean([str(path.with_name(name)) for name in near])
+            raise InputError(f"--config: no such file: {text!r}{suggested}")
         try:
             content = yaml.safe_load(path.read_text())
         except OSError as error:
@@ -230,18 +232,8 @@ def _options_like(name: str, known: Sequence[str]) -> list[str]:
     return [other for other in known if other.rpartition(".")[2] in close][:_SHOWN]
 
 
-def _names_like(path: Path) -> list[str]:
-    """Files beside one that is not there, whose names are similar."""
-    try:
-        names = [other.name for other in path.parent.iterdir()]
-    except OSError:
-        return []
-    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names, n=1)]
-
-
-def _did_you_mean(names: Iterable[str]) -> str:
-    found = list(names)
-    return f"; did you mean {_listed(found)}?" if found else ""
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"; did you mean {_listed(names)}?" if names else ""
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -10,12 +10,7 @@ from typing import Any, Literal
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lit_isdpo import __version__
@@ -283,12 +278,10 @@ def _card(trained: TrainedModel, name: str, as_adapter: bool) -> ModelCard:
         pipeline_tag="text-classification" if trained.scores else "text-generation",
         tags=["lit-isdpo", "reward-model" if trained.scores else "preference-optimization"],
     )
-    what = (
-        "An adapter of a language model," if as_adapter else "A reward model" if trained.scores else "A language model"
-    )
+    kind = "A reward model" if trained.scores else "A language model"
     content = CARD.format(
         name=" ".join(name.split()),
-        what="An adapter of a language model," if as_adapter else what,
+        what="An adapter of a language model," if as_adapter else kind,
         loader="peft.AutoPeftModelForCausalLM" if as_adapter else trained.auto_class.__name__,
         numerics=f"; with `dtype={trained.dtype}` its base is what it was in training" if as_adapter else "",
         version=__version__,

@@ -19,15 +19,6 @@ from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.run_folder import claimed, run_dir
 from lit_isdpo.types import InputError, check_least
 
-SUMMARIES = {
-    "fit": "Trains; with --ckpt_path it goes on from a checkpoint. Options of the method and of the data: "
-    "fit --model.help PreferenceModule, fit --data.help PreferenceDataModule.",
-    "validate": "Loss, weights and KL of the validation rows, and a few samples.",
-    "test": "Evaluates a policy: rewards, win rates, KL and lengths of sampled responses.",
-    "predict": "Samples responses to the prompts, and labels pairs of them if wanted.",
-}
-"""The line of help for each of Lightning's verbs."""
-
 
 class IsdpoTrainer(WholeStepTrainer):
     """Lightning's trainer; each method more is a verb of the command line that shares ``fit``'s config."""

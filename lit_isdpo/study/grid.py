@@ -6,8 +6,10 @@ Runs may build upon others, the preparations. A preparation is, for example, a r
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -92,16 +94,9 @@ class Run:
         return f"{self.cell}-{self.digest}"
 
 
-def plan_runs(
-    designs: Mapping[str, Variant],
-    methods: Mapping[str, Variant],
-    grid: Mapping[str, Sequence[Any]],
-    seeds: Sequence[int],
-    options: Mapping[str, Any],
-    prepare: Mapping[str, Variant] | None = None,
-    root: Path = Path(),
-) -> list[Run]:
-    """Every combination, seed by seed, so that a study that is cut off has all methods on its first seeds.
+@dataclass(frozen=True)
+class StudyPlan:
+    """Plans the runs of a study.
 
     Args:
         designs: variants to train on.
@@ -110,48 +105,142 @@ def plan_runs(
         seeds: one run each.
         options: flags of all runs.
         prepare: variants that are laid over each design too, without the grid, for those seeds for which an option
-            mentions them. They are not in the list, but its runs need them.
+            mentions them.
         root: the folder of runs, in which a run finds its preparations.
-
-    Raises:
-        InputError: something is empty, missing or there twice, or a value would silently give way to another; no
-            option mentions a preparation, or an option of its own or of an earlier preparation does.
     """
-    prepare = prepare or {}
-    for name, given in (("designs", designs), ("methods", methods), ("seeds", seeds)):
-        if not given:
-            raise InputError(f"{name}: a study needs at least one.")
-    for design in designs:
-        if Path(design).name != design or design in ("", ".."):
-            raise InputError(f"designs: {design!r} names a folder of runs, so it cannot be a path.")
-    for flag, values in grid.items():
-        if not values:
-            raise InputError(f"grid: {flag} has no values.")
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds: {list(seeds)} names a seed twice.")
-    for method, variant in methods.items():
-        if unknown := set(variant.without) - set(grid):
-            raise InputError(f"methods.{method}.without: {sorted(unknown)} is not in the grid.")
-    if SEED in prepare:
-        raise InputError(f"prepare: {{{SEED}}} stands for the run's seed already; give the preparation another name.")
-    for name, variant in prepare.items():
-        if variant.without:
-            raise InputError(f"prepare.{name}.without: a preparation has no flag of the grid; leave it out.")
-    _check_options(designs, methods, grid, options, prepare)
-    files = [file for one in (*designs.values(), *prepare.values(), *methods.values()) for file in one.files]
-    contents = {file: _read(file) for file in dict.fromkeys(files)}
-    planner = _Planner(designs, prepare, options, root.absolute(), _short_names(list(grid)), contents)
-    runs = {}
-    for seed, design, (method, by) in product(seeds, designs, methods.items()):
-        flags = [flag for flag in grid if flag not in by.without]
-        for values in product(*(grid[flag] for flag in flags)):
-            run = planner.run(design, method, by, seed, dict(zip(flags, values, strict=True)))
-            runs[run.folder] = run
-    if unused := [name for name in prepare if all(name != made for made, _, _ in planner.preparations)]:
-        raise InputError(
-            f"prepare: no run builds upon {unused}; mention {{{unused[0]}}} in an option, or leave it out."
-        )
-    return list(runs.values())
+
+    designs: Mapping[str, Variant]
+    methods: Mapping[str, Variant]
+    grid: Mapping[str, Sequence[Any]]
+    seeds: Sequence[int]
+    options: Mapping[str, Any]
+    prepare: Mapping[str, Variant] = field(default_factory=dict)
+    root: Path = Path()
+    _preparations: dict[tuple[str, str, int], Run] = field(default_factory=dict, init=False)
+
+    def runs(self) -> list[Run]:
+        """Every combination, seed by seed, so that a study that is cut off has all methods on its first seeds.
+
+        The preparations are not in the list, but its runs need them.
+
+        Raises:
+            InputError: something is empty, missing or there twice, or a value would silently give way to another; no
+                option mentions a preparation, or an option of its own or of an earlier preparation does.
+        """
+        self._check()
+        runs = {}
+        for seed, design, (method, by) in product(self.seeds, self.designs, self.methods.items()):
+            flags = [flag for flag in self.grid if flag not in by.without]
+            for values in product(*(self.grid[flag] for flag in flags)):
+                run = self._run(design, method, by, seed, dict(zip(flags, values, strict=True)))
+                runs[run.folder] = run
+        if unused := [name for name in self.prepare if all(name != made for made, _, _ in self._preparations)]:
+            raise InputError(
+                f"prepare: no run builds upon {unused}; mention {{{unused[0]}}} in an option, or leave it out."
+            )
+        return list(runs.values())
+
+    def _check(self) -> None:
+        for name, given in (("designs", self.designs), ("methods", self.methods), ("seeds", self.seeds)):
+            if not given:
+                raise InputError(f"{name}: a study needs at least one.")
+        for design in self.designs:
+            if Path(design).name != design or design in ("", ".."):
+                raise InputError(f"designs: {design!r} names a folder of runs, so it cannot be a path.")
+        for flag, values in self.grid.items():
+            if not values:
+                raise InputError(f"grid: {flag} has no values.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: {list(self.seeds)} names a seed twice.")
+        for method, variant in self.methods.items():
+            if unknown := set(variant.without) - set(self.grid):
+                raise InputError(f"methods.{method}.without: {sorted(unknown)} is not in the grid.")
+        if SEED in self.prepare:
+            raise InputError(
+                f"prepare: {{{SEED}}} stands for the run's seed already; give the preparation another name."
+            )
+        for name, variant in self.prepare.items():
+            if variant.without:
+                raise InputError(f"prepare.{name}.without: a preparation has no flag of the grid; leave it out.")
+        # A method that is without a flag of the grid takes the value from its own options or from those for all.
+        varied = {name: set(self.grid).difference(one.without) for name, one in self.methods.items()}
+        for_all = set.intersection(*varied.values())
+        places = [("grid", self.grid, set()), ("options", self.options, for_all)]
+        places += [(f"designs.{name}.options", one.options, for_all) for name, one in self.designs.items()]
+        places += [(f"methods.{name}.options", one.options, varied[name]) for name, one in self.methods.items()]
+        places += [(f"prepare.{name}.options", one.options, set()) for name, one in self.prepare.items()]
+        for place, options, replaced in places:
+            if both := set(options) & replaced:
+                raise InputError(
+                    f"{place}: {sorted(both)} is in the grid too, whose values would count; leave one out."
+                )
+            if "seed_everything" in options:
+                raise InputError(f"{place}: seed_everything is each run's own, from seeds; leave it out.")
+
+    def _run(
+        self, design: str, name: str, by: Variant, seed: int, settings: Mapping[str, Any], exports: bool = False
+    ) -> Run:
+        """The run of a method or a preparation on a design."""
+        on = self.designs[design]
+        files = [*on.files, *by.files]
+        given = {**self.options, **on.options, **by.options, **settings, "seed_everything": seed}
+        given = _changed(given, self._quoted)
+        text = json.dumps(given, default=str)
+        names = list(self.prepare)
+        mentioned = [one for one in names if json.dumps(f"{{{one}}}")[1:-1] in text]
+        if exports and (late := [f"{{{one}}}" for one in names[names.index(name) :] if one in mentioned]):
+            raise InputError(
+                f"prepare.{name}: its options, with those of {design!r} and the study, mention {' and '.join(late)}; "
+                "a preparation can build upon those before it in the section, and no other."
+            )
+        needs = tuple(self._preparation(one, design, seed) for one in mentioned)
+        words = {f"{{{need.method}}}": str(self.root.absolute() / need.folder / EXPORTED) for need in needs}
+        if crooked := [folder for folder in words.values() if ": " in folder]:  # the command line reads a mapping
+            raise InputError(
+                f"prepare: no option can be given the folder {crooked[0]!r}, as ': ' is in its name; name runs_dir and "
+                "the design without it."
+            )
+        words[f"{{{SEED}}}"] = str(seed)
+
+        mention = re.compile("|".join(map(re.escape, words)))
+
+        def fill(part: Any) -> Any:  # all at once, as a folder's name may look like a mention
+            return mention.sub(lambda found: words[found[0]], part) if isinstance(part, str) else part
+
+        arguments = [f"--config={file}" for file in files]
+        arguments += [f"--{flag}={_dump(_changed(value, fill))}" for flag, value in given.items()]
+        # The arguments have the root in them. Parts are appended only where there are some, as old runs lack them.
+        identity: list[Any] = [[self._contents[file] for file in files], given]
+        if needs:
+            identity.append({need.method: need.digest for need in needs})
+        if exports:  # a run of the same options that is not exported is no preparation
+            identity.append(EXPORTED)
+        digest = sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        labels = {self._short[flag]: _label(value) for flag, value in settings.items()}
+        return Run(design, name, labels, seed, tuple(arguments), digest, needs, exports)
+
+    def _preparation(self, name: str, design: str, seed: int) -> Run:
+        key = (name, design, seed)
+        if key not in self._preparations:
+            self._preparations[key] = self._run(design, name, self.prepare[name], seed, {}, exports=True)
+        return self._preparations[key]
+
+    def _quoted(self, part: Any) -> Any:
+        """YAML makes a mapping of ``{NAME}`` without quotes, and jsonargparse does of a name with a space in quotes."""
+        return next((f"{{{name}}}" for name in self.prepare if isinstance(part, dict) and part == _flow(name)), part)
+
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        """The contents of the config files."""
+        variants = (*self.designs.values(), *self.prepare.values(), *self.methods.values())
+        return {file: _read(file) for file in dict.fromkeys(file for one in variants for file in one.files)}
+
+    @cached_property
+    def _short(self) -> dict[str, str]:
+        """The last part of each flag, unless it is the last part of another flag or a column of the tables."""
+        last = {flag: flag.rpartition(".")[2] for flag in self.grid}
+        often = Counter(last.values())
+        return {flag: name if often[name] == 1 and name not in COLUMNS else flag for flag, name in last.items()}
 
 
 def with_needs(runs: Iterable[Run], wanted: Callable[[Run], bool] = lambda run: True) -> list[Run]:
@@ -181,100 +270,6 @@ def find_run(runs: Sequence[Run], name: str) -> Run:
     if found:
         raise InputError(f"show: {name!r} is the name of {len(found)} runs; name one, for example of {cells}.")
     raise InputError(f"show: the study has no run {name!r}; it has, for example, {cells}.")
-
-
-@dataclass(frozen=True)
-class _Planner:
-    """Makes runs of the study's variants, and the preparations that they mention.
-
-    Attributes:
-        designs: as of :func:`plan_runs`, and so ``prepare`` and ``options``.
-        root: the folder of runs, absolute.
-        short: short names of the grid's flags.
-        contents: the contents of the config files.
-        preparations: those that were made, by name, design and seed.
-    """
-
-    designs: Mapping[str, Variant]
-    prepare: Mapping[str, Variant]
-    options: Mapping[str, Any]
-    root: Path
-    short: Mapping[str, str]
-    contents: Mapping[str, Any]
-    preparations: dict[tuple[str, str, int], Run] = field(default_factory=dict)
-
-    def run(
-        self, design: str, name: str, by: Variant, seed: int, settings: Mapping[str, Any], exports: bool = False
-    ) -> Run:
-        """The run of a method or a preparation on a design."""
-        on = self.designs[design]
-        files = [*on.files, *by.files]
-        given = {**self.options, **on.options, **by.options, **settings, "seed_everything": seed}
-        given = _changed(given, self._quoted)
-        text = json.dumps(given, default=str)
-        names = list(self.prepare)
-        mentioned = [one for one in names if json.dumps(f"{{{one}}}")[1:-1] in text]
-        if exports and (late := [f"{{{one}}}" for one in names[names.index(name) :] if one in mentioned]):
-            raise InputError(
-                f"prepare.{name}: its options, with those of {design!r} and the study, mention {' and '.join(late)}; "
-                "a preparation can build upon those before it in the section, and no other."
-            )
-        needs = tuple(self._preparation(one, design, seed) for one in mentioned)
-        words = {f"{{{need.method}}}": str(self.root / need.folder / EXPORTED) for need in needs}
-        if crooked := [folder for folder in words.values() if ": " in folder]:  # the command line reads a mapping
-            raise InputError(
-                f"prepare: no option can be given the folder {crooked[0]!r}, as ': ' is in its name; name runs_dir and "
-                "the design without it."
-            )
-        words[f"{{{SEED}}}"] = str(seed)
-
-        mention = re.compile("|".join(map(re.escape, words)))
-
-        def fill(part: Any) -> Any:  # all at once, as a folder's name may look like a mention
-            return mention.sub(lambda found: words[found[0]], part) if isinstance(part, str) else part
-
-        arguments = [f"--config={file}" for file in files]
-        arguments += [f"--{flag}={_dump(_changed(value, fill))}" for flag, value in given.items()]
-        # The arguments have the root in them. Parts are appended only where there are some, as old runs lack them.
-        identity: list[Any] = [[self.contents[file] for file in files], given]
-        if needs:
-            identity.append({need.method: need.digest for need in needs})
-        if exports:  # a run of the same options that is not exported is no preparation
-            identity.append(EXPORTED)
-        digest = sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        labels = {self.short[flag]: _label(value) for flag, value in settings.items()}
-        return Run(design, name, labels, seed, tuple(arguments), digest, needs, exports)
-
-    def _preparation(self, name: str, design: str, seed: int) -> Run:
-        key = (name, design, seed)
-        if key not in self.preparations:
-            self.preparations[key] = self.run(design, name, self.prepare[name], seed, {}, exports=True)
-        return self.preparations[key]
-
-    def _quoted(self, part: Any) -> Any:
-        """YAML makes a mapping of ``{NAME}`` without quotes, and jsonargparse does of a name with a space in quotes."""
-        return next((f"{{{name}}}" for name in self.prepare if isinstance(part, dict) and part == _flow(name)), part)
-
-
-def _check_options(
-    designs: Mapping[str, Variant],
-    methods: Mapping[str, Variant],
-    grid: Mapping[str, Sequence[Any]],
-    options: Mapping[str, Any],
-    prepare: Mapping[str, Variant],
-) -> None:
-    """Raises InputError for an option that has no effect, as the grid's values or the run's seed take its place."""
-    # A method that is without a flag of the grid takes the value from its own options or from those for all.
-    for_all = set(grid).difference(*(variant.without for variant in methods.values()))
-    places = [("grid", grid, set()), ("options", options, for_all)]
-    places += [(f"designs.{name}.options", variant.options, for_all) for name, variant in designs.items()]
-    places += [(f"methods.{name}.options", one.options, set(grid) - set(one.without)) for name, one in methods.items()]
-    places += [(f"prepare.{name}.options", variant.options, set()) for name, variant in prepare.items()]
-    for place, given, varied in places:
-        if both := set(given) & varied:
-            raise InputError(f"{place}: {sorted(both)} is in the grid too, whose values would count; leave one out.")
-        if "seed_everything" in given:
-            raise InputError(f"{place}: seed_everything is each run's own, from seeds; leave it out.")
 
 
 def _read(file: str) -> Any:
@@ -311,10 +306,3 @@ def _dump(value: Any) -> str:
 def _label(value: Any) -> Any:
     """A value that a table can be grouped by; null is a value too, and none that is missing."""
     return value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def _short_names(flags: Sequence[str]) -> dict[str, str]:
-    """The last part of each flag, unless it is the last part of another flag or a column of the tables."""
-    last = [flag.split(".")[-1] for flag in flags]
-    alone = [last.count(name) == 1 and name not in COLUMNS for name in last]
-    return {flag: name if short else flag for flag, name, short in zip(flags, last, alone, strict=True)}

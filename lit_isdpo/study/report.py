@@ -162,8 +162,7 @@ def _differences(summary: pd.DataFrame, differences: pd.DataFrame, settings: Seq
         return "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
 
     def effect(rows: pd.DataFrame) -> str:
-        size = paired_effect(rows["final"])[2]
-        return "-" if math.isnan(size) else f"{size:+.1f}"
+        return _cell(paired_effect(rows["final"])[2], "+.1f")
 
     def at_equal_kl(rows: pd.DataFrame) -> str:
         known = rows["equal_kl"].count()

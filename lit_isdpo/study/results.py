@@ -110,10 +110,8 @@ def summarize(history: pd.DataFrame) -> dict[str, float]:
         "peak_progress": at_peak["progress"],
         "kl_peak": at_peak["kl"],
     }
-    for column in ("kl", "proxy", "win_rate", "weight", "ess", "accuracy", "loss", "length", "support_mass"):
-        values[column] = last[column]
-    for budget in KL_BUDGETS:
-        values[f"gold_at_kl_{budget:g}"] = gold[history["kl"] <= budget].max()
+    values |= {column: last[column] for column in SOURCES if column != "gold"}
+    values |= {f"gold_at_kl_{budget:g}": gold[history["kl"] <= budget].max() for budget in KL_BUDGETS}
     return {key: float(value) for key, value in values.items()}
 
 

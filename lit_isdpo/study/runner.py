@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lit_isdpo.evaluation.store import write_text
-from lit_isdpo.study.grid import EXPORTED, Run, Value, Variant, find_run, plan_runs, with_needs
+from lit_isdpo.study.grid import EXPORTED, Run, StudyPlan, Value, Variant, find_run, with_needs
 from lit_isdpo.types import InputError
 
 CLI = "lit_isdpo.cli"  # by its name, as this room is below the command line
@@ -97,7 +97,7 @@ def study(
         {name: Variant(config=value) if isinstance(value, str) else value for name, value in given.items()}
         for given in (designs, methods, prepare or {})
     )
-    runs = plan_runs(on, by, grid or {}, seeds, options or {}, before, root)
+    runs = StudyPlan(on, by, grid or {}, seeds, options or {}, before, root).runs()
     if show is not None:
         print(_config(find_run(runs, show), root, CLI), end="")
         return
@@ -187,10 +187,9 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
         bar = progress.add_task("runs", total=total, completed=total - len(waiting))
         try:
             while waiting or working:
-                for worker in (worker for worker in range(num_workers) if worker not in working):
-                    ready = [one for one in waiting if not any(need.folder in missing for need in one.needs)]
-                    if ready:
-                        run = ready[0]
+                for worker in {*range(num_workers)} - {*working}:
+                    ready = (one for one in waiting if not any(need.folder in missing for need in one.needs))
+                    if run := next(ready, None):
                         waiting.remove(run)
                         arguments = (run, root, worker, num_workers, cli)
                         new = context.Process(target=_work, args=arguments, name=run.name)
@@ -202,14 +201,14 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
                         del working[worker]
                         seconds = monotonic() - started
                         if process.exitcode == 0:
-                            _mark(run, root, seconds)
+                            done = {"run": run.name, "arguments": run.arguments, "seconds": round(seconds, 1)}
+                            write_text(root / run.folder / DONE, json.dumps(done, indent=2) + "\n")
                             missing.remove(run.folder)
                             progress.console.print(f"{run.name}: {seconds:.0f} s")
                         else:
-                            failed.append(run)
                             lost = [one for one in waiting if run in with_needs(one.needs)]
                             waiting = [one for one in waiting if one not in lost]
-                            failed += lost
+                            failed += [run, *lost]
                             more = f"; runs that build upon it and are not started: {len(lost)}" if lost else ""
                             progress.console.print(f"{run.name}: failed, see {root / run.folder / LOG}{more}")
                             progress.advance(bar, len(lost))
@@ -245,11 +244,6 @@ def _config(run: Run, root: Path, cli: str) -> str:
             raise InputError(f"{run.name}: {said.getvalue().strip().removeprefix('error: ')}") from None
     of_fit = ("ckpt_path: null\n", "weights_only: null\n")  # other verbs lack them, and take the rest
     return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line not in of_fit)
-
-
-def _mark(run: Run, root: Path, seconds: float) -> None:
-    done = {"run": run.name, "arguments": list(run.arguments), "seconds": round(seconds, 1)}
-    write_text(root / run.folder / DONE, json.dumps(done, indent=2) + "\n")
 
 
 def _work(run: Run, root: Path, worker: int, num_workers: int, cli: str) -> None:

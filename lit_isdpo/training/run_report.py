@@ -81,7 +81,9 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(outcomes.metrics(trainer.datamodule.splits.counts), step=trainer.global_step)  # type: ignore[attr-defined]
         if trainer.global_step == 0 and trainer.enable_validation:
-            _validate(trainer)
+            trainer.validating = True  # as Lightning does between two batches
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
             self.before = _numbers(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,10 +121,9 @@ class RunReport(Callback):
             console.print(_table("Validation, before and after training", columns))
             for panel in _samples(trainer):
                 console.print(panel)
-            trained = (
-                f"{trainer.global_step} optimizer steps in {timedelta(seconds=round(monotonic() - self._started))}"
-            )
-            console.print(f"Trained for {trained}. Everything is in {folder}", soft_wrap=True)
+            steps, time = trainer.global_step, timedelta(seconds=round(monotonic() - self._started))
+            told = f"Trained for {steps} optimizer steps in {time}. Everything is in {folder}"
+            console.print(told, soft_wrap=True)
             console.print(f"Compare runs: tensorboard --logdir {folder.parent}", soft_wrap=True)
 
 
@@ -224,13 +225,6 @@ def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
                 )
             table.add_row(label, *cells)
     return table
-
-
-def _validate(trainer: Trainer) -> None:
-    """Runs the validation loop inside a fit, as Lightning does between two batches."""
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
 
 
 def _log_hyperparameters(trainer: Trainer, module: LanguageModule) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_isdpo.study.grid import COLUMNS, Run, Variant, plan_runs
+from lit_isdpo.study.grid import COLUMNS, Run, StudyPlan, Variant
 from lit_isdpo.study.results import SOURCES
 from lit_isdpo.study.runner import study
 from lit_isdpo.types import InputError
@@ -33,7 +33,7 @@ def plan(**changes):
         "seeds": [0, 7],
         "options": {},
     }
-    return plan_runs(**{**given, **changes})
+    return StudyPlan(**{**given, **changes}).runs()
 
 
 @pytest.mark.usefixtures("files")

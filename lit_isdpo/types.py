@@ -30,6 +30,16 @@ def check_least(option: str, value: float | None, least: int) -> None:
         raise InputError(f"{option} must be at least {least}, not {value}.")
 
 
+def check_choice(option: str, value: str | None, choices: Sequence[str | None]) -> None:
+    """Raises for an option's value that is none of the choices.
+
+    Raises:
+        InputError: it is none.
+    """
+    if value not in choices:
+        raise InputError(f"{option} is {value!r}; known: {', '.join(filter(None, choices))}")
+
+
 NEEDS_CODE = "it needs Python code that comes with it; read that, and set trust_remote_code to true if you trust it."
 
 

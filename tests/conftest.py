@@ -12,8 +12,7 @@ from hypothesis import settings
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lit_isdpo.lab.posts import render_facts, render_prompt, sample_demonstration, sample_post
-from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.lab.posts import build_tokenizer, render_facts, render_prompt, sample_demonstration, sample_post
 from lit_isdpo.objective.logprobs import PairLogps
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give

@@ -52,7 +52,7 @@ def test_data_and_tokenizers_of_the_lab_are_read(folder: Path) -> None:
     assert not folder.exists()
     data.setup("fit")
     assert [(counts.kept, counts.dropped) for counts in data.splits.counts["train"]] == [(60, {})]
-    (made,) = data.source_folders("train")
+    (made,) = data.splits.folders("train")
     assert environment_of(made) == "posts"
     assert data.hparams["train"][0]["path"] == "lab:posts/sft"
 

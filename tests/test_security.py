@@ -24,7 +24,7 @@ from lit_isdpo.data.encoding import load_tokenizer
 from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.sources import DataSource, open_source
 from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
-from lit_isdpo.evaluation.credentials import check_no_secret
+from lit_isdpo.evaluation.endpoint import check_no_secret
 from lit_isdpo.policy.adapters import CONFIG_NAME
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm, load_config
 from lit_isdpo.study.grid import Variant, plan_runs

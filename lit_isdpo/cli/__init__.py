@@ -31,7 +31,7 @@ from lit_isdpo.commands.export import export
 from lit_isdpo.commands.label import PreferenceLabels
 from lit_isdpo.commands.trainer import IsdpoTrainer
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
-from lit_isdpo.evaluation.credentials import hide_secrets
+from lit_isdpo.evaluation.endpoint import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
 from lit_isdpo.names import with_present_classes
 from lit_isdpo.study.runner import study

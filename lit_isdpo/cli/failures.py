@@ -27,8 +27,8 @@ OF_THE_SYSTEM = (
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")  # as PyTorch and CUDA say it
 IN_A_STEP = "lower data.micro_batch_size or data.max_length, or set model.policy.gradient_checkpointing to true"
 PLACES = {
-    "lit_isdpo.training.probe": ("the probe of a validation", "lower probe.batch_size or probe.max_new_tokens"),
     "lit_isdpo.training.evaluation": ("the evaluation", "lower evaluation.batch_size or evaluation.max_new_tokens"),
+    "lit_isdpo.training.probe": ("the probe of a validation", "lower probe.batch_size or probe.max_new_tokens"),
     "lit_isdpo.evaluation.reference_logps": ("the reference's log-probs", "lower data.eval_batch_size"),
     "lightning.pytorch.loops.evaluation_loop": ("a validation or test", "lower data.eval_batch_size"),
     "lightning.pytorch.loops.prediction_loop": ("sampling", "lower data.eval_batch_size"),

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_isdpo.data.sampling import check_random_order, split_batch
-from lit_isdpo.evaluation.credentials import check_no_secret
+from lit_isdpo.evaluation.endpoint import check_no_secret
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint
 from lit_isdpo.training.reward import RewardModule
 from lit_isdpo.training.strategy import NAME, FSDP2Strategy

@@ -242,7 +242,7 @@ def show_row(datamodule: TextDataModule, split: Split, row_id: int, *, separator
     rows = datamodule.splits.rows[split]
     index = int((rows.positions == row_id).nonzero()[0])
     batch: PreferenceBatch | SFTBatch = datamodule.collate("plain")(rows.__getitems__([index]))
-    head = Text(datamodule.row_name(split, row_id), "bold")
+    head = Text(datamodule.splits.row_name(split, row_id), "bold")
     if isinstance(batch, PreferenceBatch):
         weight, margin = float(batch.pair_weights[0]), float(batch.margins[0])
         head.append(f", weight {weight:g}" * (weight != 1) + f", margin {margin:g}" * (margin != 0))

@@ -2,17 +2,18 @@
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.data.examples import Pairing, choose_pairs
 from lit_isdpo.evaluation.store import write_text
-from lit_isdpo.lab.labelling import Labeller, PairRow, SampledRow, sampled_logps, to_rows
+from lit_isdpo.lab.labelling import Labeller, PairRow, SampledRow, sampled_pairs
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.models import Prediction
@@ -48,8 +49,6 @@ class PreferenceLabels(Callback):
         noise_temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if pairing not in get_args(Pairing):
-            raise InputError(f"labels.pairing: no pairing {pairing!r}; known: {', '.join(get_args(Pairing))}.")
         if not 0 <= noise_temperature < float("inf"):
             raise InputError(f"labels.noise_temperature must be a number of at least 0, not {noise_temperature}.")
         if reward is None and (pairing, noise_temperature, seed) != ("best_worst", 0.0, 0):
@@ -112,20 +111,10 @@ class PreferenceLabels(Callback):
             prompt = datamodule.splits.prompt(datamodule.split_to_predict, row_id)
             rows.append(SampledRow(row_id, prompt, of_row[0].prompt_ids, responses))
         preferences, left_out = self._labeller(rows)
-        both = [pair.chosen for pair in preferences] + [pair.rejected for pair in preferences]
-        logps = sampled_logps(
-            pl_module.policy,
-            [pair.row.prompt_ids for pair in preferences] * 2,
-            [response.token_ids for response in both],
-            Sampling(
-                temperature=pl_module.sampling.temperature,
-                top_p=pl_module.sampling.top_p,
-                batch_size=datamodule.eval_batch_size or datamodule.rows_per_forward,
-            ),
-            pad_token_id=pl_module.vocabulary.pad_token_id,
-        )
-        row_ids = [pair.row.row_id for pair in preferences]
-        self._pairs += zip(row_ids, to_rows(preferences, logps), strict=True)
+        size = datamodule.eval_batch_size or datamodule.rows_per_forward
+        sampling = Sampling(**asdict(pl_module.sampling) | {"batch_size": size})
+        pairs = sampled_pairs(pl_module.policy, preferences, sampling, pad_token_id=pl_module.vocabulary.pad_token_id)
+        self._pairs += zip([pair.row.row_id for pair in preferences], pairs, strict=True)
         self._counts += left_out
         self._counts.update(rows=len(rows), responses=len(outputs))
 

@@ -14,20 +14,52 @@ layout a pair is one row, ``[prompt | chosen | rejected]``, whose prompt is comp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.types import (
-    PreferenceBatch,
-    SFTBatch,
-    TokenBatch,
-    TokenizedExample,
-    TokenizedPair,
-)
+from lit_isdpo.types import PreferenceBatch, SFTBatch, TokenBatch, TokenizedExample, TokenizedPair
 
 Layout = Literal["plain", "shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Who reads the rows: what a data module must know of the model and of the run, which hands this over.
+
+    Without a run it is one process that reads everything, in the plain layout.
+
+    Attributes:
+        tokenizer: the model's own.
+        first_without_row: the first token id that the model's embedding has no row for, if there is one.
+        mixes_pairs: whether a pair's weight depends on the others of its micro-batch, which must then be random.
+        shares_prompts: whether the model wants one row per pair; known once the model is loaded.
+        stage: fit, validate, test or predict.
+        world_size: number of ranks.
+        rank: of this process; known once the processes are.
+        step: optimizer steps that were taken.
+        limits: of the batches of a split's evaluation: an integer is a number of them, a float a share.
+        pin_memory: whether batches go to a GPU.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    first_without_row: int | None = None
+    mixes_pairs: bool = False
+    shares_prompts: Callable[[], bool] = lambda: False
+    stage: str = "fit"
+    world_size: int = 1
+    rank: Callable[[], int] = lambda: 0
+    step: Callable[[], int] = lambda: 0
+    limits: Mapping[str, int | float] = field(default_factory=dict)
+    pin_memory: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """How the model that is trained or tested wants its rows."""
+        return "shared" if self.shares_prompts() else "plain"
 
 
 def collate_completions(
@@ -49,34 +81,10 @@ def collate_completions(
     >>> batch.completion_ids.tolist(), batch.logit_positions.tolist()
     ([[6, 2], [9, 0]], [[1, 2], [4, 0]])
     """
-    num_rows = len(prompts)
-    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    width = max(len(c) for c in completions)
-    input_ids = torch.full((num_rows, length), pad_token_id)
-    attention_mask = torch.zeros(num_rows, length, dtype=torch.bool)
-    completion_ids = torch.zeros(num_rows, width, dtype=torch.long)
-    completion_mask = torch.zeros(num_rows, width, dtype=torch.bool)
-    logit_positions = torch.zeros(num_rows, width, dtype=torch.long)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        assert prompt, "the first completion token is predicted at the prompt's last position"
-        start, end = len(prompt), len(prompt) + len(completion)
-        input_ids[row, :start] = torch.tensor(prompt)
-        input_ids[row, start:end] = torch.tensor(completion, dtype=torch.long)
-        attention_mask[row, :end] = True
-        completion_ids[row, : len(completion)] = input_ids[row, start:end]
-        completion_mask[row, : len(completion)] = True
-        first = row * length + start - 1
-        logit_positions[row, : len(completion)] = torch.arange(first, first + len(completion))
-    position_ids = torch.arange(length).expand(num_rows, length).contiguous()
-    return TokenBatch(
-        input_ids,
-        attention_mask,
-        position_ids,
-        completion_ids,
-        completion_mask,
-        logit_positions,
-        _places(completion_mask),
-    )
+    rows = [[(prompt, [completion])] for prompt, completion in zip(prompts, completions, strict=True)]
+    batch = _lay_out(rows, [[sequence] for sequence in range(len(rows))], pad_token_id)
+    position_ids = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape).contiguous()
+    return batch._replace(position_ids=position_ids, segment_ids=None)
 
 
 def collate_shared(
@@ -99,35 +107,45 @@ def collate_shared(
     ([[6, 2, 0], [7, 8, 2]], [[1, 2, 0], [1, 4, 5]])
     """
     rows = [[pair] for pair in range(len(pairs))] if rows is None else rows
-    lengths = [sum(num_positions(pairs[number]) for number in row) for row in rows]
-    width = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    blocks = [
+        [(pairs[pair].prompt_ids, [pairs[pair].chosen_ids, pairs[pair].rejected_ids]) for pair in row] for row in rows
+    ]
+    batch = _lay_out(blocks, [[pair + side for pair in row for side in (0, len(pairs))] for row in rows], pad_token_id)
+    return batch._replace(num_prompt_positions=min(len(row[0][0]) for row in blocks))
+
+
+def _lay_out(
+    rows: Sequence[Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]],
+    sequences: Sequence[Sequence[int]],
+    pad_token_id: int,
+) -> TokenBatch:
+    """Lays out rows of prompts, each followed by its responses; ``sequences`` numbers the responses of each row."""
+    lengths = [sum(len(prompt) + sum(map(len, responses)) for prompt, responses in row) for row in rows]
+    width = max(len(ids) for row in rows for _, responses in row for ids in responses)
     input_ids = torch.full((len(rows), max(lengths)), pad_token_id)
     segment_ids = torch.full_like(input_ids, -1)
     position_ids = torch.zeros_like(input_ids)
-    completion_ids = torch.zeros(2 * len(pairs), width, dtype=torch.long)
+    completion_ids = torch.zeros(sum(map(len, sequences)), width, dtype=torch.long)
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
     logit_positions = torch.zeros_like(completion_ids)
-    for row, numbers in enumerate(rows):
-        start = 0
-        for place, number in enumerate(numbers):
-            prompt, *responses = pairs[number][:3]
+    for row, blocks in enumerate(rows):
+        numbers, start = iter(sequences[row]), 0
+        for place, (prompt, responses) in enumerate(blocks):
             assert prompt, "the first completion token is predicted at the prompt's last position"
-            begin, after = 0, start
             last = row * max(lengths) + start + len(prompt) - 1
             for segment, ids in enumerate((prompt, *responses)):
-                part = slice(after, after + len(ids))
+                part = slice(start, start + len(ids))
+                begin = len(prompt) if segment else 0
                 input_ids[row, part] = torch.tensor(ids, dtype=torch.long)
-                segment_ids[row, part] = 3 * place + segment
+                segment_ids[row, part] = (1 + len(responses)) * place + segment
                 position_ids[row, part] = torch.arange(begin, begin + len(ids))
                 if segment:
-                    sequence = number + (segment - 1) * len(pairs)
+                    sequence, first = next(numbers), row * max(lengths) + start
                     completion_ids[sequence, : len(ids)] = input_ids[row, part]
                     completion_mask[sequence, : len(ids)] = True
-                    first = row * max(lengths) + after
                     logit_positions[sequence, : len(ids)] = torch.arange(first - 1, first - 1 + len(ids))
-                    logit_positions[sequence, 0] = last
-                begin, after = len(prompt), part.stop
-            start = after
+                    logit_positions[sequence, : min(1, len(ids))] = last
+                start = part.stop
     return TokenBatch(
         input_ids,
         segment_ids >= 0,
@@ -135,9 +153,8 @@ def collate_shared(
         completion_ids,
         completion_mask,
         logit_positions,
-        _places(completion_mask),
+        completion_mask.flatten().nonzero()[:, 0],
         segment_ids,
-        num_prompt_positions=min(len(pairs[row[0]].prompt_ids) for row in rows),
     )
 
 
@@ -212,11 +229,6 @@ def collate_examples(examples: Sequence[TokenizedExample], row_ids: Sequence[int
         pad_token_id=pad_token_id,
     )
     return SFTBatch(tokens, torch.tensor(row_ids), num_counted=_num_counted(row_ids))
-
-
-def _places(mask: torch.Tensor) -> torch.Tensor:
-    """Index of the true elements in the flattened mask."""
-    return mask.flatten().nonzero()[:, 0]
 
 
 def _num_counted(row_ids: Sequence[int]) -> int:

@@ -2,45 +2,44 @@
 
 sources -> files -> rows -> formats -> tokenization -> a memory-mapped table -> splits -> order -> collation -> batches
 
-Which rows belong to which split is settled in ``splits``, how they are read and tokenized in ``tokenized_rows``, their
-order in ``sampling``. What a data module must know of the model and of the run is handed to it (``read_for``).
+A data module asks nobody about the model and the run: a module hands over what it must know (``read_for``).
 """
 
-import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, get_args
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data import outcomes
-from lit_isdpo.data.collation import Layout, stack_rows
+from lit_isdpo.data.collation import Layout, Reader, stack_rows
 from lit_isdpo.data.encoding import check_template_options, load_tokenizer, pad_token_id
 from lit_isdpo.data.examples import Pairing, check_pairing
 from lit_isdpo.data.formats import FORMATS
 from lit_isdpo.data.outcomes import Split
-from lit_isdpo.data.sampling import (
-    EvaluationOrder,
-    Reader,
-    TrainingLoader,
-    TrainingOrder,
-    check_random_order,
-    rows_read,
-    split_batch,
-)
+from lit_isdpo.data.sampling import TrainingLoader, TrainingOrder, evaluation_order, split_batch, training_order
 from lit_isdpo.data.sources import Given, OpenSource, as_sources
 from lit_isdpo.data.splits import Duplicates, Splits
 from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode
-from lit_isdpo.data.tokenized_rows import DEMONSTRATIONS, PAIRS, Recipe, Rows, RowType, TokenizedSource, tokenize_rows
-from lit_isdpo.types import InputError, ProbePrompt
+from lit_isdpo.data.tokenized_rows import DEMONSTRATIONS, PAIRS, Recipe, RowType, TokenizedSource, tokenize_rows
+from lit_isdpo.types import InputError, ProbePrompt, check_choice, check_least
 
+_LEAST = {
+    0: ("length_window", "num_workers"),
+    1: ("batch_size", "micro_batch_size", "eval_batch_size", "packing_length", "num_proc"),
+    2: ("max_length",),
+}
+_CHOICES = {
+    "truncation_mode": get_args(TruncationMode),
+    "chat_template": get_args(ChatTemplate),
+    "duplicates": get_args(Duplicates),
+    "predict_split": (None, *get_args(Split)),
+}
 _STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -130,29 +129,26 @@ class TextDataModule(LightningDataModule, ABC):
         given: dict[Split, Given | None] = {"train": train, "val": val, "test": test}
         self.sources = {split: as_sources(value, f"data.{split}") for split, value in given.items()}
         self.format = format
-        self.columns = columns or {}
         self.tokenizer_path = tokenizer
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
-        self.truncation_mode = truncation_mode
-        self.chat_template = chat_template
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        self.val_size = val_size
         self.seed = 0 if seed is None else seed
-        self.length_window = length_window
         self.packing_length = packing_length
-        self.num_workers = num_workers
-        self.num_proc = num_proc
-        self.predict_split = predict_split
         self.read_options: dict[str, Any] = {}  # of row_type.read
-        self._check_arguments()
-        if not 0 <= max_dropped_fraction <= 1:
-            raise InputError(f"data.max_dropped_fraction is {max_dropped_fraction}; it must lie between 0 and 1")
-        if duplicates not in get_args(Duplicates):
-            raise InputError(f"data.duplicates is {duplicates!r}; known: {', '.join(get_args(Duplicates))}")
+        for least, names in _LEAST.items():
+            for name in names:
+                check_least(f"data.{name}", arguments[name], least)
+        for name, choices in {"format": ("auto", *FORMATS), **_CHOICES}.items():
+            check_choice(f"data.{name}", arguments[name], choices)
+        if not 1 <= self.max_prompt_length < max_length:
+            raise InputError(
+                f"data.max_prompt_length is {self.max_prompt_length}; it must be at least 1 and less than "
+                f"data.max_length, which is {max_length}"
+            )
+        check_template_options(chat_template_kwargs or {})
         # Plain types only: the metadata of a sharded checkpoint is loaded with weights_only=True.
         plain = {split: [source.plain() for source in sources] or None for split, sources in self.sources.items()}
         # Ignored, because Lightning compares all arguments with what it is to save, and a DataFrame is not compared so.
@@ -161,67 +157,31 @@ class TextDataModule(LightningDataModule, ABC):
         self.splits = Splits(
             self.sources,
             self.row_type,
-            val_size=self.val_size,
+            val_size=val_size,
             max_dropped_fraction=max_dropped_fraction,
             duplicates=duplicates,
             read=self._read,
         )
         self.reader = Reader()
         self._order: TrainingOrder | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def _check_arguments(self) -> None:
-        for split in ("val", "test"):
-            if any(source.weight != 1 for source in self.sources[split]):
-                raise InputError(f"data.{split}: weights are for data.train; every other row is read once")
-        if self.format not in ("auto", *FORMATS):
-            raise InputError(f"data.format: no format {self.format!r}; known: auto, {', '.join(FORMATS)}")
-        for name, least in {
-            "batch_size": 1,
-            "micro_batch_size": 1,
-            "eval_batch_size": 1,
-            "max_length": 2,
-            "length_window": 0,
-            "packing_length": 1,
-            "num_workers": 0,
-            "num_proc": 1,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"data.{name} is {value}; it must be at least {least}")
-        if not 1 <= self.max_prompt_length < self.max_length:
-            raise InputError(
-                f"data.max_prompt_length is {self.max_prompt_length}; it must be at least 1 and less than "
-                f"data.max_length, which is {self.max_length}"
-            )
-        check_template_options(self.chat_template_kwargs)
-        if self.predict_split is not None and self.predict_split not in get_args(Split):
-            raise InputError(f"data.predict_split is {self.predict_split!r}; known: {', '.join(get_args(Split))}")
-        if not (self.val_size >= 1 if isinstance(self.val_size, int) else 0 < self.val_size < 1):
-            raise InputError(
-                f"data.val_size is {self.val_size}; it must be a fraction between 0 and 1 or a number of rows"
-            )
 
     def read_for(self, reader: Reader) -> None:
         """Tells who will read the rows. A module must call it before each run, in ``configure_callbacks``."""
         self.reader = reader
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that ``tokenizer`` names, else the one of the model that is being trained."""
-        if self._tokenizer is None:
-            self._tokenizer = (
-                self.reader.tokenizer if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
-            )
-        if self._tokenizer is None:
+        found = self.reader.tokenizer if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
+        if found is None:
             raise InputError("data.tokenizer: without a model, a tokenizer must be named")
-        return self._tokenizer
+        return found
 
     @property
     def encoder(self) -> TextEncoder:
         """Writes prompts and responses as the model reads them."""
-        limit = self.reader.first_without_row
-        return TextEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs, first_without_row=limit)
+        template, options = self.hparams["chat_template"], self.hparams["chat_template_kwargs"] or {}
+        return TextEncoder(self.tokenizer, template, options, self.reader.first_without_row)
 
     def prepare_data(self) -> None:
         """Reads and tokenizes on one rank of a node, so that the others find the tokens in ``setup``."""
@@ -233,67 +193,42 @@ class TextDataModule(LightningDataModule, ABC):
         """Reads and tokenizes what the stage needs, and settles how optimizer steps are put together."""
         self._load(stage)
         if stage == "fit" and self._order is None:
-            if self.reader.mixes_pairs:
-                check_random_order(self.length_window)
-            self._order = TrainingOrder(
+            self._order = training_order(
+                self.splits.rows["train"],
                 [counts.kept for counts in self.splits.counts["train"]],
-                weights=[source.weight for source in self.sources["train"]],
+                self.sources["train"],
+                self.reader,
                 batch_size=self.batch_size,
                 micro_batch_size=self.rows_per_forward,
-                world_size=self.reader.world_size,
-                rank=self.reader.rank(),
                 seed=self.seed,
-                optimizer_step=lambda: self.reader.step(),
-                lengths=self.splits.rows["train"].lengths() if self._by_length else None,
-                length_window=max(1, self.length_window),
+                length_window=self.hparams["length_window"],
                 balanced=self.packing_length is not None,
             )
-            for source, rows in zip(self.sources["train"], self._order.rows_per_epoch, strict=True):
-                if rows == 0:
-                    raise InputError(f"data.train: the weight {source.weight} of {source.path!r} leaves no row of it")
-            if self._order.steps_per_epoch == 0:
-                raise InputError(
-                    f"data.batch_size is {self.batch_size}, more than the {sum(self._order.rows_per_epoch)} rows of an "
-                    "epoch of data.train"
-                )
-            self._print_notes(self.splits.rows["train"], self._order)
+            for note in outcomes.hints(self._order, self.splits.rows["train"], self.tokenizer.decode):
+                rank_zero_info(note)
 
     def _load(self, stage: str) -> None:
-        missing = [split for split in self._stage_splits(stage) if split not in self.splits.rows]
+        wanted = _STAGES.get(stage, (self.split_to_predict,))
+        if stage == "predict" and wanted == ("train",) and not self.splits.parts("val"):
+            wanted = ("train", "val")  # which are held out of them
+        missing = [split for split in wanted if split not in self.splits.rows]
         for split in missing:
             self.splits.load(split)
-        if missing:
-            self._print_counts(missing)
+        if missing and self.reader.rank() == 0:
+            counts = {split: self.splits.counts[split] for split in missing}
+            outcomes.console().print(outcomes.table(counts, unit=self.row_type.kind), markup=False)
 
     def _read(self, source: OpenSource, name: str, label: str) -> TokenizedSource:
         """A split of a source, tokenized; messages call it ``label``."""
-        limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
+        limits = Limits(self.max_length, self.max_prompt_length, self.hparams["truncation_mode"])
         recipe = Recipe(self.row_type, self.format, self.encoder, limits, self.read_options)
-        return tokenize_rows(source.read(name, self.columns), recipe, name=label, num_proc=self.num_proc)
-
-    @rank_zero_only
-    def _print_counts(self, splits: Sequence[Split]) -> None:
-        counts = {split: self.splits.counts[split] for split in splits}
-        outcomes.console().print(outcomes.table(counts, unit=self.row_type.kind), markup=False)
-
-    @rank_zero_only
-    def _print_notes(self, rows: Rows, order: TrainingOrder) -> None:
-        unused = order.num_unused
-        items = [item for _, item in rows.__getitems__(list(range(min(len(rows), outcomes.SPELLED_ROWS))))]
-        texts = [ids for item in items for ids in item[:2]]  # prompts and responses
-        for note in outcomes.hints(order.steps_per_epoch, self.batch_size, unused, texts, self.tokenizer.decode):
-            rank_zero_info(note)
-
-    def _stage_splits(self, stage: str) -> tuple[Split, ...]:
-        if stage != "predict":
-            return _STAGES[stage]
-        held_out = self.split_to_predict == "train" and not self.splits.parts("val")
-        return ("train", "val") if held_out else (self.split_to_predict,)
+        rows = source.read(name, self.hparams["columns"])
+        return tokenize_rows(rows, recipe, name=label, num_proc=self.hparams["num_proc"])
 
     @property
     def split_to_predict(self) -> Split:
         """Whose prompts ``predict`` responds to."""
-        return self.predict_split or ("test" if self.splits.parts("test") else "val")
+        return self.hparams["predict_split"] or ("test" if self.splits.parts("test") else "val")
 
     @property
     def rows_per_forward(self) -> int:
@@ -301,25 +236,14 @@ class TextDataModule(LightningDataModule, ABC):
         return self.split_batch(self.reader.world_size)[0]
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
-        """Rows of a micro-batch, and micro-batches of an optimizer step, on each of ``world_size`` ranks.
-
-        Raises:
-            InputError: they do not divide the batch.
-        """
+        """Rows of a micro-batch, and micro-batches of an optimizer step, on each of ``world_size`` ranks."""
         return split_batch(self.batch_size, self.micro_batch_size, world_size)
-
-    # Batches
 
     @property
     def order(self) -> TrainingOrder:
         """Which training rows make up which batch; an epoch leaves out, each time, rows that fill no last step."""
         assert self._order is not None, "setup('fit') comes first"
         return self._order
-
-    @property
-    def _by_length(self) -> bool:
-        """Whether rows are grouped by length at all; they are not where the weights mix the pairs of a micro-batch."""
-        return self.length_window > 0 and not self.reader.mixes_pairs
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro-batches, from the trainer's optimizer step on."""
@@ -329,7 +253,7 @@ class TextDataModule(LightningDataModule, ABC):
             self.splits.rows["train"],
             batch_size=self.rows_per_forward,
             sampler=self.order,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.hparams["num_workers"] > 0,
             **self._loader_options(self.reader.layout),
         )
 
@@ -342,39 +266,21 @@ class TextDataModule(LightningDataModule, ABC):
         return self._evaluation_loader("test", self.reader.layout)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The rows of ``split_to_predict``, each once over the ranks."""
+        """The rows of ``split_to_predict``, each once over the ranks, in their own order."""
         return self._evaluation_loader(self.split_to_predict, "plain", in_own_order=True)
 
     def _evaluation_loader(self, split: Split, layout: Layout, *, in_own_order: bool = False) -> DataLoader[Any]:
-        """In the rows' own order; where all are read, by length; where the weights mix pairs, in random order."""
-        rows, reader = self.splits.rows[split], self.reader
-        batch_size = self.eval_batch_size or self.rows_per_forward
-        limit = reader.limits.get(split, 1.0)
-        reads_all = isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
-        # Permuted are those that are read, which are the same as those of other weightings.
-        mixed = reader.mixes_pairs and not in_own_order
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=EvaluationOrder(
-                len(rows),
-                world_size=reader.world_size,
-                rank=reader.rank(),
-                lengths=rows.lengths() if self._by_length and reads_all and not in_own_order else None,
-                mixed=rows_read(limit, len(rows), batch_size, reader.world_size) if mixed else 0,
-            ),
-            **self._loader_options(layout),
-        )
+        rows, batch_size = self.splits.rows[split], self.eval_batch_size or self.rows_per_forward
+        limit, by_length = self.reader.limits.get(split, 1.0), self.hparams["length_window"] > 0
+        order = evaluation_order(rows, self.reader, limit, batch_size, by_length=by_length, in_own_order=in_own_order)
+        return DataLoader(rows, batch_size=batch_size, sampler=order, **self._loader_options(layout))
 
     def _loader_options(self, layout: Layout) -> dict[str, Any]:
         # Rows are tokenized already and quick to stack: Lightning's advice to add workers is beside the point.
         few_workers = r"The '\w+_dataloader' does not have many workers"
         warnings.filterwarnings("ignore", few_workers, category=PossibleUserWarning)
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": self.reader.pin_memory,
-            "collate_fn": self.collate(layout),
-        }
+        num_workers, pin_memory = self.hparams["num_workers"], self.reader.pin_memory
+        return {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": self.collate(layout)}
 
     def collate(self, layout: Layout) -> Any:
         """What makes a batch of ``(row id, item)``."""
@@ -383,41 +289,13 @@ class TextDataModule(LightningDataModule, ABC):
             stack_rows, collate=partial(self.row_type.collate, pad_token_id=pad_token_id(self.tokenizer), **options)
         )
 
-    # What others ask for
-
     def prompts(self, split: Split, num: int) -> list[ProbePrompt]:
         """The first ``num`` different prompts of a split that was set up; fewer where there are not so many."""
-        rows = self.splits.rows[split]
-        first = {key: index for index, key in reversed(list(enumerate(rows.prompt_keys().tolist())))}
-
-        def text(ids: list[int]) -> str:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-        return [
-            ProbePrompt(item[0], text(item[0]), text(item[1]), row_id, self.splits.prompt(split, row_id))
-            for row_id, item in rows.__getitems__(sorted(first.values())[:num])
-        ]
-
-    def row_name(self, split: Split, row_id: int) -> str:
-        """A row in words, for messages: ``row 17 of pairs.jsonl``, counted from 0 as it was read."""
-        return self.splits.row_name(split, row_id)
-
-    def source_folders(self, split: Split) -> list[Path]:
-        """The local folders and files that a split is read from; a hub data set has none."""
-        return self.splits.folders(split)
+        return self.splits.prompts(split, num, partial(self.tokenizer.decode, skip_special_tokens=True))
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training rows follows from; the place in it is the trainer's step."""
-        if self._order is None:
-            return {}
-        rows = self.splits.rows["train"].keys().numpy().tobytes()
-        return {
-            "tokens of rows": hashlib.blake2b(rows, digest_size=8).hexdigest(),
-            "weights": [source.weight for source in self.sources["train"]],
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "length_window": self.length_window,
-        }
+        return {} if self._order is None else self._order.state(self.splits.rows["train"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Says so where a resumed run does not go on with the rows of the run before."""
@@ -456,8 +334,7 @@ class PreferenceDataModule(TextDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if pairing not in get_args(Pairing):
-            raise InputError(f"data.pairing: no pairing {pairing!r}; known: {', '.join(get_args(Pairing))}")
+        check_choice("data.pairing", pairing, get_args(Pairing))
         if self.format != "auto":
             check_pairing(pairing, self.format)
         self.read_options = {"pairing": pairing, "weight_column": weight_column, "margin_column": margin_column}

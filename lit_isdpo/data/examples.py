@@ -74,7 +74,7 @@ def check_format(key: str, columns: Sequence[str], *, kind: Kind = "pairs", name
         InputError: there is no such format, or the data set lacks one of its columns.
     """
     if key not in FORMATS:
-        raise InputError(f"data.format: no format {key!r}; known: auto, {', '.join(FORMATS)}")
+        raise InputError(f"data.format is {key!r}; known: auto, {', '.join(FORMATS)}")
     for column in required_columns(key, kind, columns):
         if column not in columns:
             raise InputError(

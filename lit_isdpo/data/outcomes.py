@@ -4,15 +4,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from lit_isdpo.types import InputError
 
+if TYPE_CHECKING:
+    from lit_isdpo.data.sampling import TrainingOrder
+    from lit_isdpo.data.tokenized_rows import Rows
+
 Split = Literal["train", "val", "test"]
-SPELLED_ROWS = 32  # that `hints` looks at
+_SPELLED_ROWS = 32  # that `hints` looks at
 _MOST_REASONS = 12  # the commonest reasons, which messages and tables list one by one
 _SPELLED = 1.25  # bytes per token; in text of its own kind, a tokenizer's tokens have three and more
 _LOG_WIDTH = 120  # columns of a table that goes to a file
@@ -192,32 +196,23 @@ def table(counts: Mapping[Split, Sequence[SourceCounts]], unit: str) -> Table:
     return grid
 
 
-def hints(
-    steps_per_epoch: int,
-    batch_size: int,
-    num_unused: int,
-    texts: Sequence[list[int]],
-    decode: Callable[[list[int]], Any],
-) -> list[str]:
+def hints(order: "TrainingOrder", rows: "Rows", decode: Callable[[list[int]], Any]) -> list[str]:
     """Hints about training rows that are all in order.
 
     Args:
-        steps_per_epoch: optimizer steps.
-        batch_size: rows of a step.
-        num_unused: rows of an epoch that fill no step.
-        texts: token ids of some prompts and responses.
+        order: of the rows.
+        rows: of which the first are looked at.
         decode: token ids to text.
-
-    >>> hints(2, 8, 3, [[1, 2]], lambda ids: "two words")
-    ['An epoch has 2 optimizer steps of 8 rows; 3 more rows do not fill one and are left out, others in each epoch.']
     """
     said = []
-    if num_unused:
+    if order.num_unused:
         said.append(
-            f"An epoch has {steps_per_epoch:,} optimizer steps of {batch_size} rows; {num_unused:,} more rows do not "
-            "fill one and are left out, others in each epoch."
+            f"An epoch has {order.steps_per_epoch:,} optimizer steps of {order.batch_size} rows; {order.num_unused:,} "
+            "more rows do not fill one and are left out, others in each epoch."
         )
-    if sum(len(str(decode(ids)).encode()) for ids in texts) < _SPELLED * sum(len(ids) for ids in texts):
+    items = [item for _, item in rows.__getitems__(range(min(len(rows), _SPELLED_ROWS)))]
+    texts = [ids for item in items for ids in item[:2]]  # prompts and responses
+    if sum(len(str(decode(ids)).encode()) for ids in texts) < _SPELLED * sum(map(len, texts)):
         said.append(
             "The tokenizer spells the training text nearly byte by byte, so it was made for other text, and so was its "
             "model; name one that knows this text: --model.policy.path."

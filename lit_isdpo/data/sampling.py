@@ -17,17 +17,19 @@ evaluation of it reads a permutation too.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import PreTrainedTokenizerBase
 
-from lit_isdpo.data.collation import Layout
+from lit_isdpo.data.collation import Reader
 from lit_isdpo.types import InputError
+
+if TYPE_CHECKING:
+    from lit_isdpo.data.sources import DataSource
+    from lit_isdpo.data.tokenized_rows import Rows
 
 
 class TrainingOrder(DistributedSampler[int]):
@@ -46,7 +48,7 @@ class TrainingOrder(DistributedSampler[int]):
         seed: of all permutations.
         optimizer_step: says how many optimizer steps were taken, whenever an iteration begins.
         lengths: ``(sum(num_rows),)`` int64, positions of each row. ``None`` leaves rows where the permutation has them.
-        length_window: optimizer steps whose rows are shared out by length together, at least 1. From 2 on, the rows of
+        length_window: optimizer steps whose rows are shared out by length together. From 2 on, the rows of
             a step are of like length, and which rows these are is less random than a permutation.
         balanced: whether micro-batches are to be equally long in sum, as packed rows want, instead of holding rows of
             like length, as padded ones do.
@@ -77,7 +79,7 @@ class TrainingOrder(DistributedSampler[int]):
         assert batch_size % (micro_batch_size * world_size) == 0
         rows: Any = range(sum(num_rows))  # all that the parent does with its data set is to take the length
         super().__init__(rows, num_replicas=world_size, rank=rank, seed=seed)
-        self.num_rows = list(num_rows)
+        self.num_rows, self.weights = list(num_rows), list(weights)
         self.rows_per_epoch = [round(weight * rows) for weight, rows in zip(weights, num_rows, strict=True)]
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -121,12 +123,22 @@ class TrainingOrder(DistributedSampler[int]):
         """Rows of an epoch that fill no optimizer step."""
         return int(sum(self.rows_per_epoch)) - self.steps_per_epoch * self.batch_size
 
+    def state(self, rows: "Rows") -> dict[str, Any]:
+        """What the order follows from, for a checkpoint; the place in it is the trainer's step."""
+        return {
+            "tokens of rows": hashlib.blake2b(rows.keys().numpy().tobytes(), digest_size=8).hexdigest(),
+            "weights": self.weights,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "length_window": self.length_window,
+        }
+
     def epoch_order(self, epoch: int) -> Tensor:
         """The rows of an epoch, ``(N,)`` int64, in the order in which batches are cut from them."""
         offsets = torch.tensor([0, *self.num_rows]).cumsum(0).tolist()
         rows = torch.cat([offsets[source] + self._next_rows(source, epoch) for source in range(len(self.num_rows))])
         rows = rows[permutation(len(rows), self.seed, "epoch", epoch)]
-        if self.lengths is None or self.length_window == 1:
+        if self.lengths is None or self.length_window <= 1:
             return rows
         parts = []
         whole = rows[: self.steps_per_epoch * self.batch_size]
@@ -193,6 +205,36 @@ def check_random_order(length_window: int) -> None:
         )
 
 
+def training_order(
+    rows: "Rows", num_rows: Sequence[int], sources: Sequence["DataSource"], reader: Reader, **options: Any
+) -> TrainingOrder:
+    """The order of the training rows of some sources, by length if the options of ``TrainingOrder`` allow it.
+
+    Raises:
+        InputError: a source has no row in an epoch, an epoch has no step, or steps must be random and may not be.
+    """
+    if reader.mixes_pairs:
+        check_random_order(options["length_window"])
+    order = TrainingOrder(
+        num_rows,
+        weights=[source.weight for source in sources],
+        world_size=reader.world_size,
+        rank=reader.rank(),
+        optimizer_step=lambda: reader.step(),
+        lengths=rows.lengths() if options["length_window"] > 0 and not reader.mixes_pairs else None,
+        **options,
+    )
+    for source, number in zip(sources, order.rows_per_epoch, strict=True):
+        if number == 0:
+            raise InputError(f"data.train: the weight {source.weight} of {source.path!r} leaves no row of it")
+    if order.steps_per_epoch == 0:
+        raise InputError(
+            f"data.batch_size is {order.batch_size}, more than the {sum(order.rows_per_epoch)} rows of an epoch of "
+            "data.train"
+        )
+    return order
+
+
 def rows_read(limit: int | float, num_rows: int, batch_size: int, world_size: int) -> int:
     """Rows, over all ranks, that an evaluation reads under one of Lightning's limits.
 
@@ -245,6 +287,23 @@ class EvaluationOrder(DistributedSampler[int]):
             yield self.order[row] if row < self.num_rows else -1
 
 
+def evaluation_order(
+    rows: "Rows", reader: Reader, limit: int | float, batch_size: int, *, by_length: bool, in_own_order: bool
+) -> EvaluationOrder:
+    """In the rows' own order; if all are read, by length; if the weights mix pairs, in random order."""
+    if in_own_order:
+        return EvaluationOrder(len(rows), world_size=reader.world_size, rank=reader.rank())
+    reads_all = isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
+    return EvaluationOrder(
+        len(rows),
+        world_size=reader.world_size,
+        rank=reader.rank(),
+        lengths=rows.lengths() if by_length and reads_all and not reader.mixes_pairs else None,
+        # Permuted are those that are read, which are the same as those of other weightings.
+        mixed=rows_read(limit, len(rows), batch_size, reader.world_size) if reader.mixes_pairs else 0,
+    )
+
+
 class TrainingLoader(DataLoader[Any]):
     """A ``DataLoader`` that Lightning knows to be resumable: its place is the trainer's step, which is saved anyway."""
 
@@ -254,42 +313,6 @@ class TrainingLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """Who reads the rows: what a data module must know of the model and of the run, which hands this over.
-
-    Without a run it is one process that reads everything, in the plain layout.
-
-    Attributes:
-        tokenizer: the model's own.
-        first_without_row: the first token id that the model's embedding has no row for, if there is one.
-        mixes_pairs: whether a pair's weight depends on the others of its micro-batch, which must then be random.
-        shares_prompts: whether the model wants one row per pair; known once the model is loaded.
-        stage: fit, validate, test or predict.
-        world_size: number of ranks.
-        rank: of this process; known once the processes are.
-        step: optimizer steps that were taken.
-        limits: of the batches of a split's evaluation: an integer is a number of them, a float a share.
-        pin_memory: whether batches go to a GPU.
-    """
-
-    tokenizer: PreTrainedTokenizerBase | None = None
-    first_without_row: int | None = None
-    mixes_pairs: bool = False
-    shares_prompts: Callable[[], bool] = lambda: False
-    stage: str = "fit"
-    world_size: int = 1
-    rank: Callable[[], int] = lambda: 0
-    step: Callable[[], int] = lambda: 0
-    limits: Mapping[str, int | float] = field(default_factory=dict)
-    pin_memory: bool = False
-
-    @property
-    def layout(self) -> Layout:
-        """How the model that is trained or tested wants its rows."""
-        return "shared" if self.shares_prompts() else "plain"
 
 
 def permutation(size: int, *key: int | str) -> Tensor:

@@ -21,7 +21,7 @@ from lit_isdpo.data.sampling import permutation
 from lit_isdpo.data.sources import DataSource, OpenSource, open_source
 from lit_isdpo.data.tokenized_rows import Rows, RowType, TokenizedSource
 from lit_isdpo.names import named_path
-from lit_isdpo.types import InputError, Prompt
+from lit_isdpo.types import InputError, ProbePrompt, Prompt
 
 Duplicates = Literal["keep", "drop"]
 _PUBLIC_NAMES: dict[Split, str] = {"train": "train", "val": "validation", "test": "test"}
@@ -55,6 +55,12 @@ class Splits:
         duplicates: Duplicates,
         read: Callable[[OpenSource, str, str], TokenizedSource],
     ) -> None:
+        if not (val_size >= 1 if isinstance(val_size, int) else 0 < val_size < 1):
+            raise InputError(f"data.val_size is {val_size}; it must be a fraction between 0 and 1 or a number of rows")
+        if not 0 <= (max_dropped_fraction or 0) <= 1:
+            raise InputError(f"data.max_dropped_fraction is {max_dropped_fraction}; it must lie between 0 and 1")
+        if any(source.weight != 1 for source in [*sources["val"], *sources["test"]]):
+            raise InputError("data.val, data.test: weights are for data.train; every other row is read once")
         self.sources, self.row_type, self.val_size = sources, row_type, val_size
         self.rows: dict[Split, Rows] = {}
         self.counts: dict[Split, list[SourceCounts]] = {}
@@ -185,6 +191,15 @@ class Splits:
         """A row's prompt as its source has it: before any chat template, and whole if its tokens were cut."""
         source, row, raw = self._find(split, row_id)
         return read_prompt(raw[row], source.format, self.row_type.kind)
+
+    def prompts(self, split: Split, num: int, decode: Callable[[list[int]], Any]) -> list[ProbePrompt]:
+        """The first ``num`` different prompts of a split; fewer where there are not so many."""
+        rows = self.rows[split]
+        first = {key: index for index, key in reversed(list(enumerate(rows.prompt_keys().tolist())))}
+        return [
+            ProbePrompt(item[0], str(decode(item[0])), str(decode(item[1])), row_id, self.prompt(split, row_id))
+            for row_id, item in rows.__getitems__(sorted(first.values())[:num])
+        ]
 
     def first_rows(self, split: Split) -> list[int]:
         """The id of the first row of each source that the split has rows of."""

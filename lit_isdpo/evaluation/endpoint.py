@@ -1,19 +1,21 @@
-"""An OpenAI-compatible endpoint, asked until it answers: what is worth another try, how long to wait, when to stop."""
+"""An OpenAI-compatible endpoint, asked until it answers, and the secrets that it needs.
+
+The options that a user asks for are saved with each run and shown in its model card, so no option may hold a secret.
+"""
 
 import json
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from threading import Event
-from types import TracebackType
 from typing import Any, Self
 
 import httpx2
 
-from lit_isdpo.evaluation.credentials import check_no_secret
 from lit_isdpo.types import InputError
 
 FIRST_WAIT_S = 1.0  # before the second attempt; each later wait may be twice as long
@@ -21,6 +23,16 @@ LONGEST_WAIT_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more is taken to be down
 TRANSIENT = {408, 409, 425, 429}  # and all from 500: the same request may be answered later
 QUOTED_LENGTH = 300  # characters of a server's own words in a message
+
+_NAMES = r"(?:\w+_)?(?:api_?key|access_?key|secret_?key|subscription_?key|password|passwd|secret|credentials?)"
+_NAMES += r"|(?:(?:hf|api|auth|access|bearer|session)_)?token|authorization"
+SECRET_OPTION = re.compile(_NAMES, re.IGNORECASE)  # with _ for -
+SECRET_PARAMETER = re.compile(rf"{_NAMES}|key|code|sig|signature", re.IGNORECASE)  # of a URL
+KEEPS_SECRET = re.compile(r"\w*(?:TOKEN|API_?KEY|ACCESS_KEY|SECRET|SECRET_KEY|PASSWORD)", re.IGNORECASE)
+LEAST_LENGTH = 8  # characters of what is looked for in other texts
+_USER = re.compile(r"\w://[^/?#\s]*@")
+_PARAMETER = re.compile(r"[?&]([\w-]+)=[^&\s]")
+_ISSUED = re.compile(r"\b(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,})")  # as OpenAI and its like, and Hugging Face, issue them
 
 
 class NoAnswerError(Exception):
@@ -65,9 +77,7 @@ class Endpoint:
         self._client = httpx2.Client(headers=headers, timeout=self._timeout_s, limits=httpx2.Limits())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.close()
 
     def stop(self) -> None:
@@ -165,15 +175,12 @@ def retry_after_s(value: str | None, *, now: datetime) -> float:
     """
     if value is None:
         return 0.0
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return 0.0
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else 0.0
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(ValueError):
+        date = parsedate_to_datetime(value)
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+    return 0.0
 
 
 def _text(response: httpx2.Response) -> str | None:
@@ -220,3 +227,39 @@ def _read_key(variable: str | None, url: httpx2.URL) -> str | None:
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"judge.api_key_env: what the environment variable {variable} holds cannot be a key.")
     return key
+
+
+def check_no_secret(options: Any, name: str = "") -> None:
+    """Looks through options for what must not be saved.
+
+    Args:
+        options: mappings and lists of them, however deep.
+        name: of what is there, for the message.
+
+    Raises:
+        InputError: names the option, and not what it holds.
+    """
+    for option, text in _texts(options, name):
+        is_named = SECRET_OPTION.fullmatch(option.rpartition(".")[2].replace("-", "_"))
+        parameters = (SECRET_PARAMETER.fullmatch(name.replace("-", "_")) for name in _PARAMETER.findall(text))
+        if (text and is_named) or any(parameters) or _USER.search(text) or hide_secrets(text) != text:
+            raise InputError(
+                f"{option} holds a secret, and a run's options are saved with it; leave it to an environment variable."
+            )
+
+
+def hide_secrets(text: str) -> str:
+    """The text without what the environment keeps, and without keys that can be told by their look."""
+    for key, value in os.environ.items():
+        if KEEPS_SECRET.fullmatch(key) and len(value.strip()) >= LEAST_LENGTH:
+            text = text.replace(value.strip(), "***")
+    return _ISSUED.sub("***", text)
+
+
+def _texts(options: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Every text with the option that it belongs to."""
+    if isinstance(options, str):
+        yield name, options
+    elif isinstance(options, dict | list | tuple):
+        for key, value in options.items() if isinstance(options, dict) else enumerate(options):
+            yield from _texts(value, f"{name}.{key}".lstrip(".") if isinstance(options, dict) else name)

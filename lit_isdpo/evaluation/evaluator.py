@@ -10,7 +10,7 @@ scored.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 
 from lit_isdpo.evaluation import judge as judging
-from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
 from lit_isdpo.evaluation.judge import Judge, Verdict
-from lit_isdpo.evaluation.kl import ESTIMATORS, sampled_kl
 from lit_isdpo.evaluation.rewards import LabReward
 from lit_isdpo.evaluation.statistics import (
+    ESTIMATORS,
     Interval,
     bootstrap_interval,
     flatten,
     repetition,
+    sampled_kl,
     win_rate_interval,
     win_rates,
     win_scores,
 )
-from lit_isdpo.evaluation.store import RESPONSES, Columns, ResponseSet
+from lit_isdpo.evaluation.store import RESPONSES, Columns, ResponseSet, digest, weights_fingerprint
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
@@ -69,6 +69,7 @@ class Outcome(NamedTuple):
     samples: dict[str, list[SampledText]]
 
 
+@dataclass
 class Evaluator:
     """An evaluation of policies on P prompts.
 
@@ -90,38 +91,24 @@ class Evaluator:
         show: wraps the shards that are about to be computed, with a word for the work, to show progress.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[ProbePrompt],
-        vocabulary: Vocabulary,
-        sampling: Sampling,
-        *,
-        folder: Path | None = None,
-        kl_prompts: int = 0,
-        kl_sampling: Sampling | None = None,
-        reward: Reward | None = None,
-        proxy: Reward | None = None,
-        reward_option: str = "model.reward",
-        judge: Judge | None = None,
-        engine: Engine = "transformers",
-        engine_options: dict[str, Any] | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
-        show: Callable[[Iterable[int], str], Iterable[int]] = lambda shards, _: shards,
-    ) -> None:
-        assert not kl_prompts or (kl_sampling or sampling).is_plain
-        self.prompts = prompts
-        self.vocabulary = vocabulary
-        self.sampling = sampling
-        self.folder = folder
-        self.kl_prompts = prompts[:kl_prompts]
-        self.kl_sampling = kl_sampling
-        self.reward = reward
-        self.proxy = proxy
-        self.judge = judge
-        self._option = reward_option
-        self._engine, self._engine_options = engine, engine_options or {}
-        self._num_ranks = ranks.size
-        self._new_set = partial(ResponseSet, folder, ranks=ranks, show=show)
+    prompts: Sequence[ProbePrompt]
+    vocabulary: Vocabulary
+    sampling: Sampling
+    folder: Path | None = None
+    kl_prompts: int = 0
+    kl_sampling: Sampling | None = None
+    reward: Reward | None = None
+    proxy: Reward | None = None
+    reward_option: str = "model.reward"
+    judge: Judge | None = None
+    engine: Engine = "transformers"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = Ranks()  # noqa: RUF009 - immutable
+    show: Callable[[Iterable[int], str], Iterable[int]] = lambda shards, _: shards
+
+    def __post_init__(self) -> None:
+        assert not self.kl_prompts or (self.kl_sampling or self.sampling).is_plain
+        self._new_set = partial(ResponseSet, self.folder, ranks=self.ranks, show=self.show)
         self._reference: tuple[ResponseSet, str | None] | None = None
 
     def __call__(self, policy: LogProbModel, reference: Reference | None) -> Outcome:
@@ -164,8 +151,8 @@ class Evaluator:
                 "policy": name,
                 "reference": ref_name,
                 "num_prompts": len(self.prompts),
-                "sampling": {**asdict(self.sampling), "engine": self._engine, "engine_options": self._engine_options},
-                "kl_prompts": len(self.kl_prompts),
+                "sampling": {**asdict(self.sampling), "engine": self.engine, "engine_options": self.engine_options},
+                "kl_prompts": min(self.kl_prompts, len(self.prompts)),
                 "kl_sampling": asdict(self.kl_sampling or self.sampling),
                 "reward": None if self.reward is None else self.reward.identity,
                 "judge": None if self.judge is None else self.judge.identity,
@@ -202,7 +189,7 @@ class Evaluator:
 
         ``stream`` decides the random numbers: a win rate compares independent responses.
         """
-        about |= {"weights": name, "stream": stream, "engine": self._engine, **asdict(sampling)}
+        about |= {"weights": name, "stream": stream, "engine": self.engine, **asdict(sampling)}
         # The source too, which rewards read: a prompt that was cut may be that of several.
         about["prompts"] = digest([[prompt.prompt_ids, prompt.source] for prompt in prompts])
         about["eos_token_ids"] = self.vocabulary.eos_token_ids
@@ -210,10 +197,10 @@ class Evaluator:
             about["num_tokens"] = model.num_tokens
         size = sampling.batch_size
         if self.folder is None:  # nobody else reads these shards, so that all ranks get a share
-            size = min(size, -(-len(prompts) // self._num_ranks) * sampling.num_responses)
+            size = min(size, -(-len(prompts) // self.ranks.size) * sampling.num_responses)
         responses = self._new_set(about, prompts, num_responses=sampling.num_responses, shard_size=size)
-        vllm = VLLMSampler(model, with_adapter=with_adapter, options=self._engine_options)
-        draw = vllm if self._engine == "vllm" else partial(sample, model)
+        vllm = VLLMSampler(model, with_adapter=with_adapter, options=self.engine_options)
+        draw = vllm if self.engine == "vllm" else partial(sample, model)
         with closing(vllm):
 
             def columns(shard: int) -> Columns:
@@ -262,7 +249,7 @@ class Evaluator:
         def columns(shard: int) -> Columns:
             sources = [prompt.source for prompt in responses.asked(shard)]
             finished = [response.finished for response in responses.responses(shard)]
-            return {column: score(reward, sources, responses.texts(shard), finished, option=self._option)}
+            return {column: score(reward, sources, responses.texts(shard), finished, option=self.reward_option)}
 
         responses.fill(f"reward-{digest(reward.identity)}", columns, "scoring")
         return responses.tensor(f"reward-{digest(reward.identity)}", column)
@@ -298,11 +285,12 @@ class Evaluator:
     def _kl(
         self, policy: LogProbModel, name: str | None, responses: ResponseSet, reference: Reference, ref_name: str | None
     ) -> dict[str, Interval]:
-        batch_size, cut = self.sampling.batch_size, self.kl_sampling is not None
+        batch_size = (self.kl_sampling or self.sampling).batch_size
         if self.kl_sampling is not None:
             # Samples of its own: those that are scored may have other settings, or be fewer.
-            responses = self._sampled(policy, name, "policy for KL", self.kl_prompts, self.kl_sampling, kl_to=ref_name)
-            batch_size = self.kl_sampling.batch_size
+            responses = self._sampled(
+                policy, name, "policy for KL", self.prompts[: self.kl_prompts], self.kl_sampling, kl_to=ref_name
+            )
 
         def columns(shard: int) -> Columns:
             ids = [prompt.prompt_ids for prompt in responses.asked(shard)]
@@ -314,7 +302,7 @@ class Evaluator:
 
         responses.fill("kl", columns, "measuring KL")
         intervals = {f"kl/{key}": bootstrap_interval(responses.tensor("kl", key)) for key in ESTIMATORS}
-        if cut:
+        if self.kl_sampling is not None:
             responses.save()
             intervals["kl/cut_fraction"] = bootstrap_interval(1 - responses.tensor(RESPONSES, "finished"))
         return intervals

@@ -29,6 +29,7 @@ from math import isfinite, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -248,18 +249,14 @@ def summarize(verdicts: Sequence[Verdict]) -> dict[str, float]:
     verdict in the other order, and ``judge/first_place_win_rate`` is how often the response shown first won (0.5: the
     judge does not mind places).
     """
-    valid = [verdict for verdict in verdicts if not isnan(verdict.score)]
-    inconsistent = [verdict.shown_first != verdict.shown_second for verdict in valid]
-    first_place = [(verdict.shown_first + 1 - verdict.shown_second) / 2 for verdict in valid]
-    return {
-        "judge/invalid_fraction": _mean([isnan(verdict.score) for verdict in verdicts]),
-        "judge/inconsistent_fraction": _mean(inconsistent),
-        "judge/first_place_win_rate": _mean(first_place),
+    score, shown_first, shown_second = torch.tensor(verdicts, dtype=torch.float64).reshape(-1, 3).unbind(dim=1)
+    valid = ~score.isnan()
+    values = {
+        "judge/invalid_fraction": ~valid,
+        "judge/inconsistent_fraction": (shown_first != shown_second)[valid],
+        "judge/first_place_win_rate": ((shown_first + 1 - shown_second) / 2)[valid],
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    return {key: value.double().mean().item() for key, value in values.items()}
 
 
 def _preference(answers: Sequence[str]) -> float:

@@ -23,10 +23,8 @@ from torch import Tensor
 
 from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.tokenized_rows import Rows
-from lit_isdpo.evaluation.fingerprints import digest, weights_fingerprint
-from lit_isdpo.evaluation.store import read_table, write_table, write_text
+from lit_isdpo.evaluation.store import digest, read_table, weights_fingerprint, write_table, write_text
 from lit_isdpo.policy.attention import kernel_of
-from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.reference import Reference
 from lit_isdpo.types import InputError, PreferenceBatch, Ranks
 
@@ -67,18 +65,14 @@ def cached_logps(
     Raises:
         InputError: as ``ReferenceLogps``.
     """
-    with reference.to(device).scoring() as model:
-        files = ReferenceLogps(root, model, device, ranks)
     if with_test and data.splits.parts("test"):
         if ranks.rank == 0:  # the others then find the tokens
             data.setup("test")
         ranks.gather(None)
         data.setup("test")
     batch_size = data.eval_batch_size or data.rows_per_forward
-    return {
-        split: files.of_rows(rows, reference, data.collate(layout), batch_size=batch_size, label=split)
-        for split, rows in data.splits.rows.items()
-    }
+    files = ReferenceLogps(root, reference.to(device), data.collate(layout), batch_size, device, ranks)
+    return {split: files.of_rows(rows, split) for split, rows in data.splits.rows.items()}
 
 
 class ReferenceLogps:
@@ -86,37 +80,43 @@ class ReferenceLogps:
 
     Args:
         root: folder of all references.
-        model: the reference.
+        reference: the model, on the device.
+        collate: makes a batch of rows.
+        batch_size: rows of a forward.
         device: that it computes on.
         ranks: who shares the work.
     """
 
-    def __init__(self, root: Path, model: LogProbModel, device: torch.device, ranks: Ranks) -> None:
-        about = {
-            "weights": weights_fingerprint(model, with_adapter=False),
-            "compute_dtype": str(model.compute_dtype),
-            "attention": kernel_of(model.model.config),
-            "device": device.type,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+    def __init__(
+        self, root: Path, reference: Reference, collate: Collate, batch_size: int, device: torch.device, ranks: Ranks
+    ) -> None:
+        with reference.scoring() as model:
+            self.in_fp32 = model.compute_dtype == model.model.dtype == torch.float32
+            about = {
+                "weights": weights_fingerprint(model, with_adapter=False),
+                "compute_dtype": str(model.compute_dtype),
+                "attention": kernel_of(model.model.config),
+                "device": device.type,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
         self.folder = root / digest(about)
+        self.reference = reference
+        self.collate = collate
+        self.batch_size = batch_size
         self.device = device
         self.ranks = ranks
         if ranks.rank == 0:
             write_text(self.folder / "reference.json", json.dumps(about, indent=2) + "\n")
         ranks.gather(None)
 
-    def of_rows(self, rows: Rows, reference: Reference, collate: Collate, *, batch_size: int, label: str) -> Tensor:
+    def of_rows(self, rows: Rows, label: str) -> Tensor:
         """Log-probs of a split's rows, ``(lines of its table, 2)`` float32, NaN where a line is no row of it.
 
         Those that are in no file are computed, and some of those that are there are computed again.
 
         Args:
             rows: the split.
-            reference: a live one, on the device.
-            collate: makes a batch of rows.
-            batch_size: rows of a forward.
             label: of the progress bar.
 
         Raises:
@@ -128,11 +128,11 @@ class ReferenceLogps:
         order = lengths.argsort(descending=True, stable=True)
         todo = order[missing[order]].tolist()
         if todo:
-            self._compute(rows, keys, todo, reference, collate, batch_size, label)
+            self._compute(rows, keys, todo, label)
         self.ranks.gather(None)  # all files are there
         self.ranks.agree(lambda: self._wait_for(keys, known))
         values = torch.tensor([known[key] for key in keys.tolist()], dtype=torch.float32)
-        self.ranks.agree(lambda: self._check(rows, values, reference, collate))
+        self.ranks.agree(lambda: self._check(rows, values))
         table = torch.full((len(rows.table), 2), torch.nan)
         table[rows.positions] = values
         return table
@@ -149,16 +149,7 @@ class ReferenceLogps:
             "folder that all nodes share."
         )
 
-    def _compute(
-        self,
-        rows: Rows,
-        keys: Tensor,
-        todo: list[int],
-        reference: Reference,
-        collate: Collate,
-        batch_size: int,
-        label: str,
-    ) -> None:
+    def _compute(self, rows: Rows, keys: Tensor, todo: list[int], label: str) -> None:
         own = todo[self.ranks.rank :: self.ranks.size]
         waiting: list[tuple[Any, ...]] = []
         with Progress(transient=True, disable=self.ranks.rank != 0) as progress:
@@ -166,10 +157,10 @@ class ReferenceLogps:
             try:
                 # Every rank makes as many forwards as rank 0, whose share is the largest: a sharded model needs them
                 # all. One whose rows are used up computes one again.
-                for start in range(0, -(-len(todo) // self.ranks.size), batch_size):
-                    some = own[start : start + batch_size] or todo[:1]
-                    batch = self._batch(rows, some, collate)
-                    logps, counts = reference.logps(batch, label), batch.tokens.completion_mask.sum(dim=1)
+                for start in range(0, -(-len(todo) // self.ranks.size), self.batch_size):
+                    some = own[start : start + self.batch_size] or todo[:1]
+                    batch = self._batch(rows, some)
+                    logps, counts = self.reference.logps(batch, label), batch.tokens.completion_mask.sum(dim=1)
                     columns = [keys[some], *logps.cpu().chunk(2), *counts.cpu().chunk(2)]
                     waiting += zip(*(column.tolist() for column in columns), strict=True)
                     progress.advance(bar, len(some))
@@ -180,17 +171,15 @@ class ReferenceLogps:
                 if waiting:
                     self._write(waiting)
 
-    def _check(self, rows: Rows, values: Tensor, reference: Reference, collate: Collate) -> None:
+    def _check(self, rows: Rows, values: Tensor) -> None:
         """Computes a few rows anew, of all lengths."""
         by_length = rows.lengths().argsort(stable=True)
         some = by_length[torch.linspace(0, len(by_length) - 1, min(CHECKED_ROWS, len(by_length))).long()].tolist()
-        batch = self._batch(rows, some, collate)
-        now = torch.stack(reference.logps(batch, "").cpu().chunk(2), dim=1)
+        batch = self._batch(rows, some)
+        now = torch.stack(self.reference.logps(batch, "").cpu().chunk(2), dim=1)
         counts = torch.stack(batch.tokens.completion_mask.sum(dim=1).cpu().chunk(2), dim=1)
-        with reference.scoring() as model:
-            in_fp32 = model.compute_dtype == model.model.dtype == torch.float32
         # Rows of another batch are summed in another order: a rounding a token.
-        tolerance = (1e-3 if in_fp32 else 0.05) * counts.sqrt()
+        tolerance = (1e-3 if self.in_fp32 else 0.05) * counts.sqrt()
         bad = ((now - values[some]).abs() > tolerance).any(dim=1)
         if bad.any():
             first = int(bad.nonzero()[0])
@@ -199,8 +188,8 @@ class ReferenceLogps:
                 f"are {now[first].tolist()} under the reference; delete that folder, and it is computed anew."
             )
 
-    def _batch(self, rows: Rows, some: list[int], collate: Collate) -> PreferenceBatch:
-        batch = collate(rows.__getitems__(some))
+    def _batch(self, rows: Rows, some: list[int]) -> PreferenceBatch:
+        batch = self.collate(rows.__getitems__(some))
         return batch._replace(tokens=batch.tokens.to(self.device), row_ids=batch.row_ids.to(self.device))
 
     def _read(self) -> dict[int, tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +14,7 @@ from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.data.encoding import load_tokenizer, terminator_ids
 from lit_isdpo.data.outcomes import RowError
 from lit_isdpo.data.tokenization import ChatTemplate, Limits, TextEncoder, TruncationMode, tokenize_response
-from lit_isdpo.evaluation.fingerprints import weights_fingerprint
+from lit_isdpo.evaluation.store import weights_fingerprint
 from lit_isdpo.lab.folder import ENVIRONMENTS, PREFIX, environment_of
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reward_model import (
@@ -118,26 +118,27 @@ class RewardModel(Reward):
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if max_length is None:
             max_length = min(1024, positions or 1024)
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.rope_length = rope_length or max_length
-        self.max_prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
-        self.truncation_mode = truncation_mode
-        self.chat_template = chat_template
+        if max_prompt_length is None:
+            max_prompt_length = max_length // 2
+        if rope_length is None:
+            rope_length = max_length
         check_least("reward.batch_size", batch_size, 1)
         check_least("reward.max_length", max_length, 2)
-        check_least("reward.rope_length", self.rope_length, 1)
-        if not 1 <= self.max_prompt_length < max_length:
+        check_least("reward.rope_length", rope_length, 1)
+        if not 1 <= max_prompt_length < max_length:
             raise InputError(
                 f"reward.max_prompt_length must be at least 1 and less than reward.max_length, which is {max_length}, "
-                f"not {self.max_prompt_length}."
+                f"not {max_prompt_length}."
             )
+        self.batch_size = batch_size
+        self.limits = Limits(max_length, max_prompt_length, truncation_mode)
+        self.chat_template = chat_template
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("reward.device: there is no GPU here; use cpu.")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         check_rows(source, config, self.tokenizer, option="reward.path")
-        self.source = replace(source, rope_length=self.rope_length)
+        self.source = replace(source, rope_length=rope_length)
         self.encoder = TextEncoder(
             self.tokenizer, chat_template, first_without_row=first_without_row(config, self.tokenizer)
         )
@@ -145,23 +146,15 @@ class RewardModel(Reward):
             raise InputError(f"reward.chat_template is 'always', but the tokenizer of {path!r} has no chat template.")
         if positions is not None and max_length > positions:
             raise InputError(f"reward.max_length: {max_length} tokens are more than the model's {positions}.")
-        self.pad_token_id = self._find_pad_token_id(pad_token_id(config))
-
-    def _find_pad_token_id(self, configured: int | None) -> int:
-        """The model's padding id; without one it reads the last token, so that only a token that ends nothing will do.
-
-        Raises:
-            InputError: neither the model nor its tokenizer has one that is safe.
-        """
-        if configured is not None:
-            return configured
-        found = choose_pad_token_id([self.tokenizer.pad_token_id], terminator_ids(self.tokenizer))
-        if found is None:
+        pad = pad_token_id(config)
+        if pad is None:  # the model reads the last token, so that only a token that ends nothing will do
+            pad = choose_pad_token_id([self.tokenizer.pad_token_id], terminator_ids(self.tokenizer))
+        if pad is None:
             raise InputError(
                 f"reward.path: {self.path!r} has no padding id, so the token that it would read a score at is not "
                 "known in a batch; set pad_token_id in its config.json."
             )
-        return found
+        self.pad_token_id = pad
 
     @cached_property
     def model(self) -> ScoreModel:
@@ -171,22 +164,11 @@ class RewardModel(Reward):
         return ScoreModel(model).requires_grad_(False).to(self.device)
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """Of the weights and of all that decides what they read."""
-        reads: list[object] = [
-            self.max_length,
-            self.max_prompt_length,
-            self.truncation_mode,
-            self.chat_template,
-            self.pad_token_id,
-        ]
-        reads += [self.tokenizer.chat_template, self.dtype]
-        return blake2b(f"{weights_fingerprint(self.model)} {json.dumps(reads)}".encode(), digest_size=8).hexdigest()
-
-    @property
     def identity(self) -> str:
-        """Path and fingerprint."""
-        return f"{self.path} {self._fingerprint}"
+        """Path, and a fingerprint of the weights and of all that decides what they read."""
+        reads = [*astuple(self.limits), self.chat_template, self.pad_token_id, self.tokenizer.chat_template, self.dtype]
+        content = f"{weights_fingerprint(self.model)} {json.dumps(reads)}"
+        return f"{self.path} {blake2b(content.encode(), digest_size=8).hexdigest()}"
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
@@ -210,7 +192,6 @@ class RewardModel(Reward):
 
     def _encode(self, prompt: Prompt, response: str, finished: bool) -> TokenizedExample:
         try:
-            limits = Limits(self.max_length, self.max_prompt_length, self.truncation_mode)
-            return tokenize_response(prompt, response, self.encoder, limits, finished=finished)
+            return tokenize_response(prompt, response, self.encoder, self.limits, finished=finished)
         except RowError as error:
             raise InputError(f"reward.path: {self.path!r} cannot score a response: {error.reason.value}.") from error

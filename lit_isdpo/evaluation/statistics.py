@@ -1,4 +1,7 @@
-"""From values of single responses to reported numbers: means over prompts, win rates, and their intervals.
+"""What responses say of a policy, in numbers: its KL, win rates, and their intervals over prompts.
+
+A log-ratio averaged over the data set is not a KL, because the data is not the policy's. The estimators of the KL are
+unbiased for responses drawn at temperature 1 and top-p 1, and for those only.
 
 Prompts are the sample: several responses to one prompt say more about that prompt, not about prompts. So a prompt's
 values are averaged first, and the bootstrap draws whole prompts.
@@ -12,7 +15,14 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from lit_isdpo.objective.metrics import Estimate
+from lit_isdpo.data.collation import collate_completions
+from lit_isdpo.objective.metrics import Estimate, kl_values, token_kl
+from lit_isdpo.policy.logprob_model import LogProbModel
+from lit_isdpo.policy.reference import Reference
+from lit_isdpo.types import Response
+
+ESTIMATORS = ("rao_blackwell", "k1", "k3")
+"""Log keys of the fields of :class:`~lit_isdpo.objective.metrics.KLValues`."""
 
 _ELEMENTS = 2**22  # of a chunk of resamples: 32 MiB in float64
 _RIDGE = 1e-8  # keeps a separable fit finite, and moves no win rate by more than 1e-6
@@ -30,6 +40,55 @@ class Interval(NamedTuple):
     stderr: float
     low: float
     high: float
+
+
+@torch.no_grad()
+def sampled_kl(
+    policy: LogProbModel,
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Response],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+) -> Tensor:
+    """KL(policy || reference) estimated on each of P responses that the policy sampled, ``(P, 3)``, in nats.
+
+    The columns are those of ``ESTIMATORS``. For a response that was cut it is the KL of the cut response. Both
+    distributions are those of the next token given that it is one: entries that only pad a vocabulary, of which one
+    model may have more than the other, are never sampled and left out of both.
+
+    Args:
+        policy: the model that was sampled.
+        reference: the model that the KL is taken to.
+        prompts: token ids of P prompts.
+        responses: to them.
+        pad_token_id: padding.
+        batch_size: responses per forward of the decoders; logits exist for fewer tokens at a time.
+    """
+    values = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        completions = [response.token_ids for response in responses[rows]]
+        tokens = collate_completions(prompts[rows], completions, pad_token_id=pad_token_id).to(policy.device)
+        targets = tokens.at_completions(tokens.completion_ids)  # (N,)
+        own = policy.completion_states(tokens)
+        with reference.scoring() as model:
+            states = model.completion_states(tokens)
+        token_logratios, kls = [], []
+        for chunk in torch.arange(len(targets), device=targets.device).split(policy.logits_at_a_time):
+            logits = policy.token_logits(own[chunk])[:, : policy.num_tokens]
+            with reference.scoring() as model:
+                ref_logits = model.token_logits(states[chunk])[:, : policy.num_tokens]
+            common = min(logits.shape[1], ref_logits.shape[1])
+            logps, ref_logps = logits[:, :common].log_softmax(dim=1), ref_logits[:, :common].log_softmax(dim=1)
+            picked = targets[chunk, None]
+            token_logratios.append((logps.gather(1, picked) - ref_logps.gather(1, picked))[:, 0])
+            kls.append(token_kl(logps, ref_logps))
+        logratios = tokens.spread(torch.cat(token_logratios)).sum(dim=1)
+        estimates = kl_values(logratios, torch.cat(kls), tokens.completion_mask)
+        values.append(torch.stack(estimates, dim=1).cpu())
+    return torch.cat(values)
 
 
 def bootstrap_interval(values: Tensor, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> Interval:

@@ -1,4 +1,4 @@
-"""What is kept on disk, whole or not at all: files, tables that count as missing when damaged, answers, responses.
+"""What is kept on disk, whole or not at all, under names that equal content has on every machine and in every run.
 
     FOLDER/KEY/
         about.json                      what KEY is a hash of: weights, prompts, sampling
@@ -11,7 +11,8 @@ at the shards that are missing or cannot be read, on any number of ranks. A new 
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import InitVar, dataclass
 from hashlib import blake2b
 from os import getpid
 from pathlib import Path
@@ -23,12 +24,24 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lit_isdpo.evaluation.fingerprints import digest
+from lit_isdpo.policy.logprob_model import LogProbModel, whole
+from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.types import InputError, ProbePrompt, Ranks, Response
 
 DIGEST = b"lit_isdpo:digest"  # of a table's metadata
 RESPONSES = "responses"
 Columns = dict[str, list[Any]]
+# Of a configuration file: where the model came from, and how it is loaded and initialised.
+_NO_ARCHITECTURE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "initializer_range",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_NO_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 
 
 @contextmanager
@@ -70,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes Parquet as ``write_whole`` does, with a digest of its values: Parquet's checksums leave headers out."""
-    marked = table.replace_schema_metadata({DIGEST: _digest(table)})
+    marked = table.replace_schema_metadata({DIGEST: _table_digest(table)})
     write_whole(path, lambda file: pq.write_table(marked, file))
 
 
@@ -78,14 +91,61 @@ def read_table(path: Path) -> pa.Table | None:
     """The table; ``None`` where it is missing, torn, or not what was written."""
     try:
         table = pq.read_table(path)
-        is_whole = (table.schema.metadata or {}).get(DIGEST) == _digest(table)
+        is_whole = (table.schema.metadata or {}).get(DIGEST) == _table_digest(table)
     except (OSError, ValueError, KeyError, pa.ArrowException):  # a flipped bit is met by whatever parses it
         return None
     return table if is_whole else None
 
 
-def _digest(table: pa.Table) -> bytes:
+def _table_digest(table: pa.Table) -> bytes:
     return blake2b(repr(table.to_pydict()).encode(), digest_size=16).hexdigest().encode()
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of anything that JSON can hold.
+
+    >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    True
+    """
+    text = json.dumps(content, sort_keys=True, default=_plain)
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def weights_fingerprint(model: LogProbModel | ScoreModel, *, with_adapter: bool = True) -> str:
+    """Names a model as it computes: every value of its weights, its architecture, and the dtype that it computes in.
+
+    A base whose adapter is switched off has the name of the same model without an adapter.
+
+    Args:
+        model: the model.
+        with_adapter: false names the base alone.
+    """
+    config = model.model.config.to_diff_dict()
+    about: dict[str, Any] = {
+        "config": {key: value for key, value in config.items() if key not in _NO_ARCHITECTURE},
+        "compute_dtype": str(model.compute_dtype),
+    }
+    if model.adapter is not None and with_adapter:
+        adapter = model.adapter.config.to_dict()
+        about["adapter"] = {key: value for key, value in adapter.items() if key not in _NO_ADAPTER}
+    value = blake2b(digest(about).encode(), digest_size=8)
+    for name, tensor in sorted(_tensors(model, with_adapter=with_adapter)):
+        value.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        value.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return value.hexdigest()
+
+
+def _tensors(model: LogProbModel | ScoreModel, *, with_adapter: bool) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors; of a base alone, under the names that they have without PEFT's layers around them."""
+    for name, tensor in model.model.state_dict().items():
+        if model.adapter is None or with_adapter:
+            yield name, tensor
+        elif name not in model.adapter.names:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 class Answers:
@@ -108,7 +168,9 @@ class Answers:
                 lines.seek(0)
                 line = b""
                 for line in lines:
-                    self._read(line)
+                    with suppress(ValueError, LookupError, TypeError):  # half a line, or none of ours
+                        row = json.loads(line)
+                        self._answers.setdefault(str(row["key"]), []).append(str(row["answer"]))
                 if line and not line.endswith(b"\n"):
                     lines.write(b"\n")  # so that the next answer begins a line
         except OSError as error:
@@ -125,16 +187,8 @@ class Answers:
             lines.write(line.encode())
             self._answers.setdefault(key, []).append(answer)
 
-    def _read(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-            key, answer = row["key"], row["answer"]
-        except (ValueError, LookupError, TypeError):  # half a line, or none of ours
-            return
-        if isinstance(key, str) and isinstance(answer, str):
-            self._answers.setdefault(key, []).append(answer)
 
-
+@dataclass
 class ResponseSet:
     """n responses to each of P prompts, all of one origin, with columns of values.
 
@@ -148,29 +202,23 @@ class ResponseSet:
         show: wraps the shards that are about to be computed, with a word for the work, to show progress.
     """
 
-    def __init__(
-        self,
-        root: Path | None,
-        about: Mapping[str, Any],
-        prompts: Sequence[ProbePrompt],
-        *,
-        num_responses: int,
-        shard_size: int,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
-        show: Callable[[Iterable[int], str], Iterable[int]] = lambda shards, _: shards,
-    ) -> None:
-        about = {**about, "shard_size": shard_size, "format": 2}
+    root: Path | None
+    about: InitVar[Mapping[str, Any]]
+    prompts: Sequence[ProbePrompt]
+    num_responses: int
+    shard_size: int
+    ranks: Ranks = Ranks()  # noqa: RUF009 - immutable
+    show: Callable[[Iterable[int], str], Iterable[int]] = lambda shards, _: shards
+
+    def __post_init__(self, about: Mapping[str, Any]) -> None:
+        about = {**about, "shard_size": self.shard_size, "format": 2}
         self.key = digest(about)
-        self.folder = None if root is None else root / self.key
-        self.prompts = prompts
-        self.num_responses = num_responses
-        self._ranks = ranks
-        self._show = show
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].prompt_ids))
-        per_shard = max(1, shard_size // num_responses)
+        self.folder = None if self.root is None else self.root / self.key
+        order = sorted(range(len(self.prompts)), key=lambda row: len(self.prompts[row].prompt_ids))
+        per_shard = max(1, self.shard_size // self.num_responses)
         self.shards = [order[start : start + per_shard] for start in range(0, len(order), per_shard)]
         self._parts: dict[str, list[Columns]] = {}
-        if self.folder is not None and ranks.rank == 0:
+        if self.folder is not None and self.ranks.rank == 0:
             write_text(self.folder / "about.json", json.dumps(about, indent=2) + "\n")
 
     @property
@@ -191,14 +239,14 @@ class ResponseSet:
         """
 
         def own_shards() -> dict[int, Columns]:
-            own = range(self._ranks.rank, len(self.shards), self._ranks.size)
+            own = range(self.ranks.rank, len(self.shards), self.ranks.size)
             parts = {shard: self._read(name, shard) for shard in own}
             missing = [shard for shard, part in parts.items() if part is None]
-            for shard in self._show(missing, doing) if missing else ():
+            for shard in self.show(missing, doing) if missing else ():
                 parts[shard] = self._write(name, shard, compute(shard))
             return {shard: part for shard, part in parts.items() if part is not None}
 
-        parts = {shard: part for own in self._ranks.agree(own_shards) for shard, part in own.items()}
+        parts = {shard: part for own in self.ranks.agree(own_shards) for shard, part in own.items()}
         self._parts[name] = [parts[shard] for shard in range(len(self.shards))]
 
     def fill_at_once(
@@ -213,22 +261,17 @@ class ResponseSet:
         """
 
         def first_rank() -> list[Columns] | None:
-            if self._ranks.rank:
+            if self.ranks.rank:
                 return None
-            parts = [self._read(name, shard) for shard in range(len(self.shards))]
-            known = [part for part in parts if part is not None and settled(part)]
-            if len(known) == len(parts):
+            known = self._read_all(name)
+            if known is not None and all(map(settled, known)):
                 return known
             columns, n = compute(), self.num_responses
             places = [[row * n + number for row in rows for number in range(n)] for rows in self.shards]
-            return [
-                self._write(
-                    name, shard, {title: [values[place] for place in some] for title, values in columns.items()}
-                )
-                for shard, some in enumerate(places)
-            ]
+            parts = [{title: [column[i] for i in some] for title, column in columns.items()} for some in places]
+            return [self._write(name, shard, part) for shard, part in enumerate(parts)]
 
-        self._parts[name] = self._ranks.agree(first_rank)[0]
+        self._parts[name] = self.ranks.agree(first_rank)[0]
 
     def responses(self, shard: int) -> list[Response]:
         """The responses of a shard, n for each of its prompts."""
@@ -258,14 +301,12 @@ class ResponseSet:
 
     def save(self) -> None:
         """Writes all columns that there are, of earlier evaluations too, into one file, prompts in their order."""
-        if self.folder is None or self.file is None or self._ranks.rank:
+        if self.folder is None or self.file is None or self.ranks.rank:
             return
         names = sorted(folder.name for folder in (self.folder / "shards").iterdir())
         for name in names:  # those of other evaluations; one that was interrupted is left out
-            if name not in self._parts:
-                parts = [self._read(name, shard) for shard in range(len(self.shards))]
-                if None not in parts:
-                    self._parts[name] = [part for part in parts if part is not None]
+            if name not in self._parts and (parts := self._read_all(name)) is not None:
+                self._parts[name] = parts
         numbers = range(self.num_responses)
         columns: Columns = {
             "row_id": [prompt.row_id for prompt in self.prompts for _ in numbers],
@@ -277,16 +318,24 @@ class ResponseSet:
                 columns[title] = [value for values in self.values(name, title) for value in values]
         write_table(self.file, pa.table(columns))
 
-    def _path(self, folder: Path, name: str, shard: int) -> Path:
-        return folder / "shards" / name / f"{shard:05}.parquet"
-
     def _read(self, name: str, shard: int) -> Columns | None:
         """A shard's columns; ``None`` where they are not there, or are not what was written."""
-        table = None if self.folder is None else read_table(self._path(self.folder, name, shard))
-        whole = table is not None and len(table) == len(self.shards[shard]) * self.num_responses
-        return table.to_pydict() if table is not None and whole else None
+        table = None if self.folder is None else read_table(self.folder / _shard_file(name, shard))
+        if table is None or len(table) != len(self.shards[shard]) * self.num_responses:
+            return None
+        columns: Columns = table.to_pydict()
+        return columns
+
+    def _read_all(self, name: str) -> list[Columns] | None:
+        """All shards' columns; ``None`` where one is missing."""
+        parts = [part for shard in range(len(self.shards)) if (part := self._read(name, shard)) is not None]
+        return parts if len(parts) == len(self.shards) else None
 
     def _write(self, name: str, shard: int, columns: Columns) -> Columns:
         if self.folder is not None:
-            write_table(self._path(self.folder, name, shard), pa.table(columns))
+            write_table(self.folder / _shard_file(name, shard), pa.table(columns))
         return columns
+
+
+def _shard_file(name: str, shard: int) -> str:
+    return f"shards/{name}/{shard:05}.parquet"

@@ -43,8 +43,11 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from lit_isdpo.lab.posts import MAX_LENGTH
 from lit_isdpo.types import InputError
 
 NUM_PROMPTS = 8
@@ -53,6 +56,7 @@ QUALITY = 0.7
 VERBOSITY_GOLD = (0.0, 0.8, 1.4, 0.8, -1.0, -3.0, -5.0)
 LENGTH_GOLD = (-1.0, -0.2, 0.5, 1.0, 1.4, 0.8, -0.5, -2.0, -3.5)
 WORST = -5.0
+END = "</s>"
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,30 @@ def length() -> Design:
             "pairs_hole": PairsPart((feature >= 1) & (feature <= 4)),
             "pairs_sharp": PairsPart((feature >= 1) & (feature <= 5), temperature=0.7),
         },
+    )
+
+
+def build_closed_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer of an enumerable task: ids 0 to K - 1 are its words, K ends a response, and that is all.
+
+    There is no padding token, so the end token fills rows up, and none for unknown text, which is left out: a row of
+    other data becomes empty, and is dropped as such.
+
+    >>> tokenizer = build_closed_tokenizer(["very", "good"])
+    >>> tokenizer.encode(" very very good bad"), tokenizer.eos_token_id, len(tokenizer)
+    ([0, 0, 1], 2, 3)
+    """
+    words = {f" {word}": index for index, word in enumerate(vocabulary)} | {END: len(vocabulary)}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END,
+        eos_token=END,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from lit_isdpo.data.tokenization import TextEncoder
-from lit_isdpo.lab.designs import FLIPPED, Design
+from lit_isdpo.lab.designs import FLIPPED, Design, build_closed_tokenizer
 from lit_isdpo.lab.exact import ExactEvaluation, ResponseDistribution, behavior_logps, pair_logps, shipped_reference
 from lit_isdpo.lab.labelling import (
     Candidate,
@@ -20,23 +20,24 @@ from lit_isdpo.lab.labelling import (
     Preference,
     SampledRow,
     first_wins,
-    sampled_logps,
+    sampled_pairs,
     to_rows,
 )
 from lit_isdpo.lab.posts import (
     LABEL_TEMPERATURE,
+    MAX_LENGTH,
     MAX_NEW_TOKENS,
     Split,
+    build_tokenizer,
     gold_reward,
     render_prompt,
     sample_demonstration,
     sample_post,
 )
-from lit_isdpo.lab.tokenizer import MAX_LENGTH, build_closed_tokenizer, build_tokenizer
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
-from lit_isdpo.types import InputError, Prompt
+from lit_isdpo.types import InputError, Prompt, Response
 
 _BATCH_SIZE = 512  # responses generated, or scored, at a time
 
@@ -51,6 +52,7 @@ class Environment(ABC):
         pairs_parts: the names of its sets of pairs.
         num_pairs: draws of a set of pairs, by split.
         num_demonstrations: by split.
+        shape: of the reference, a Llama: hidden size, intermediate size, layers, attention heads.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Environment(ABC):
     pairs_parts: Sequence[str]
     num_pairs: Mapping[Split, int]
     num_demonstrations: Mapping[Split, int] = {"train": 48_000, "validation": 1024}
+    shape: tuple[int, int, int, int]
 
     @property
     def identity(self) -> str:
@@ -90,13 +93,43 @@ class Environment(ABC):
     def build_tokenizer(self) -> PreTrainedTokenizerBase:
         """The reference's tokenizer."""
 
-    @abstractmethod
     def build_config(self) -> LlamaConfig:
         """The reference's architecture."""
+        tokenizer = self.build_tokenizer()
+        hidden_size, intermediate_size, num_layers, num_heads = self.shape
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            # About 1 / sqrt(hidden_size); from the usual 0.02 the posts' model learns to copy facts late or, in 3,000
+            # steps, not at all.
+            initializer_range=0.1,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            dtype="float32",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
     def exact_evaluation(self, part: str) -> ExactEvaluation | None:
         """Exact values of a policy that is trained on this part; ``None`` where responses cannot be enumerated."""
         return None
+
+
+class _PostsLabeller(Labeller):
+    """Keeps pairs with an empty response, which training leaves out: the labels of the pairs after it depend on it."""
+
+    def read_back(self, row: SampledRow, response: Response) -> str:
+        """The text whose tokens are those that were sampled."""
+        tokenizer = self.encoder.tokenizer
+        text = str(tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        if text or not response.finished:
+            return super().read_back(row, response)
+        return text
 
 
 class Posts(Environment):
@@ -106,6 +139,8 @@ class Posts(Environment):
     reference = Path(__file__).parent / "posts_reference"
     pairs_parts = ("pairs",)
     num_pairs: Mapping[Split, int] = {"train": 1024, "validation": 512, "test": 512}
+    # 0.4 million parameters.
+    shape = (96, 288, 3, 4)
 
     def gold_reward(self, prompt: str, response: str, finished: bool) -> float:
         """See :func:`lit_isdpo.lab.posts.gold_reward`."""
@@ -121,20 +156,15 @@ class Posts(Environment):
         model, tokenizer = _load(self.reference)
         vocabulary = Vocabulary(str, [tokenizer.eos_token_id], tokenizer.pad_token_id)
         ids: list[list[int]] = [tokenizer.encode(prompt) for prompt in prompts]
-        first, second = (
-            [
-                responses[0]
-                for start in range(0, len(ids), _BATCH_SIZE)
-                for responses in sample(
-                    model,
-                    ids[start : start + _BATCH_SIZE],
-                    Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE, seed=rng.getrandbits(32)),
-                    vocabulary,
-                )
-            ]
-            for _ in range(2)
-        )
-        labeller = Labeller(
+
+        def draw() -> Iterator[Response]:
+            for start in range(0, len(ids), _BATCH_SIZE):
+                sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE, seed=rng.getrandbits(32))
+                for (response,) in sample(model, ids[start : start + _BATCH_SIZE], sampling, vocabulary):
+                    yield response
+
+        first, second = list(draw()), list(draw())
+        labeller = _PostsLabeller(
             reward=self,
             encoder=TextEncoder(tokenizer),
             choose=lambda prompt, texts, scores: [(0, 1)] if len(texts) == 2 else [],  # equal scores too
@@ -145,21 +175,14 @@ class Posts(Environment):
         drawn = zip(prompts, ids, first, second, strict=True)
         rows = [SampledRow(number, prompt, own, pair) for number, (prompt, own, *pair) in enumerate(drawn)]
         preferences, left_out = labeller(rows)
-        both = [(pair.row, pair.row.responses[place].token_ids) for place in (0, 1) for pair in preferences]
-        logps = sampled_logps(
+        pairs = sampled_pairs(
             model,
-            [row.prompt_ids for row, _ in both],
-            [token_ids for _, token_ids in both],
+            preferences,
             Sampling(batch_size=_BATCH_SIZE),
             pad_token_id=vocabulary.pad_token_id,
+            score_name="gold",
         )
-        known = {(row.row_id, tuple(token_ids)): value for (row, token_ids), value in zip(both, logps, strict=True)}
-        chosen, rejected = (
-            [known[pair.row.row_id, tuple(getattr(pair, side).token_ids)] for pair in preferences]
-            for side in ("chosen", "rejected")
-        )
-        counts = {"prompts": len(prompts), "pairs": len(preferences), **left_out}
-        return to_rows(preferences, chosen + rejected, "gold"), counts
+        return pairs, {"prompts": len(prompts), "pairs": len(preferences), **left_out}
 
     def sample_demonstrations(self, split: Split, seed: int) -> Iterable[Mapping[str, Any]]:
         """One summary for each post."""
@@ -171,10 +194,6 @@ class Posts(Environment):
         """Words and bytes."""
         return build_tokenizer()
 
-    def build_config(self) -> LlamaConfig:
-        """A Llama of 0.4 million parameters."""
-        return _llama(build_tokenizer(), hidden_size=96, intermediate_size=288, num_layers=3, num_heads=4)
-
 
 class Enumerable(Environment):
     """A task of :mod:`lit_isdpo.lab.designs`.
@@ -184,6 +203,8 @@ class Enumerable(Environment):
     """
 
     num_pairs: Mapping[Split, int] = {"train": 8192, "validation": 1024, "test": 1024}
+    # 80,000 parameters: small enough to be asked for every response at every validation.
+    shape = (64, 128, 2, 2)
 
     def __init__(self, build: Callable[[], Design]) -> None:
         self._build = build
@@ -227,7 +248,8 @@ class Enumerable(Environment):
         mu_logps = pair_logps(design, part, reference or shipped_reference(design))
         behavior = behavior_logps(design, part, mu_logps)
         cumulative = [list(accumulate(row)) for row in mu_logps.exp().tolist()]
-        preferences, logps = [], []
+        preferences: list[Preference] = []
+        logps: list[float] = []
         identical = 0
         for draw in range(number):
             prompt = draw % len(design.prompts)
@@ -236,15 +258,15 @@ class Enumerable(Environment):
                 if pair[0] != pair[1]:
                     break
                 identical += 1
-            golds = [float(design.gold[prompt, node]) for node in pair]
-            if first_wins(rng, golds[0], golds[1], 1.0) == (rng.random() < FLIPPED):
-                pair.reverse()
             candidates = [Candidate(_text(design, node), [], float(design.gold[prompt, node])) for node in pair]
+            if first_wins(rng, candidates[0].score, candidates[1].score, 1.0) == (rng.random() < FLIPPED):
+                candidates.reverse()
+                pair.reverse()
             row = SampledRow(draw, design.render(design.prompts[prompt]), [], [])
             preferences.append(Preference(row, *candidates))
-            logps.append([float(behavior[prompt, node]) for node in pair])
-        columns = [value for column in zip(*logps, strict=True) for value in column]
-        return to_rows(preferences, columns, "gold"), {"pairs": number, "identical": identical}
+            logps += [float(behavior[prompt, node]) for node in pair]
+        # All of the chosen responses, then all of the rejected ones.
+        return to_rows(preferences, logps[::2] + logps[1::2], "gold"), {"pairs": number, "identical": identical}
 
     def sample_demonstrations(self, split: Split, seed: int) -> Iterator[Mapping[str, Any]]:
         """Draws demonstrations from the design's target, an eighth for each prompt."""
@@ -260,10 +282,6 @@ class Enumerable(Environment):
         """The design's words and an end token."""
         return build_closed_tokenizer(self._build().vocabulary)
 
-    def build_config(self) -> LlamaConfig:
-        """A Llama of 80,000 parameters, small enough to be asked for every response at every validation."""
-        return _llama(self.build_tokenizer(), hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2)
-
     def exact_evaluation(self, part: str) -> ExactEvaluation:
         """Exact values of a policy; those about pairs where the part is one of pairs."""
         return ExactEvaluation(self._build(), part if part in self.pairs_parts else None)
@@ -277,25 +295,3 @@ def _load(folder: Path) -> tuple[LogProbModel, PreTrainedTokenizerBase]:
 def _text(design: Design, node: int) -> str:
     words = design.tree.words[node]
     return design.render(words[: int(design.tree.lengths[node])].tolist())
-
-
-def _llama(
-    tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int
-) -> LlamaConfig:
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        # About 1 / sqrt(hidden_size); from the usual 0.02 the posts' model learns to copy facts late or, in 3,000
-        # steps, not at all.
-        initializer_range=0.1,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        dtype="float32",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )

@@ -239,16 +239,6 @@ def _within(mu_logps: Tensor, values: Tensor) -> Tensor:
     return values.masked_fill(mu_logps.isneginf(), 0)
 
 
-def _same(model: LogProbModel, other: LogProbModel) -> bool:
-    """Whether two models are one function in the same numerics."""
-    tensors, others = model.model.state_dict(), other.model.state_dict()
-    return (
-        model.compute_dtype == other.compute_dtype
-        and tensors.keys() == others.keys()
-        and all(torch.equal(tensor.cpu(), others[name]) for name, tensor in tensors.items())
-    )
-
-
 class ExactEvaluation:
     """Exact values of policies on a design, and on one of its sets of pairs.
 
@@ -273,7 +263,13 @@ class ExactEvaluation:
         What the shipped reference says is summed once in a process: it is asked as the reference, as the policy before
         the first step, and as the writer of the pairs.
         """
-        if _same(model, shipped_model(self.design)):
+        shipped, tensors = shipped_model(self.design), model.model.state_dict()
+        others = shipped.model.state_dict()
+        if (
+            model.compute_dtype == shipped.compute_dtype
+            and tensors.keys() == others.keys()
+            and all(torch.equal(tensor.cpu(), others[name]) for name, tensor in tensors.items())
+        ):
             return shipped_reference(self.design)
         return enumerate_responses(model, self.design.prompts, self.design.tree)
 

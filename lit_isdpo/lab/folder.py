@@ -69,7 +69,7 @@ def resolve(
     folder = root / f"{name}-{seed}-{_content_hash(ENVIRONMENTS[name])}" / part
     if part in ENVIRONMENTS[name].pairs_parts and not folder.exists():
         say(f"Drawing the pairs of {source}, once.")
-    return _write_once(folder, lambda place: _write_part(place, name, part, seed))
+    return _write_once(folder, lambda place: write_part(place, name, part, seed))
 
 
 def environment_of(folder: Path) -> str | None:
@@ -84,45 +84,37 @@ def exact_evaluation_for(folder: Path) -> ExactEvaluation | None:
     return None if found is None else ENVIRONMENTS[found[0]].exact_evaluation(found[1])
 
 
-def write_pairs(folder: Path, name: str, part: str, seed: int) -> None:
-    """Writes a set of pairs, one file for each split, and counts in the marker those that were left out.
+def write_part(folder: Path, name: str, part: str, seed: int) -> None:
+    """Writes any part of an environment; pairs and demonstrations with a marker that counts what was left out.
 
     Args:
         folder: an existing folder.
         name: of the environment.
-        part: of the set of pairs.
-        seed: the pairs are a function of it.
+        part: of it.
+        seed: pairs and demonstrations are a function of it.
     """
-    environment, counts = ENVIRONMENTS[name], {}
-    with _one_thread():
-        for split in environment.num_pairs:
-            rows, counts[split] = environment.sample_pairs(part, split, seed)
-            _write_lines(folder / f"{split}.jsonl", rows)
-    _write_marker(folder, name, part, seed, counts=counts)
-
-
-def write_sft(folder: Path, name: str, seed: int) -> None:
-    """Writes demonstrations, one file for each split; arguments as those of :func:`write_pairs`."""
     environment = ENVIRONMENTS[name]
-    for split in environment.num_demonstrations:
-        _write_lines(folder / f"{split}.jsonl", environment.sample_demonstrations(split, seed))
-    _write_marker(folder, name, "sft", seed)
-
-
-def _write_part(folder: Path, name: str, part: str, seed: int) -> None:
-    """Writes any part of an environment into an existing folder."""
-    environment = ENVIRONMENTS[name]
-    if part == "sft":
-        write_sft(folder, name, seed)
-    elif part == "reference":
+    if part == "reference":
         shutil.copytree(environment.reference, folder, dirs_exist_ok=True)
-    elif part == "init":  # architecture and tokenizer without weights
+        return
+    if part == "init":  # architecture and tokenizer without weights
         config = environment.build_config()
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         environment.build_tokenizer().save_pretrained(folder)
-    else:
-        write_pairs(folder, name, part, seed)
+        return
+    rows: Iterable[Mapping[str, Any]]
+    marker: dict[str, Any] = {"design": name, "format": environment.format, "seed": seed}
+    for split in environment.num_demonstrations if part == "sft" else environment.num_pairs:
+        if part == "sft":
+            rows = environment.sample_demonstrations(split, seed)
+        else:
+            with _one_thread():
+                rows, counts = environment.sample_pairs(part, split, seed)
+            marker.setdefault("counts", {})[split] = counts
+        with (folder / f"{split}.jsonl").open("w") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+    (folder / MARKER).write_text(json.dumps({**marker, "part": part}, indent=2) + "\n")
 
 
 def _parts(name: str) -> list[str]:
@@ -138,11 +130,6 @@ def _read_marker(folder: Path) -> tuple[str, str] | None:
     if not isinstance(marker, dict) or marker.get("design") not in ENVIRONMENTS:
         return None
     return marker["design"], str(marker.get("part"))
-
-
-def _write_marker(folder: Path, name: str, part: str, seed: int, **more: Any) -> None:
-    marker = {"design": name, "format": ENVIRONMENTS[name].format, "seed": seed, **more, "part": part}
-    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
 @contextmanager
@@ -177,8 +164,3 @@ def _write_once(folder: Path, write: Callable[[Path], None]) -> Path:
                 if not folder.exists():
                     raise
     return folder
-
-
-def _write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with file.open("w") as lines:
-        lines.writelines(json.dumps(row) + "\n" for row in rows)

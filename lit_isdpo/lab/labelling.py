@@ -110,7 +110,10 @@ class Labeller:
                 except UnusableError as reason:
                     left_out[str(reason)] += 1
             usable.append(texts)
-        scores = iter(self._score(rows, usable))
+        prompts = [row.prompt for row, texts in zip(rows, usable, strict=True) for _ in texts]
+        responses = [text for texts in usable for text in texts]
+        finished = [True] * len(responses)
+        scores = iter(score(self.reward, prompts, responses, finished, option="labels.reward") if responses else [])
         preferences = []
         for row, texts in zip(rows, usable, strict=True):
             candidates = [Candidate(text, response.token_ids, next(scores)) for text, response in texts.items()]
@@ -150,18 +153,32 @@ class Labeller:
                 return text
         raise UnusableError("responses whose text has other tokens")
 
-    def _score(self, rows: Sequence[SampledRow], usable: Sequence[dict[str, Response]]) -> list[float]:
-        prompts = [row.prompt for row, texts in zip(rows, usable, strict=True) for _ in texts]
-        responses = [text for texts in usable for text in texts]
-        finished = [True] * len(responses)
-        return score(self.reward, prompts, responses, finished, option="labels.reward") if responses else []
-
 
 def first_wins(rng: Random, first: float, second: float, temperature: float) -> bool:
     """A Bradley-Terry label of two scores: true with probability ``sigmoid((first - second) / temperature)``."""
     logit = (first - second) / temperature
     probability = 1 / (1 + math.exp(-logit)) if logit > 0 else math.exp(logit) / (1 + math.exp(logit))
     return rng.random() < probability
+
+
+def sampled_pairs(
+    policy: LogProbModel,
+    preferences: Sequence[Preference],
+    sampling: Sampling,
+    *,
+    pad_token_id: int,
+    score_name: str = "score",
+) -> list[PairRow]:
+    """Rows of a file for preferences between responses that the policy sampled; arguments as below."""
+    responses = [pair.chosen for pair in preferences] + [pair.rejected for pair in preferences]
+    logps = sampled_logps(
+        policy,
+        [pair.row.prompt_ids for pair in preferences] * 2,
+        [response.token_ids for response in responses],
+        sampling,
+        pad_token_id=pad_token_id,
+    )
+    return to_rows(preferences, logps, score_name)
 
 
 def to_rows(preferences: Sequence[Preference], logps: Sequence[float], score_name: str = "score") -> list[PairRow]:

@@ -46,6 +46,9 @@ from hashlib import sha256
 from random import Random
 from typing import Literal
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from lit_isdpo.types import InputError
 
 Split = Literal["train", "validation", "test"]
@@ -73,6 +76,9 @@ MENTIONS_WITHOUT_PENALTY = 3
 MAX_NEW_TOKENS = 24
 WRONG_VALUE_PROBABILITY = 0.15
 LABEL_TEMPERATURE = 0.5
+MAX_LENGTH = 2048  # tokens; a post needs 39, the rest is room for real text, a token a byte
+
+_PAD, _BOS, _EOS, _UNK = _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def render_facts(facts: Iterable[Fact]) -> str:
@@ -146,14 +152,11 @@ def sample_post(rng: Random, split: Split) -> Post:
 
 def sample_demonstration(rng: Random, post: Post) -> str:
     """A summary of two to four of the post's facts, as the reference is trained on; see the module's text."""
-    facts = rng.sample(list(post.items()), rng.randint(2, 4))
-    return render_facts((attribute, _perhaps_wrong(rng, value)) for attribute, value in facts)
-
-
-def _perhaps_wrong(rng: Random, value: str) -> str:
-    if rng.random() < WRONG_VALUE_PROBABILITY:
-        return rng.choice([other for other in VALUES if other != value])
-    return value
+    facts = []
+    for attribute, value in rng.sample(list(post.items()), rng.randint(2, 4)):
+        others = [other for other in VALUES if other != value]
+        facts.append((attribute, rng.choice(others) if rng.random() < WRONG_VALUE_PROBABILITY else value))
+    return render_facts(facts)
 
 
 def _are_facts(facts: Iterable[Fact]) -> bool:
@@ -178,3 +181,40 @@ def _read(response: str) -> tuple[list[Fact], int]:
             num_malformed += 1
             position += 1
     return mentions, num_malformed
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds the tokenizer: 4 special tokens, 256 bytes, 20 words.
+
+    Encoding and decoding are exact inverses on every text, and the words of a response are the same tokens whether
+    the prompt before them is encoded with them or apart, because a word carries the space before it. ``<s>`` is put in
+    front where special tokens are asked for; ``</s>`` never is. There is no chat template.
+
+    >>> tokenizer = build_tokenizer()
+    >>> tokenizer.convert_ids_to_tokens(tokenizer.encode("POST: price good TL;DR:"))
+    ['<s>', 'POST:', ' price', ' good', ' TL;DR:']
+    >>> tokenizer.decode(tokenizer.encode(" <0x41>  safety </s>"), skip_special_tokens=True)
+    ' <0x41>  safety </s>'
+    """
+    words = [PROMPT_START, PROMPT_END, *(f" {word}" for word in (*ATTRIBUTES, *VALUES))]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: index for index, token in enumerate([*_SPECIALS, *byte_tokens, *words])}
+    # No merges: a piece of text is one of the words or it is spelled in bytes.
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, ignore_merges=True, unk_token=_UNK))
+    # A piece is a word with at most one space before it. "<" stands alone, so that a text that spells "<0x41>" is not
+    # taken for the byte token of that name.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s<]+|[\s<]"), behavior="isolated")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, vocabulary[_BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=_PAD,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        unk_token=_UNK,
+        split_special_tokens=True,  # "</s>" within a text is text: it cannot end a response
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from lit_isdpo.objective.logprobs import Head
@@ -265,10 +266,9 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tens
     >>> _pad_left([[1, 5], [1]], 0)[0].tolist()
     [[1, 5], [0, 1]]
     """
-    length = max(map(len, prompts))
-    ids = torch.tensor([[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
 
 
 def _response(row: list[int], eos_token_ids: Sequence[int]) -> Response:

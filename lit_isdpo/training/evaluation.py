@@ -18,9 +18,8 @@ from lit_isdpo.evaluation.judge import Judge
 from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.vllm_sampler import check_vllm
-from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.training.probe import SamplingProbe, log_texts
+from lit_isdpo.training.probe import SamplingProbe, exact_values, find_gold_reward, log_texts
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Reward, check_least
 
@@ -145,7 +144,8 @@ class Evaluation(Callback):
         """
         if stage != "test":
             return
-        if isinstance(pl_module, LanguageModule) and pl_module.writes:
+        assert isinstance(pl_module, LanguageModule)
+        if pl_module.writes:
             num_prompts, limits = self._extent(trainer)
             for name in limits if num_prompts else ():
                 pl_module.check_positions("test", limits[name], f"evaluation.{name}", num_prompts)
@@ -161,10 +161,9 @@ class Evaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates, and logs."""
-        if not (isinstance(pl_module, LanguageModule) and pl_module.writes):
-            return
+        assert isinstance(pl_module, LanguageModule)
         num_prompts, limits = self._extent(trainer)
-        if not num_prompts:
+        if not (num_prompts and pl_module.writes):
             return
         prompts = pl_module.data.prompts("test", num_prompts)
         if pl_module.reference is None:
@@ -172,9 +171,9 @@ class Evaluation(Callback):
         sampling = replace(self.sampling, max_new_tokens=limits["max_new_tokens"])
         plain = replace(sampling, num_responses=1, temperature=1.0, top_p=1.0)
         evaluator = Evaluator(
-            prompts,
-            pl_module.vocabulary,
-            sampling,
+            prompts=prompts,
+            vocabulary=pl_module.vocabulary,
+            sampling=sampling,
             folder=Path(self.folder or Path(trainer.default_root_dir) / "evaluations"),
             kl_prompts=len(prompts) if self.kl_prompts is None else self.kl_prompts,
             kl_sampling=replace(plain, max_new_tokens=limits["kl_max_new_tokens"]),
@@ -182,7 +181,7 @@ class Evaluation(Callback):
             reward_option="evaluation.reward",
             judge=self.judge,
             engine=self.engine,
-            engine_options=self.engine_options,
+            engine_options=self.engine_options or {},
             ranks=pl_module.ranks,
             show=_show if trainer.progress_bar_callback and trainer.is_global_zero else lambda shards, _: shards,
         )

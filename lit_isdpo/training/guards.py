@@ -134,5 +134,5 @@ def row_names(trainer: pl.Trainer, row_ids: Tensor) -> str:
         return f"training rows {some}"
     if not some:
         return "training rows of another rank"
-    names = ", ".join(data.row_name("train", row_id) for row_id in some)
+    names = ", ".join(data.splits.row_name("train", row_id) for row_id in some)
     return f"{names} and {others} more" if others > 0 else names

@@ -1,16 +1,20 @@
 """Samples the policy at every validation: KL to the reference, gold reward, win rate, and text to read."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from contextlib import suppress
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.data.outcomes import Split
 from lit_isdpo.evaluation.evaluator import Evaluator, SampledText
+from lit_isdpo.evaluation.rewards import LabReward
+from lit_isdpo.lab.folder import exact_evaluation_for
 from lit_isdpo.policy.generation import Sampling
-from lit_isdpo.training.ground_truth import exact_values, find_gold_reward
 from lit_isdpo.training.language import LanguageModule
-from lit_isdpo.types import Ranks, check_least
+from lit_isdpo.types import InputError, ProbePrompt, Prompt, Ranks, check_least
 
 
 class ProbeSampling(Sampling):
@@ -68,25 +72,24 @@ class SamplingProbe(Callback):
         Raises:
             InputError: it has not.
         """
+        assert isinstance(pl_module, LanguageModule)
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
-        if validates and self.num_prompts and isinstance(pl_module, LanguageModule) and pl_module.writes:
+        if validates and self.num_prompts and pl_module.writes:
             pl_module.check_positions("val", self.sampling.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
         self._evaluator = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probes on prompts of the validation set."""
-        is_wanted = self.num_prompts and not trainer.sanity_checking
-        if not is_wanted or not (
-            isinstance(pl_module, LanguageModule) and pl_module.writes
-        ):  # a reward model writes nothing
+        assert isinstance(pl_module, LanguageModule)
+        if not self.num_prompts or trainer.sanity_checking or not pl_module.writes:  # as a reward model
             return
         if self._evaluator is None:
             prompts = pl_module.data.prompts("val", self.num_prompts)
             self._exact = exact_values(pl_module, "val", prompts)
             self._evaluator = Evaluator(
-                prompts,
-                pl_module.vocabulary,
-                self.sampling,
+                prompts=prompts,
+                vocabulary=pl_module.vocabulary,
+                sampling=self.sampling,
                 kl_prompts=len(prompts),
                 reward=find_gold_reward(pl_module.data, "val", prompts[0].source),
                 proxy=pl_module.reward,
@@ -98,6 +101,62 @@ class SamplingProbe(Callback):
         values = {key: value for key, value in outcome.values.items() if not key.endswith(("_low", "_high"))}
         pl_module.log_dict({f"val/{key}": value for key, value in (values | self._exact()).items()})
         log_texts(trainer, "val", self.samples[: self.num_shown])
+
+
+def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward | None:
+    """The gold reward of a split's prompts; where there is none, says so.
+
+    Args:
+        datamodule: with the split set up.
+        stage: the split.
+        prompt: one of its prompts as the data has it.
+    """
+    rewards = [LabReward.for_folder(folder) for folder in datamodule.splits.folders(stage)]
+    # Of a mixture of tasks each reward reads its own prompts alone.
+    if len({reward and reward.identity for reward in rewards}) == 1 and rewards[0] is not None:
+        with suppress(InputError):
+            rewards[0]([prompt], [""], [True])
+            return rewards[0]
+    rank_zero_info(
+        f"The {stage} prompts are not the lab's as they were written, so no gold reward is known for them: "
+        "gold_reward and win_rate are not logged; KL and samples are."
+    )
+    return None
+
+
+def exact_values(
+    module: LanguageModule, stage: Split, prompts: Sequence[ProbePrompt]
+) -> Callable[[], dict[str, float]]:
+    """Gives exact values of the policy as it is when they are asked for; none where the task has none, or not for it.
+
+    Args:
+        module: holds the policy, and the reference, which is summed over now.
+        stage: the split of the prompts.
+        prompts: of the evaluation.
+    """
+    found = [exact_evaluation_for(folder) for folder in module.data.splits.folders(stage)]
+    if len(found) != 1 or found[0] is None:  # on every rank alike
+        return dict
+    exact = found[0]
+    if module.policy.is_sharded:
+        rank_zero_info("No exact values are logged of a sharded model; use --trainer.strategy ddp or one device.")
+        return dict
+    if not exact.applies_to(module.policy, [prompt.prompt_ids for prompt in prompts]):
+        rank_zero_info(
+            f"The {stage} prompts, or the model's vocabulary, are not those of the lab's task: no exact values are "
+            "logged."
+        )
+        return dict
+    ref_responses = None
+    if module.reference is not None:
+        with module.reference.scoring() as model:
+            ref_responses = exact.enumerate(model)
+
+    def values() -> dict[str, float]:
+        now = exact(exact.enumerate(module.policy), ref_responses)
+        return {f"exact/{key}": value for key, value in now.items()}
+
+    return values
 
 
 def log_texts(trainer: Trainer, stage: str, texts: Sequence[SampledText]) -> None:

@@ -7,8 +7,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.data.collation import Reader
 from lit_isdpo.data.datamodule import TextDataModule
-from lit_isdpo.data.sampling import Reader, limited_steps
+from lit_isdpo.data.sampling import limited_steps
 from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError, Ranks
 

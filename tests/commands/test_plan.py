@@ -12,7 +12,7 @@ from lit_isdpo import cli
 from lit_isdpo.commands import plan as plan_module
 from lit_isdpo.commands.plan import BUCKETS, GRADIENTS, OPTIMIZER, PARAMETERS, REFERENCE, Plan
 from lit_isdpo.commands.trainer import IsdpoTrainer
-from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.lab.posts import build_tokenizer
 from lit_isdpo.training.strategy import FSDP2Strategy
 from tests.peak import PeakOfSteps
 from tests.ranks import run_on_ranks

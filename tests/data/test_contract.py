@@ -68,7 +68,7 @@ def read(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Read:
 
     def read(rows: Any, template: str | None = None, cls: type = PreferenceDataModule, **options: Any) -> Any:
         data = cls(**{"val": rows, "max_length": 4000, "max_dropped_fraction": 1.0} | options)
-        data._tokenizer = make_tokenizer(template=template)
+        data.tokenizer = make_tokenizer(template=template)
         data.setup("validate")
         item = data.splits.rows["val"][0][1]
         parts = [getattr(item, name) for name in item._fields if name.endswith("_ids")]
@@ -588,8 +588,8 @@ def test_special_tokens_that_are_read_as_text_are_text(
     lengths = []
     for split in (False, True):
         data = PreferenceDataModule(val=file)
-        data._tokenizer = make_tokenizer()
-        data._tokenizer.split_special_tokens = split
+        data.tokenizer = make_tokenizer()
+        data.tokenizer.split_special_tokens = split
         data.setup("validate")
         lengths.append(len(data.splits.rows["val"][0][1].chosen_ids))
         assert ("terminator inside a response" in data.splits.counts["val"][0].changed) == (not split)
@@ -660,7 +660,7 @@ def test_rows_in_memory_are_read(tokenizer_path: str, make_rows: Callable[[], An
     assert (counts.read, counts.kept, counts.held_out) == (6, 5, 1)
     assert "in memory" in counts.source
     assert sorted(data.splits.rows["train"].table["weight"]) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert data.source_folders("train") == []
+    assert data.splits.folders("train") == []
     json.dumps(dict(data.hparams), default=str)
     assert "rows" not in data.hparams["train"][0]
 

@@ -76,7 +76,7 @@ def test_unknown_columns_are_named_with_what_is_missing(row, message):
 
 
 def test_formats_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match=r"data\.format: no format 'alpaca'; known: auto, transcripts"):
+    with pytest.raises(InputError, match=r"data\.format is 'alpaca'; known: auto, transcripts"):
         check_format("alpaca", ["prompt"])
     with pytest.raises(InputError, match="needs a column 'rejected'; it has prompt, chosen"):
         check_format("strings", ["prompt", "chosen"])

@@ -21,8 +21,8 @@ def test_rows_are_held_out_where_no_validation_rows_are_named(make, folder):
         assert len(val) == 6
     assert reports[0] == reports[1]
     assert reports[0]["train"][0][2:5] == (22, 16, 6)
-    assert data.source_folders("val") == [folder / "train.jsonl"]
-    assert data.row_name("val", 17) == f"row 17 of {folder / 'train.jsonl'}"
+    assert data.splits.folders("val") == [folder / "train.jsonl"]
+    assert data.splits.row_name("val", 17) == f"row 17 of {folder / 'train.jsonl'}"
 
 
 def test_a_prompt_is_never_on_both_sides(make, tmp_path, write_rows):
@@ -70,7 +70,7 @@ def test_a_mixture_counts_by_source(make, tmp_path, folder, write_rows, capsys, 
         f"val: {folder} [validation] (strings), kept 5 100.0%",
     ]
     assert data.splits.rows["train"].positions.tolist() == list(range(28))
-    assert data.row_name("train", 24) == f"row 2 of {tmp_path / 'b.jsonl'}"
+    assert data.splits.row_name("train", 24) == f"row 2 of {tmp_path / 'b.jsonl'}"
 
 
 def test_a_folder_that_a_mixture_names_twice_is_evaluated_once(make, folder):
@@ -113,8 +113,8 @@ def test_a_row_of_several_responses_becomes_several_pairs(make, tmp_path, folder
         "left out: no two responses with different scores 1 12.5%",
     ]
     rows = data.splits.rows["train"]
-    assert [data.row_name("train", row_id).split()[1] for row_id in range(16)] == list("0001222300012223")
-    assert [data.row_name("train", row_id) for row_id in (7, 8, 15, 16)] == [
+    assert [data.splits.row_name("train", row_id).split()[1] for row_id in range(16)] == list("0001222300012223")
+    assert [data.splits.row_name("train", row_id) for row_id in (7, 8, 15, 16)] == [
         f"row 3 of {file}",
         f"row 0 of {others[0]}",
         f"row 3 of {others[0]}",
@@ -132,16 +132,17 @@ def test_pairs_of_one_prompt_are_held_out_together(make, tmp_path, write_rows):
     )
     data.setup("fit")
     names = [
-        {data.row_name(split, i) for i in data.splits.rows[split].positions.tolist()} for split in ("train", "val")
+        {data.splits.row_name(split, i) for i in data.splits.rows[split].positions.tolist()}
+        for split in ("train", "val")
     ]
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == 3
 
 
-def test_source_folders(make, folder):
+def test_folders(make, folder):
     data = make(test=str(folder / "t*.jsonl"))
-    assert data.source_folders("train") == data.source_folders("val") == [folder]
-    assert data.source_folders("test") == [folder]
+    assert data.splits.folders("train") == data.splits.folders("val") == [folder]
+    assert data.splits.folders("test") == [folder]
 
 
 def test_a_prompt_is_read_again_as_its_source_has_it(make, tmp_path, folder, write_rows):

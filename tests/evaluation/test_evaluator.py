@@ -15,7 +15,7 @@ from lit_isdpo.evaluation import evaluator as module
 from lit_isdpo.evaluation import statistics
 from lit_isdpo.evaluation.evaluator import Evaluator, Outcome
 from lit_isdpo.evaluation.judge import Judge, Verdict
-from lit_isdpo.evaluation.kl import sampled_kl
+from lit_isdpo.evaluation.statistics import sampled_kl
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
 from lit_isdpo.policy.generation import Sampling, Vocabulary
 from lit_isdpo.policy.logprob_model import LogProbModel

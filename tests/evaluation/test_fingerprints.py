@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_isdpo.evaluation.fingerprints import weights_fingerprint
+from lit_isdpo.evaluation.store import weights_fingerprint
 from lit_isdpo.policy.adapters import Adapter, parse_adapter
 from lit_isdpo.policy.logprob_model import LogProbModel
 

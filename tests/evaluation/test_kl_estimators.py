@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_isdpo.evaluation.kl import ESTIMATORS
-from lit_isdpo.evaluation.statistics import bootstrap_interval
+from lit_isdpo.evaluation.statistics import ESTIMATORS, bootstrap_interval
 from lit_isdpo.lab.designs import ResponseTree
 from lit_isdpo.lab.exact import ResponseDistribution
 from lit_isdpo.objective.metrics import kl_values, token_kl

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.evaluation.kl import sampled_kl
+from lit_isdpo.evaluation.statistics import sampled_kl
 from lit_isdpo.lab.designs import Design, ResponseTree
 from lit_isdpo.lab.exact import ResponseDistribution, enumerate_responses
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample

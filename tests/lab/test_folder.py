@@ -45,7 +45,7 @@ def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
     contents = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         (tmp_path / name).mkdir()
-        lab.write_pairs(tmp_path / name, "posts", "pairs", seed)
+        lab.write_part(tmp_path / name, "posts", "pairs", seed)
         contents.append({file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())})
     assert list(contents[0]) == ["environment.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
     assert contents[0] == contents[1]
@@ -71,7 +71,7 @@ def test_pairs_are_a_function_of_the_seed(tmp_path: Path) -> None:
 def test_demonstrations_are_a_function_of_the_seed_and_disjoint(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
-        lab.write_sft(tmp_path / name, "posts", seed)
+        lab.write_part(tmp_path / name, "posts", "sft", seed)
     train = read(tmp_path / "a" / "train.jsonl")
     assert train == read(tmp_path / "b" / "train.jsonl") != read(tmp_path / "c" / "train.jsonl")
     assert len(train) == 200
@@ -89,7 +89,7 @@ def test_names_are_resolved_to_folders_written_once(tmp_path: Path, monkeypatch:
     pairs = lab.resolve("lab:posts", tmp_path)
     assert pairs.parent.parent == tmp_path
     with monkeypatch.context() as patch:
-        patch.setattr(lab, "write_pairs", lambda *_: pytest.fail("written twice"))
+        patch.setattr(lab, "write_part", lambda *_: pytest.fail("written twice"))
         assert lab.resolve("lab:posts/pairs@0", tmp_path) == pairs
     assert lab.resolve("lab:posts@1", tmp_path) != pairs
     assert json.loads((lab.resolve("lab:posts@1", tmp_path) / "environment.json").read_text())["seed"] == 1
@@ -120,7 +120,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         (folder / "train.jsonl").write_text("half of ")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lab, "write_pairs", fail)
+    monkeypatch.setattr(lab, "write_part", fail)
     with pytest.raises(KeyboardInterrupt):
         lab.resolve("lab:posts", tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -134,7 +134,7 @@ def test_of_two_writers_the_first_to_finish_stands(tmp_path: Path, monkeypatch: 
         target.mkdir()
         (target / "train.jsonl").write_text("first")
 
-    monkeypatch.setattr(lab, "write_pairs", write_while_another_does)
+    monkeypatch.setattr(lab, "write_part", write_while_another_does)
     pairs = lab.resolve("lab:posts", tmp_path)
     assert (pairs / "train.jsonl").read_text() == "first"
     assert [path.name for path in pairs.parent.iterdir()] == ["pairs"]

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lit_isdpo.lab import designs
 from lit_isdpo.lab.designs import Design
 from lit_isdpo.lab.environments import Enumerable, Posts
-from lit_isdpo.lab.posts import render_prompt, sample_demonstration, sample_post
-from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.lab.posts import build_tokenizer, render_prompt, sample_demonstration, sample_post
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_isdpo.cli import main
-from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.lab.posts import build_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import outline_logprob_model
 from lit_isdpo.policy.reward_model import load_score_model, load_sequence_classifier, outline_score_model

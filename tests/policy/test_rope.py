@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, PhimoeCon
 from lit_isdpo.cli import main
 from lit_isdpo.commands.export import load_policy
 from lit_isdpo.data.collation import collate_completions
-from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.lab.posts import build_tokenizer
 from lit_isdpo.policy.loading import PolicyConfig, as_one_function, pin_rope, switch_length
 from lit_isdpo.policy.logprob_model import LogProbModel
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_isdpo.evaluation.kl import sampled_kl
+from lit_isdpo.evaluation.statistics import sampled_kl
 from lit_isdpo.lab.labelling import nucleus_logps, sampled_logps
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig

@@ -6,7 +6,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from lit_isdpo.cli import main
-from lit_isdpo.lab.tokenizer import build_tokenizer
+from lit_isdpo.lab.posts import build_tokenizer
 from tests.runs import read_metrics
 
 POSITIONS = 64

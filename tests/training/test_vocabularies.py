@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo.cli import main
 from lit_isdpo.evaluation.rewards import RewardModel
-from lit_isdpo.lab.tokenizer import build_closed_tokenizer
+from lit_isdpo.lab.designs import build_closed_tokenizer
 from lit_isdpo.policy.generation import Sampling, sample
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import ReferenceConfig

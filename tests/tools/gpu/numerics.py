@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lit_isdpo.data.collation import collate_completions, collate_pairs
-from lit_isdpo.evaluation.kl import sampled_kl
+from lit_isdpo.evaluation.statistics import sampled_kl
 from lit_isdpo.objective.logprobs import Head, token_logps
 from lit_isdpo.objective.metrics import token_kl
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample

@@ -8,7 +8,7 @@ import pytest
 
 from lit_isdpo.lab.folder import MARKER
 from lit_isdpo.lab.posts import render_prompt, sample_post
-from lit_isdpo.training.ground_truth import find_gold_reward
+from lit_isdpo.training.probe import find_gold_reward
 
 
 def folder_of(root: Path, task: str | None) -> Path:
@@ -31,7 +31,7 @@ def folder_of(root: Path, task: str | None) -> Path:
 )
 def test_one_task_has_a_gold_reward_and_a_mixture_has_none(tmp_path: Path, tasks, known: bool) -> None:
     folders = [folder_of(tmp_path, task) for task in tasks]
-    datamodule = SimpleNamespace(source_folders=lambda stage: folders)
+    datamodule = SimpleNamespace(splits=SimpleNamespace(folders=lambda stage: folders))
     reward = find_gold_reward(datamodule, "val", render_prompt(sample_post(Random(0), "train")))
     assert (reward is not None) == known
     assert find_gold_reward(datamodule, "val", "no post") is None

@@ -31,11 +31,7 @@ def check_least(option: str, value: float | None, least: int) -> None:
 
 
 def check_choice(option: str, value: str | None, choices: Sequence[str | None]) -> None:
-    """Raises for an option's value that is none of the choices.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Raises ``InputError`` for an option's value that is none of the choices."""
     if value not in choices:
         raise InputError(f"{option} is {value!r}; known: {', '.join(filter(None, choices))}")
 
@@ -281,15 +277,12 @@ class Reward(Protocol):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]
     ) -> Sequence[float]:
-        """Scores N responses.
+        """Scores N responses: a number for each, higher is better.
 
         Args:
             prompts: each response's prompt as the data has it, before any chat template.
             responses: text, special tokens left out.
             finished: false where the token limit cut a response.
-
-        Returns:
-            One number a response, higher is better.
         """
         ...
 
@@ -299,12 +292,7 @@ def score(
 ) -> list[float]:
     """The scores that a reward gives to N responses, one finite number each; every caller of a reward asks here.
 
-    Args:
-        reward: may be a class of the user's.
-        prompts: as for :class:`Reward`.
-        responses: as for :class:`Reward`.
-        finished: as for :class:`Reward`.
-        option: names the reward in messages.
+    ``option`` names the reward in messages. The other arguments are those of :class:`Reward`.
 
     Raises:
         InputError: the reward gives something else.

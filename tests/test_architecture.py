@@ -73,6 +73,25 @@ def test_supervised_training_needs_no_lab() -> None:
     assert found.stdout.split() == []
 
 
+def test_no_two_files_have_one_name() -> None:
+    names = [file.name for file in FILES if not file.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_files_stay_short() -> None:
+    longer = {str(file.relative_to(PACKAGE)) for file in FILES if file.read_text().count("\n") > 350}
+    assert longer <= {"training/language.py"}, "its head says why"
+
+
+def test_importing_the_package_changes_no_attention_of_others() -> None:
+    """Nothing is registered in the process before a model of ours is loaded."""
+    script = (
+        "from transformers import AttentionInterface; before = dict(AttentionInterface().items());"
+        "import lit_isdpo.cli, lit_isdpo.policy.attention; assert dict(AttentionInterface().items()) == before"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_no_installed_distribution_takes_the_name_of_the_tests(tmp_path: Path) -> None:
     """Some ship a top-level ``tests``; ``python -m tests.tools.gpu`` must still find the tool."""
     (tmp_path / "tests").mkdir()

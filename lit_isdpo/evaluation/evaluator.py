@@ -109,24 +109,25 @@ class Evaluator:
     def __post_init__(self) -> None:
         assert not self.kl_prompts or (self.kl_sampling or self.sampling).is_plain
         self._new_set = partial(ResponseSet, self.folder, ranks=self.ranks, show=self.show)
-        self._reference: tuple[ResponseSet, str | None] | None = None
+        self._reference: tuple[ResponseSet, str | None, dict[str, Tensor]] | None = None
 
     def __call__(self, policy: LogProbModel, reference: Reference | None) -> Outcome:
         """Evaluates a policy; without a reference, what needs one is left out.
 
-        The reference is sampled in the first call only.
+        The reference is sampled and scored in the first call only.
         """
         name = None if self.folder is None else weights_fingerprint(policy)
         own = self._sampled(policy, name, "policy", self.prompts, self.sampling)
         sets, ref_name = {"policy": own}, None
+        columns = {"policy": self._columns(own, "policy")}
         if reference is not None:
-            sets["reference"], ref_name = self._of_reference(reference)
+            sets["reference"], ref_name, columns["reference"] = self._of_reference(reference)
         if self.folder is not None:
             sets["chosen"] = self._chosen()
+            columns["chosen"] = self._columns(sets["chosen"], "chosen")
         kl: dict[str, Interval] = {}
         if reference is not None and self.kl_prompts:
             kl = self._kl(policy, name, own, reference, ref_name)
-        columns = {owner: self._columns(responses, owner) for owner, responses in sets.items()}
         values = {key: bootstrap_interval(column) for key, column in columns["policy"].items()} | kl
         verdicts: list[Verdict] = []
         for owner, suffix in {"reference": "", "chosen": "_vs_chosen"}.items():
@@ -166,12 +167,13 @@ class Evaluator:
         """The log key of the reward."""
         return "gold_reward" if isinstance(self.reward, LabReward) else "reward"
 
-    def _of_reference(self, reference: Reference) -> tuple[ResponseSet, str | None]:
+    def _of_reference(self, reference: Reference) -> tuple[ResponseSet, str | None, dict[str, Tensor]]:
+        """Its responses, the name of its weights, and the values of the responses."""
         if self._reference is None:
             with reference.scoring() as model:
                 name = None if self.folder is None else weights_fingerprint(model, with_adapter=False)
                 responses = self._sampled(model, name, "reference", self.prompts, self.sampling, with_adapter=False)
-            self._reference = responses, name
+            self._reference = responses, name, self._columns(responses, "reference")
         return self._reference
 
     def _sampled(

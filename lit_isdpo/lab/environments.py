@@ -164,17 +164,9 @@ class Posts(Environment):
                     yield response
 
         first, second = list(draw()), list(draw())
-        labeller = _PostsLabeller(
-            reward=self,
-            encoder=TextEncoder(tokenizer),
-            choose=lambda prompt, texts, scores: [(0, 1)] if len(texts) == 2 else [],  # equal scores too
-            noise_temperature=LABEL_TEMPERATURE,
-            noise=lambda row_id: rng,
-            max_length=MAX_LENGTH,
-        )
         drawn = zip(prompts, ids, first, second, strict=True)
         rows = [SampledRow(number, prompt, own, pair) for number, (prompt, own, *pair) in enumerate(drawn)]
-        preferences, left_out = labeller(rows)
+        preferences, left_out = self.labeller(tokenizer, rng)(rows)
         pairs = sampled_pairs(
             model,
             preferences,
@@ -183,6 +175,17 @@ class Posts(Environment):
             score_name="gold",
         )
         return pairs, {"prompts": len(prompts), "pairs": len(preferences), **left_out}
+
+    def labeller(self, tokenizer: PreTrainedTokenizerBase, rng: Random) -> Labeller:
+        """Labels both responses to a post, those with equal scores too."""
+        return _PostsLabeller(
+            reward=self,
+            encoder=TextEncoder(tokenizer),
+            choose=lambda prompt, texts, scores: [(0, 1)] if len(texts) == 2 else [],
+            noise_temperature=LABEL_TEMPERATURE,
+            noise=lambda row_id: rng,
+            max_length=MAX_LENGTH,
+        )
 
     def sample_demonstrations(self, split: Split, seed: int) -> Iterable[Mapping[str, Any]]:
         """One summary for each post."""

@@ -125,7 +125,7 @@ class Sharding:
         """Memory for the shards, and the buffers that no file has."""
         model.to_empty(device="cpu" if self.cpu_offload else self.device)
         model.model.tie_weights()
-        for name, buffer in model.model.named_buffers():
+        for name, buffer in model.model.named_buffers(remove_duplicate=False):
             value = buffers.get(name, buffer).to(self.device)
             place, _, leaf = name.rpartition(".")
             setattr(model.model.get_submodule(place), leaf, value)
@@ -192,7 +192,7 @@ def _computed_buffers(model: PreTrainedModel) -> dict[str, Tensor] | None:
     ``None`` where it does not: what was in the memory before is then still there.
     """
     stored = model.state_dict().keys()
-    names = [name for name, _ in model.named_buffers() if name not in stored]
+    names = [name for name, _ in model.named_buffers(remove_duplicate=False) if name not in stored]
     outcomes = []
     for filling in (0, 1):
         for name in names:

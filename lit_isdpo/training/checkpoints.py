@@ -1,5 +1,6 @@
 """A fit can always go on: ``last.ckpt`` at every stop, whoever asked for it."""
 
+import re
 import shutil
 import signal
 from copy import deepcopy
@@ -22,6 +23,7 @@ from lit_isdpo.types import InputError, check_least
 
 MICRO_BATCHES = "micro_batches_per_step"  # of a checkpoint
 EX_TEMPFAIL = 75  # sysexits.h: "try again later"
+_WRITTEN = re.compile(r"last-\d+(-[0-9a-f]+)?(\.saving)?")  # what a last checkpoint is written as
 GOLD_KEYS = ("val/gold_reward", "val/win_rate", "val/exact/gold_reward")  # known for the lab's data alone
 
 
@@ -263,6 +265,8 @@ def _put_in_place(written: Path, path: Path) -> None:
     else:
         written.replace(path)
     for other in path.parent.glob("last-*"):  # the one before, and what a kill has left
+        if not _WRITTEN.fullmatch(other.name):
+            continue  # a file of the user's
         if other.is_dir() and other != written:
             shutil.rmtree(other, ignore_errors=True)
         elif other.is_file():

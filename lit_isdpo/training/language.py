@@ -1,4 +1,8 @@
-"""What all training shares: the step and what is logged of it, checkpoints, sampling, and what the data must be."""
+"""The base of all modules: the step and its logs, checkpoints, sampling, and checks of the data.
+
+It is longer than other modules because Lightning calls all of its hooks on one class. Most hooks are one call: of
+``models`` (loading, checkpoints, responses), ``reading`` (the data), ``comparison`` (the reference) or ``guards``.
+"""
 
 import math
 from abc import ABC, abstractmethod

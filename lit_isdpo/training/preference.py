@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import lazy_instance
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_isdpo.data.datamodule import TextDataModule
@@ -163,7 +164,7 @@ class PreferenceModule(LanguageModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes this rank's part of the window back."""
         super().on_load_checkpoint(checkpoint)
-        if WINDOW_KEY in checkpoint:
+        if WINDOW_KEY in checkpoint and self.trainer.state.fn == TrainerFn.FITTING:
             own = checkpoint[WINDOW_KEY].chunk(self.trainer.world_size)[self.trainer.global_rank :][:1]
             self.train_metrics.recent = [(own[0] if own else torch.zeros(0)).to(self.device)]
 

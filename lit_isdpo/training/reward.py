@@ -60,7 +60,7 @@ class RewardModule(LanguageModule):
         config = read_config(policy, option=option)
         self.has_own_head = is_score_model(config)
         config = (read_score_config if self.has_own_head else load_config)(policy, option=option)
-        super().__init__(policy, config.get_text_config(), sampling=PredictSampling(), **options)
+        super().__init__(policy, config.get_text_config(), comparison=None, sampling=PredictSampling(), **options)
         self.centering = centering
         self.tokenizer.pad_token_id = self._pad_token_id(pad_token_id(config))
 

@@ -21,7 +21,7 @@ class SFTModule(LanguageModule):
     """
 
     def __init__(self, policy: PolicyConfig = PolicyConfig(), **options: Any) -> None:
-        super().__init__(policy, load_config(policy).get_text_config(), **options)
+        super().__init__(policy, load_config(policy).get_text_config(), comparison=None, **options)
 
     @property
     def method(self) -> tuple[str, dict[str, Any]]:

@@ -268,6 +268,38 @@ def test_a_reward_may_give_whole_numbers(models: tuple[LogProbModel, ResidentRef
     assert of_int == of_float
 
 
+class AlternatingReward(LengthReward):
+    """0 and 1 in turn."""
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
+        return [float(number % 2) for number in range(len(responses))]
+
+
+def test_prompts_are_the_sample_and_not_responses(models: tuple[LogProbModel, ResidentReference]) -> None:
+    """Rewards that differ within each prompt only have a standard error of 0."""
+    sampling = {"num_responses": 2, "batch_size": 24}
+    values = probe(models, reward=AlternatingReward("alternating"), sampling=sampling)(*models).values
+    assert values["reward"] == 0.5
+    assert values["reward_stderr"] == 0
+    one = {"num_responses": 1, "batch_size": 24}
+    values = probe(models, reward=AlternatingReward("alternating"), sampling=one)(*models).values
+    assert values["reward_stderr"] == pytest.approx((12 * 0.25 / 11) ** 0.5 / 12**0.5)
+
+
+def test_the_reference_is_scored_once(models: tuple[LogProbModel, ResidentReference]) -> None:
+    class Counting(SourceReward):
+        calls = 0
+
+        def __call__(self, prompts: Sequence[Prompt], *others: Any) -> list[float]:
+            Counting.calls += len(prompts)
+            return super().__call__(prompts, *others)
+
+    evaluator = probe(models, reward=Counting())
+    evaluator(*models)
+    evaluator(*models)
+    assert Counting.calls == 3 * 12 * 5, "the policy twice, the reference once"
+
+
 def test_the_proxy_is_logged_beside_the_gold_reward(models: tuple[LogProbModel, ResidentReference]) -> None:
     """The gold reward decides who wins."""
     gold = SourceReward()

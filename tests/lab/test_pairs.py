@@ -1,6 +1,7 @@
 """Pairs: what is left out and why, and log-probs that belong to the text of the row."""
 
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
 from lit_isdpo.lab import environments
 from lit_isdpo.lab.environments import Posts
-from lit_isdpo.lab.labelling import PairRow
+from lit_isdpo.lab.labelling import PairRow, SampledRow, UnusableError
 from lit_isdpo.lab.posts import Split, gold_reward, parse_prompt, split_of
 from lit_isdpo.policy.loading import PolicyConfig, load_causal_lm
 from lit_isdpo.policy.logprob_model import LogProbModel
@@ -31,6 +32,16 @@ def sample_pairs(split: Split, number: int) -> tuple[list[PairRow], dict[str, in
     posts = Posts()
     posts.num_pairs = {split: number}
     return posts.sample_pairs("pairs", split, 0)
+
+
+def test_an_empty_response_is_kept_for_training_to_leave_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The label of the pair takes its random number, so the labels after it stay as they are."""
+    posts, empty = Posts(), Response([tokenizer.eos_token_id], True)
+    labeller = posts.labeller(tokenizer, Random(0))
+    row = SampledRow(0, "a", [1], [empty])
+    assert labeller.read_back(row, empty) == ""
+    with pytest.raises(UnusableError, match="unfinished"):
+        labeller.read_back(row, Response([], False))
 
 
 def test_behavior_logps_belong_to_the_text_of_the_row(

@@ -187,3 +187,11 @@ def test_a_folder_takes_the_place_of_another_in_one_go(tmp_path: Path, monkeypat
     _put_in_place(written("fourth", "last-3"), path)
     assert (path / "content").read_text() == "fourth"
     assert len(list(tmp_path.iterdir())) == 2, "nothing is left of the third"
+
+
+def test_files_of_the_user_beside_the_last_checkpoint_stay(tmp_path: Path) -> None:
+    own = ["last-keep.ckpt", "last-v1.ckpt", "last-5.ckpt"]
+    for name in [*own, "last-4-00c0ffee", "last-6-0123abcd"]:
+        (tmp_path / name).write_text(name)
+    _put_in_place(tmp_path / "last-6-0123abcd", tmp_path / "last.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, "last.ckpt"])

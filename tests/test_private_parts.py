@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,6 +35,8 @@ PARTS = {
     "_attn_implementation": "the only name of the attention that a model has; the public setter warns about models that"
     " a trial decides on",
     "_init_weights": "computes the buffers that no file has of one module; the public function draws all weights anew",
+    # datasets 5.2
+    "_fingerprint": "names the rows of a table, for the caches of what is made of them, without reading them",
     # Lightning 2.6
     "_logger_connector": "logs the step that an interrupt ends the fit after",
     "_version": "tells a version that was given from one that is looked up when it is asked for",
@@ -53,6 +56,13 @@ def test_the_table_is_what_the_package_uses() -> None:
     package = Path(structure.lit_isdpo.__file__).parent
     found = {*structure.overridden(structure.classes()), *structure.used(package)}
     assert {line.rpartition(" ")[2] for line in found} == PARTS.keys()
+
+
+def test_a_fingerprint_names_the_rows_of_a_table() -> None:
+    table = datasets.Dataset.from_dict({"a": [1, 2, 3]})
+    others = [table.select([0, 1]), table.select([0, 2]), datasets.Dataset.from_dict({"a": [1, 2, 4]})]
+    assert len({table._fingerprint, *(other._fingerprint for other in others)}) == 4
+    assert table.select([0, 1])._fingerprint == others[0]._fingerprint
 
 
 def test_a_recorder_sees_operations_without_values() -> None:

@@ -76,7 +76,8 @@ def arguments_of(cls: type | None) -> dict[str, Any]:
 
 def is_sharded(config: Namespace) -> bool:
     """Whether each rank holds only a part of the model."""
-    return _strategy_name(config) in (NAME, FSDP2Strategy.__name__)
+    named = NAME if isinstance(config.trainer.strategy, str) else FSDP2Strategy.__name__
+    return _strategy_name(config) == named
 
 
 def _check_nulls(config: Any, option: str) -> None:

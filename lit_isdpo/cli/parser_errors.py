@@ -158,7 +158,7 @@ def _explain_class(value: str, said: str, bases: Sequence[type]) -> str:
     is_other = re.search(r"does not correspond to a subclass|to be a subclass of", said)
     names = {cls.__name__ for base in bases for cls in _concrete(base)}
     close = [] if is_other or reason else difflib.get_close_matches(value.rpartition(".")[2], sorted(names), n=1)
-    own = ", ".join(sorted(cls.__name__ for base in bases if _is_own(base) for cls in _concrete(base)))
+    own = ", ".join(sorted(cls.__name__ for base in filter(_is_own, bases) for cls in filter(_is_own, _concrete(base))))
     sentence = f"{value!r} is {'a class of another kind' if is_other else 'no file and no class'}"
     if reason:
         sentence += f" ({reason[0]})"
@@ -194,7 +194,7 @@ def _kinds_of(hint: Any) -> list[str]:
     """What an argument with this annotation takes: literals, classes of this project, or a plain type in words."""
     if get_origin(hint) is Literal:
         return [repr(value) for value in get_args(hint)]
-    names = {cls.__name__ for base in _classes(hint) if _is_own(base) for cls in _concrete(base)}
+    names = {cls.__name__ for base in filter(_is_own, _classes(hint)) for cls in filter(_is_own, _concrete(base))}
     return sorted(names) or ([_WORDS[hint.__name__]] if isinstance(hint, type) and hint.__name__ in _WORDS else [])
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.types import PreferenceBatch, SFTBatch, TokenBatch, TokenizedExample, TokenizedPair
@@ -128,6 +129,7 @@ def _lay_out(
     completion_ids = torch.zeros(sum(map(len, sequences)), width, dtype=torch.long)
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
     logit_positions = torch.zeros_like(completion_ids)
+    places: dict[int, Tensor] = {}  # of each response's tokens in the flattened completion_ids
     for row, blocks in enumerate(rows):
         numbers, start = iter(sequences[row]), 0
         for place, (prompt, responses) in enumerate(blocks):
@@ -143,6 +145,7 @@ def _lay_out(
                     sequence, first = next(numbers), row * max(lengths) + start
                     completion_ids[sequence, : len(ids)] = input_ids[row, part]
                     completion_mask[sequence, : len(ids)] = True
+                    places[sequence] = torch.arange(sequence * width, sequence * width + len(ids))
                     logit_positions[sequence, : len(ids)] = torch.arange(first - 1, first - 1 + len(ids))
                     logit_positions[sequence, : min(1, len(ids))] = last
                 start = part.stop
@@ -153,7 +156,7 @@ def _lay_out(
         completion_ids,
         completion_mask,
         logit_positions,
-        completion_mask.flatten().nonzero()[:, 0],
+        torch.cat([places[sequence] for sequence in sorted(places)]),
         segment_ids,
     )
 

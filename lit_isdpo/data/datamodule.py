@@ -168,6 +168,7 @@ class TextDataModule(LightningDataModule, ABC):
     def read_for(self, reader: Reader) -> None:
         """Tells who will read the rows. A module must call it before each run, in ``configure_callbacks``."""
         self.reader = reader
+        self._order = None  # it was another reader's
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

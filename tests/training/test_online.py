@@ -121,7 +121,9 @@ def at(module: OnlineModule | PreferenceModule, *, seed: int = 0, step: int = 0,
         global_step, global_rank = step, rank
 
     module.trainer = trainer = There(accelerator="cpu", max_steps=1, **QUIET)
-    splits = SimpleNamespace(prompt=lambda split, row_id: f"{split} prompt {row_id}")
+    splits = SimpleNamespace(
+        prompt=lambda split, row_id: f"{split} prompt {row_id}", row_name=lambda split, row_id: f"{split} row {row_id}"
+    )
     data = PreferenceDataModule(seed=seed)
     data.splits = splits  # type: ignore[assignment]
     trainer.datamodule = data  # type: ignore[attr-defined]
@@ -195,7 +197,7 @@ def test_scores_are_the_models_own_on_the_same_tokens(module: OnlineModule) -> N
     sampled = sample_rollouts(module, batch, 0, RolloutConfig(num_responses=3, max_new_tokens=5))
     assert sampled.prompts == [[1, 5, 7]] * 3 + [[1]] * 3
     rewards = [float(number) for number in range(6)]
-    rollouts = score_rollouts(module.policy, module.reference, sampled, module.pad_token_id, rewards)
+    rollouts = score_rollouts(module.policy, module.reference, sampled, module.vocabulary.pad_token_id, rewards)
     assert rollouts.rewards.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert rollouts.per_token_logps.requires_grad
     assert not rollouts.ref_per_token_logps.requires_grad
@@ -484,7 +486,7 @@ CACHE = "--model.reference.cache=true"
 
 @pytest.mark.parametrize("told", [[1.0], [1.0, math.nan, 0.0, 0.0]], ids=["too few", "not finite"])
 def test_a_reward_that_does_not_score_every_response_is_named(module: OnlineModule, told: list[float]) -> None:
-    module._reward = (lambda prompts, responses, finished: told,)  # type: ignore[assignment]
+    module.judge = Judge(lambda prompts, responses, finished: told)  # type: ignore[arg-type]
     sampled = SampledResponses([[1, 5, 7]] * 2 + [[1]] * 2, [Response([5], False)] * 4, 2)
     with pytest.raises(InputError, match="must give a finite number to each of 4 responses, and gave"):
         module._rewards(collate_pairs(PAIRS, [7, 3], pad_token_id=0), sampled)
@@ -519,7 +521,11 @@ PACKED = ["--data.packing_length=128", "--model.policy.attn_implementation=flex_
             ["--model=OnlineModule"],
             "model.reward is missing, and has no default; it takes LabReward or RewardModel",
         ),
-        ("online", ["--model.objective=RLOO"], "--model.objective: 'RLOO' is no file and no class; known are RLOOObj"),
+        (
+            "online",
+            ["--model.objective=RLOO"],
+            "--model.objective: 'RLOO' is no file and no class; known are GRPOObjective, OnlineDPOObjective, RLOOObj",
+        ),
         ("tiny", ["--model.loss=Returning"], "known are CDPOLoss,"),
         ("tiny", ["--model.loss=OneSidedDPOLoss"], "and ImportanceWeighting would weigh them twice; use Uni"),
         ("online", ["--model.mu=data"], "data.val: model.mu is 'data', but"),

@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom within three minutes, and are committed without outputs."""
 
+import ast
+import importlib
 import json
 import resource
 from pathlib import Path
@@ -15,6 +17,18 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 def test_no_outputs_are_committed(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_it_imports_is_there(path: Path) -> None:
+    code = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    imports = [node for text in code for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    own = [node for node in imports if str(node.module).startswith("lit_isdpo")]
+    assert own
+    for node in own:
+        module = importlib.import_module(str(node.module))
+        for alias in node.names:
+            assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
 @pytest.mark.slow

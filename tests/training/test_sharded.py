@@ -308,7 +308,7 @@ def test_checkpoints_hold_what_they_should(variants: Path, tmp_path: Path) -> No
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     best = sorted(newest_run(variants / "cached" / "straight").glob("checkpoints/best-*.ckpt"))
     assert len(best) == 1
-    assert StoredCheckpoint(best[0]).holds(WEIGHTS_PREFIX)
+    assert StoredCheckpoint(best[0]).under(WEIGHTS_PREFIX)
     folder = last(newest_run(variants / "lora" / "straight"))
     assert folder.is_symlink()
     assert [path.name[:6] for path in folder.parent.glob("last-*")] == ["last-6"]

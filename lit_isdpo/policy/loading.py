@@ -27,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from lit_isdpo.names import named_path
 from lit_isdpo.policy.adapters import CONFIG_NAME, parse_adapter
+from lit_isdpo.policy.attention import SDPA, kernel_of, set_kernel
 from lit_isdpo.types import NEEDS_CODE, InputError, check_least
 
 BAD_CONFIG = (OSError, ValueError, StrictDataclassError)  # what transformers raises
@@ -248,6 +249,8 @@ def compile_layers(model: PreTrainedModel) -> None:
         raise InputError("compile: on a CPU it needs a C++ compiler, and there is none in the PATH; leave it out.")
     for layer in layers:
         layer.compile(dynamic=True)  # rows differ in length from batch to batch
+    if kernel_of(model.config) == SDPA:
+        set_kernel(model.config, SDPA)  # not in parts: masks of several shapes would be compiled anew, or fail
 
 
 @contextmanager

@@ -124,8 +124,8 @@ class TrainedModel:
     Args:
         ckpt_path: the checkpoint.
         run_dir: the run's folder; by default the one that the checkpoint is in.
-        base_model: as that of ``export``.
-        trust_remote_code: likewise.
+        base_model: as for :func:`export`.
+        trust_remote_code: as for :func:`export`.
 
     Attributes:
         run: the run's folder.

@@ -207,7 +207,7 @@ def make_plan(
 
     Args:
         module: nothing of it is loaded yet.
-        datamodule: likewise.
+        datamodule: nothing of it is read yet.
         trainer: both are attached to it, and gradients are clipped as it says.
         devices: ranks of data parallelism.
         lengths: ``data``: the micro-batch has the longest training rows; ``limits``: prompts of

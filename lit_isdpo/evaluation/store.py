@@ -118,7 +118,7 @@ def weights_fingerprint(model: LogProbModel | ScoreModel, *, with_adapter: bool 
 
     Args:
         model: the model.
-        with_adapter: false names the base alone.
+        with_adapter: false names only the base.
     """
     config = model.model.config.to_diff_dict()
     about: dict[str, Any] = {

@@ -93,7 +93,7 @@ def enumerate_responses(
     """Asks the model for the next token at every node.
 
     A row of the batch is ``[prompt | stem | crown]``: a stem of words, and below it the whole tree of the last few
-    levels, in which a token attends to its own ancestors alone. So nearly every token of a forward is a node of its
+    levels, in which a token attends only to its ancestors. So nearly every token of a forward is a node of its
     own; a key-value cache would hold 46,656 copies of the prompt instead. The mask is additive, because eager
     attention gets a boolean one silently wrong.
 

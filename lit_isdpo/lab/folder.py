@@ -52,7 +52,7 @@ def resolve(
             parts are those of this module's text.
         root: where the environments are kept.
         default: what ``lab:NAME`` without a part means: pairs to a data set, the reference to a model path.
-        say: is told of a set of pairs that must be drawn, which takes a while.
+        say: gets a sentence before pairs are drawn, which takes a while.
 
     Raises:
         InputError: the lab has nothing of that name.

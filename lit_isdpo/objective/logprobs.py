@@ -197,17 +197,17 @@ class PairLogps(NamedTuple):
 
     Attributes:
         chosen_logps: ``log pi(y_w|x)`` of the policy, in nats, like all log-probs here.
-        rejected_logps: ``log pi(y_l|x)``, likewise.
-        ref_chosen_logps: of the reference; NaN where none is held.
-        ref_rejected_logps: likewise.
+        rejected_logps: ``log pi(y_l|x)`` of the policy.
+        ref_chosen_logps: of the reference; NaN if none is held.
+        ref_rejected_logps: the same of the rejected response.
         mu_chosen_logps: of the behavior policy, which wrote the responses; NaN where it is not known.
-        mu_rejected_logps: likewise.
-        chosen_num_tokens: length of the response in tokens, EOS included.
-        rejected_num_tokens: likewise.
+        mu_rejected_logps: the same of the rejected response.
+        chosen_num_tokens: length of the chosen response in tokens, EOS included.
+        rejected_num_tokens: length of the rejected response.
         margins: what the data asks the preference to exceed; 0 where it asks nothing.
         chosen_alignment: mean over the response's tokens of ``log pi(y_t) - log sum_v pi(v)^2``, in nats; NaN where the
             weighting does not need it.
-        rejected_alignment: likewise.
+        rejected_alignment: the same of the rejected response.
     """
 
     chosen_logps: Tensor
@@ -236,7 +236,7 @@ class PairLogps(NamedTuple):
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """``(B,)`` ``s_l``, likewise."""
+        """``(B,)`` ``s_l = log pi(y_l|x) - log ref(y_l|x)``."""
         return self.rejected_logps - self.ref_rejected_logps
 
     @property

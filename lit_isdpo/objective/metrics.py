@@ -26,7 +26,7 @@ class Ratio(NamedTuple):
 
     Attributes:
         numerator: ``(B,)``; in a total, a float64 scalar.
-        denominator: likewise, what the sum of the numerators is divided by.
+        denominator: has the same shape; the sum of the numerators is divided by its sum.
     """
 
     numerator: Tensor

@@ -173,7 +173,7 @@ def execute(runs: Sequence[Run], root: Path, num_workers: int, cli: str = CLI) -
     # A worker is a fork of a server that has imported everything: a clean process, without the seconds of the imports.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([cli])
-    # A mistake in a study's file is told at once, and not hours later when the first run of a kind is made.
+    # A mistake in a study's file ends the study at once, and not hours later when the first run of a kind is made.
     kinds = {(run.exports, run.design, run.method, *run.settings.items()): run for run in waiting}.values()
     with ProcessPoolExecutor(min(num_workers, len(kinds)) or 1, mp_context=context) as pool:
         for _ in pool.map(partial(_config, root=root, cli=cli), kinds):

@@ -46,9 +46,9 @@ class StoredCheckpoint:
         path: the file or the folder.
 
     Attributes:
-        path: likewise.
+        path: the file or the folder.
         is_folder: whether each rank wrote its part.
-        extras: all that is no tensor of model or optimizer; of a file these too.
+        extras: everything but tensors of the model and the optimizer; for a file these too.
 
     Raises:
         InputError: there is none, or it is not whole.

@@ -459,7 +459,7 @@ class LanguageModule(LightningModule, ABC):
             checkpoint[BASE_KEY] = self.network.adapter.base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes that back.
+        """Restores the count, and checks that the checkpoint is of this model.
 
         Raises:
             InputError: an adapter meets a whole model, or another base than its own.

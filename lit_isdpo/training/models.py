@@ -44,8 +44,8 @@ class Prediction(NamedTuple):
     Attributes:
         row_id: the row whose prompt it answers.
         prompt: as text, without special tokens.
-        response: likewise.
-        finished: false where the token limit cut it.
+        response: as text, without special tokens.
+        finished: false if the token limit cut it.
         prompt_ids: the prompt's tokens.
         token_ids: its own, EOS included where it is finished.
     """
@@ -245,7 +245,7 @@ def check_base(adapter: Adapter | None, base: str | None, path: str) -> None:
         InputError: an adapter meets a whole model, or another base than its own.
     """
     if adapter is None and base is not None:
-        raise InputError("ckpt_path: the checkpoint holds an adapter alone; set model.policy.peft as its run did.")
+        raise InputError("ckpt_path: the checkpoint holds only an adapter; set model.policy.peft as its run did.")
     if adapter is not None and base is None:
         raise InputError(
             "ckpt_path: the checkpoint holds a whole model and no adapter; leave model.policy.peft out, or begin "

@@ -112,7 +112,7 @@ def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward |
         prompt: one of its prompts as the data has it.
     """
     rewards = [LabReward.for_folder(folder) for folder in datamodule.splits.folders(stage)]
-    # Of a mixture of tasks each reward reads its own prompts alone.
+    # In a mixture of tasks each reward reads only the prompts of its task.
     if len({reward and reward.identity for reward in rewards}) == 1 and rewards[0] is not None:
         with suppress(InputError):
             rewards[0]([prompt], [""], [True])

@@ -1,4 +1,4 @@
-"""How a run and its data module agree: what the data is told of the run, and whole optimizer steps for Lightning."""
+"""How a run and its data module agree: the run hands over what the data must know, and Lightning gets whole steps."""
 
 from collections.abc import Callable
 from typing import Any

@@ -167,7 +167,7 @@ def imitate_rollouts(
     Args:
         policy: the model that is trained.
         reference: the frozen one.
-        batch: B rows without values; the longest prompt is told from their length.
+        batch: B rows without values; their length says how long the longest prompt is.
         config: how many, and how long.
     """
     given, width = batch.tokens, config.max_new_tokens

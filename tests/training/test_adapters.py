@@ -180,7 +180,7 @@ def test_what_does_not_belong_together_is_refused(model_dir: str) -> None:
         module_of(PolicyConfig(path=model_dir, peft=LORA, dtype="bfloat16", compute_dtype="bfloat16")),
     )
     for module, saved, message in (
-        (whole, saved_by(adapted), "holds an adapter alone; set model.policy.peft"),
+        (whole, saved_by(adapted), "holds only an adapter; set model.policy.peft"),
         (adapted, saved_by(whole), "holds a whole model and no adapter"),
         (adapted, saved_by(narrow), "other weights"),
         (adapted, saved_by(other), r"not those of model.policy.peft \(.*lora_A.*\)"),

@@ -201,51 +201,37 @@ class Comparison:
             has_mu=has_reference or self.mu == "data",
         )
 
+    @torch.no_grad()
     def check_start(self, logratios: Tensor, num_tokens: Tensor, batch: PreferenceBatch, trainer: pl.Trainer) -> None:
-        """At the first step of a fit, raises for a policy that should be its reference and is not.
+        """At the first step, stops a fit whose policy should be its reference and is not: a wrong mask or dtype.
 
         Args:
             logratios: ``(B,)`` the largest absolute log-ratio of each of the batch's rows, in nats.
             num_tokens: ``(B,)`` the length of its longest response.
             batch: the first micro-batch.
             trainer: knows the rows' names.
+
+        Raises:
+            InputError: a log-ratio is not 0 within the numerics' noise.
         """
-        if self.config is not None and starts_at_reference(self.policy, self.config):
-            check_first_step(logratios, num_tokens, self.policy, batch.row_ids, trainer)
+        if self.config is None or not starts_at_reference(self.policy, self.config):
+            return
+        # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding per token.
+        tolerance = 1e-3 if self.policy.compute_dtype == self.policy.dtype == "float32" else 0.02
+        bad = logratios > tolerance * num_tokens.float().sqrt()
+        # Together, or the others would wait for a rank that has stopped.
+        if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
+            raise InputError(
+                f"At the first step the policy is the reference, yet log pi/ref is up to {logratios.max():.3g} nats "
+                f"({row_names(trainer, batch.row_ids[bad])}): the model's forward is not deterministic, or the two "
+                "were not loaded alike."
+            )
 
 
 def described(part: object) -> tuple[str, dict[str, Any]]:
     """Class and numbers of a loss, a weighting or an objective, of jsonargparse's lazy defaults too."""
     numbers = {key: value for key, value in vars(part).items() if not key.startswith("_")}
     return type(part).__name__.removeprefix("LazyInstance_"), numbers
-
-
-@torch.no_grad()
-def check_first_step(
-    logratios: Tensor, num_tokens: Tensor, numerics: PolicyConfig, row_ids: Tensor, trainer: pl.Trainer
-) -> None:
-    """Stops a fit whose policy is not its reference although it says so: a wrong mask, packing or dtype.
-
-    Args:
-        logratios: ``(B,)`` the largest absolute log-ratio of each of the first micro-batch's rows, in nats.
-        num_tokens: ``(B,)`` the length of its longest response.
-        numerics: of both models.
-        row_ids: ``(B,)`` the micro-batch's rows.
-        trainer: knows the rows' names.
-
-    Raises:
-        InputError: a log-ratio is not 0 within the numerics' noise.
-    """
-    # One code path serves both models, so fp32 gives exactly 0; bf16 kernels may differ by a rounding a token.
-    tolerance = 1e-3 if numerics.compute_dtype == numerics.dtype == "float32" else 0.02
-    bad = logratios > tolerance * num_tokens.float().sqrt()
-    # Together, or the others would wait for a rank that has stopped.
-    if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
-        raise InputError(
-            f"At the first step the policy is the reference, yet log pi/ref is up to {logratios.max():.3g} nats "
-            f"({row_names(trainer, row_ids[bad])}): the model's forward is not deterministic, or the two were not "
-            "loaded alike."
-        )
 
 
 def warn_of_vanishing_weights(weighting: PairWeighting, values: dict[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from lit_isdpo.evaluation.reference_logps import cached_logps
 from lit_isdpo.objective.metrics import LOG_WEIGHTS, Columns, PairMetrics, RowMetrics
 from lit_isdpo.policy.generation import Vocabulary
 from lit_isdpo.policy.loading import PolicyConfig, compile_layers, model_path
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, whole
+from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, outline_logprob_model, whole
 from lit_isdpo.policy.reference import Reference, ResidentReference
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.policy.vocabulary import check_rows, first_without_row
@@ -36,6 +36,7 @@ from lit_isdpo.training.comparison import Comparison
 from lit_isdpo.training.guards import NonFinite, StepGuard
 from lit_isdpo.training.models import (
     BASE_KEY,
+    WEIGHTS_PREFIX,
     Prediction,
     PredictSampling,
     check_base,
@@ -43,8 +44,6 @@ from lit_isdpo.training.models import (
     check_tensors,
     fit_length,
     load_policy,
-    of_adapter,
-    outline_policy,
     outline_source,
     predict,
     vocabulary_of,
@@ -266,7 +265,9 @@ class LanguageModule(LightningModule, ABC):
 
     def load_network(self, *, outline: bool = False) -> LogProbModel | ScoreModel:
         """What is trained; an outline has no weights."""
-        return outline_policy(self.source) if outline else self.load_model(self.source, option="model.policy.path")
+        if outline:
+            return outline_logprob_model(outline_source(self.source))
+        return self.load_model(self.source, option="model.policy.path")
 
     def load_model(self, config: PolicyConfig, *, option: str) -> LogProbModel:
         """A model as the trainer's strategy holds it: whole, or this rank's part of it."""
@@ -433,7 +434,10 @@ class LanguageModule(LightningModule, ABC):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds: of a policy with an adapter, only the adapter."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return state if self.network.adapter is None else of_adapter(state, self.network.adapter)
+        if self.network.adapter is None:
+            return state
+        names = self.network.adapter.names
+        return {key: value for key, value in state.items() if key.removeprefix(WEIGHTS_PREFIX) in names}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes back what ``state_dict`` gave, all of it and nothing else, whatever ``strict`` says.

@@ -15,7 +15,7 @@ from lit_isdpo.policy.adapters import Adapter, check_same_tensors
 from lit_isdpo.policy.attention import kernel_of
 from lit_isdpo.policy.generation import Sampling, Vocabulary, sample
 from lit_isdpo.policy.loading import PolicyConfig, switch_length
-from lit_isdpo.policy.logprob_model import LogProbModel, outline_logprob_model
+from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.vocabulary import num_tokens
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
 
@@ -127,16 +127,6 @@ def say_attention(model: PreTrainedModel, config: PolicyConfig, option: str) -> 
 def outline_source(source: PolicyConfig) -> PolicyConfig:
     """The model of an outline: FlexAttention needs values, so sdpa takes its place."""
     return replace(source, attn_implementation="sdpa")
-
-
-def outline_policy(source: PolicyConfig) -> LogProbModel:
-    """The policy without weights."""
-    return outline_logprob_model(outline_source(source))
-
-
-def of_adapter(state: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """What of a module's tensors is its adapter's."""
-    return {key: value for key, value in state.items() if key.removeprefix(WEIGHTS_PREFIX) in adapter.names}
 
 
 def check_tensors(own: Mapping[str, Any], tensors: Mapping[str, Any], adapter: Adapter | None) -> None:

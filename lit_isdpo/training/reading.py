@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import Reader
 from lit_isdpo.data.datamodule import TextDataModule
@@ -27,7 +28,15 @@ def ranks_of(trainer: Trainer) -> Ranks:
     return all_ranks() if trainer.world_size > 1 else Ranks()
 
 
-def hand_over(trainer: Trainer, data: TextDataModule, **of_model: Any) -> None:
+def hand_over(
+    trainer: Trainer,
+    data: TextDataModule,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    first_without_row: int | None = None,
+    mixes_pairs: bool = False,
+    shares_prompts: Callable[[], bool] = lambda: False,
+) -> None:
     """Tells a data module who reads its rows, and the trainer how many micro-batches a step of the data has.
 
     A module does so in ``configure_callbacks``: of all hooks that one comes first, on every rank and for every verb.
@@ -35,7 +44,10 @@ def hand_over(trainer: Trainer, data: TextDataModule, **of_model: Any) -> None:
     Args:
         trainer: of the run.
         data: its data module.
-        **of_model: the fields of ``Reader`` that are the model's.
+        tokenizer: as in ``Reader``, like all that follow.
+        first_without_row: the first token id without a row in the model's embedding.
+        mixes_pairs: whether a pair's weight depends on the others of its micro-batch.
+        shares_prompts: whether the model wants one row per pair.
 
     Raises:
         InputError: the ranks do not divide the batch, or gradients are to be accumulated otherwise.
@@ -49,7 +61,10 @@ def hand_over(trainer: Trainer, data: TextDataModule, **of_model: Any) -> None:
             step=lambda: trainer.global_step,
             limits={"val": untyped.limit_val_batches, "test": untyped.limit_test_batches},
             pin_memory=trainer.strategy.root_device.type == "cuda",
-            **of_model,
+            tokenizer=tokenizer,
+            first_without_row=first_without_row,
+            mixes_pairs=mixes_pairs,
+            shares_prompts=shares_prompts,
         )
     )
     if trainer.state.fn != TrainerFn.FITTING:

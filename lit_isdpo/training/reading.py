@@ -32,7 +32,7 @@ def hand_over(
     trainer: Trainer,
     data: TextDataModule,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     first_without_row: int | None = None,
     mixes_pairs: bool = False,
     shares_prompts: Callable[[], bool] = lambda: False,

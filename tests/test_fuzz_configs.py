@@ -23,7 +23,7 @@ from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.training.checkpoints import BestCheckpoint, LastCheckpoint
 from lit_isdpo.training.evaluation import Evaluation
 from lit_isdpo.training.models import PredictSampling
-from lit_isdpo.training.optimization import Schedule
+from lit_isdpo.training.optimizer_step import Schedule
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.probe import SamplingProbe
 from lit_isdpo.types import InputError

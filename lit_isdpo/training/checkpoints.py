@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_isdpo.evaluation.store import naming
-from lit_isdpo.training.guards import NonFiniteError
+from lit_isdpo.training.optimizer_step import NonFiniteError
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, check_least
 

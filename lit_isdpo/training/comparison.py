@@ -2,9 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import pytorch as pl
@@ -12,35 +11,41 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lit_isdpo.data.collation import Layout
 from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.outcomes import Split
+from lit_isdpo.evaluation.reference_logps import cached_logps
 from lit_isdpo.objective.logprobs import PairLogps
 from lit_isdpo.objective.losses import PairLoss
 from lit_isdpo.objective.metrics import pair_columns
 from lit_isdpo.objective.weights import ImportanceWeighting, PairWeighting, PairWeights
 from lit_isdpo.policy.attention import why_not_shared
-from lit_isdpo.policy.loading import PolicyConfig, load_config
+from lit_isdpo.policy.loading import PolicyConfig, compile_layers, load_config
 from lit_isdpo.policy.logprob_model import LogProbModel, outline_logprob_model
 from lit_isdpo.policy.reference import (
     CachedReference,
     Reference,
     ReferenceConfig,
+    ResidentReference,
     load_reference,
     reference_as_policy,
     starts_at_reference,
 )
 from lit_isdpo.policy.vocabulary import check_vocabulary
-from lit_isdpo.training.guards import row_names
+from lit_isdpo.training.optimizer_step import row_names
 from lit_isdpo.types import InputError, PreferenceBatch, SequenceLogps
+
+if TYPE_CHECKING:
+    from lit_isdpo.training.language import LanguageModule
 
 Mu = Literal["auto", "reference", "data"]
 MEAN_WEIGHT_WARNING = 0.1
 ESS_WARNING = 0.01
 
 
-class Comparison:
-    """Scores pairs under a policy and its reference. It is no ``nn.Module``, so that no checkpoint holds the reference.
+class Comparison(pl.Callback):
+    """Scores pairs under a policy and its reference, and looks after the reference through a run.
+
+    It is no ``nn.Module``, so that no checkpoint holds the reference.
 
     Args:
         policy: the model that is trained.
@@ -105,31 +110,21 @@ class Comparison:
         for split in splits if self.mu == "data" else ():
             data.splits.check_behavior_logps(split)
 
-    def load(
-        self,
-        source: PolicyConfig,
-        policy: LogProbModel,
-        load: Callable[..., LogProbModel],
-        cached: Callable[[Reference, Layout], dict[str, Tensor]],
-        *,
-        is_new: bool,
-    ) -> None:
+    def load(self, module: "LanguageModule", *, is_new: bool) -> None:
         """Loads the reference, and decides whether prompts are shared.
 
         Args:
-            source: what ``policy`` was loaded from.
-            policy: the model that is trained.
-            load: makes a model.
-            cached: the reference's log-probs of all rows.
+            module: has the policy, and what a model is loaded by.
             is_new: whether the policy has learned nothing yet.
         """
         # What is cached is of one data module's rows, and may be asked for those of another.
         if self.reference is not None and self.reference.is_live:
             return
+        source, policy = module.source, module.policy
         if self.config is None:
             self.shares_prompts = self._share_prompts(policy)
             return
-        make = partial(load_reference, source, self.config, policy, load=load)
+        make = partial(load_reference, source, self.config, policy, load=module.load_model)
         # Lightning restores a checkpoint after configure_model: here the policy has not learned anything yet.
         untrained = is_new and starts_at_reference(source, self.config)
         is_policy = self.config.cache and policy.adapter is None and untrained
@@ -137,8 +132,39 @@ class Comparison:
         with reference.scoring() as model:
             self.shares_prompts = self._share_prompts(policy, model)
         if self.config.cache:
-            reference = CachedReference(cached(reference, "shared" if self.shares_prompts else "plain"), make)
+            device, root = module.trainer.strategy.root_device, module.trainer.default_root_dir
+            if not policy.is_sharded:  # the base of an adapter is in it; else it goes there soon anyway
+                policy.to(device)
+            logps = cached_logps(
+                module.data,
+                reference,
+                self.config.folder(root),
+                device=device,
+                ranks=module.ranks,
+                layout="shared" if self.shares_prompts else "plain",
+                with_test=self.caches_test_rows,
+            )
+            reference = CachedReference(logps, make)
         self.reference = reference
+
+    # It is no submodule of the policy's module, so Lightning does not move it.
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Moves the reference to the policy's device."""
+        if self.reference is not None:
+            self.reference.to(pl_module.device)
+
+    on_validation_start = on_test_start = on_fit_start
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compiles the reference as the policy is."""
+        if self.policy.compile and isinstance(self.reference, ResidentReference):
+            compile_layers(self.reference.model.model)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Holds no more of the reference than a step needs."""
+        if self.reference is not None:
+            self.reference.release()
 
     def outline(self, source: PolicyConfig, policy: LogProbModel) -> None:
         """Does as ``load`` for models without weights; the configuration tells whether they share prompts."""

@@ -19,6 +19,7 @@ from lit_isdpo.evaluation.store import write_text
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.policy.vllm_sampler import check_vllm
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import check_positions
 from lit_isdpo.training.probe import SamplingProbe, exact_values, find_gold_reward, log_texts
 from lit_isdpo.training.run_folder import run_dir
 from lit_isdpo.types import InputError, Reward, check_least
@@ -148,7 +149,7 @@ class Evaluation(Callback):
         if pl_module.writes:
             num_prompts, limits = self._extent(trainer)
             for name in limits if num_prompts else ():
-                pl_module.check_positions("test", limits[name], f"evaluation.{name}", num_prompts)
+                check_positions(pl_module, "test", limits[name], f"evaluation.{name}", num_prompts)
         elif self.reward or self.judge:
             raise InputError("evaluation: a reward model writes no responses; leave evaluation.reward and judge out.")
         if self.engine == "vllm":

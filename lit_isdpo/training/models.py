@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_isdpo.data.collation import batch_prompts
-from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.encoding import pad_token_id, terminator_ids
 from lit_isdpo.data.outcomes import Split
 from lit_isdpo.policy.adapters import Adapter, check_same_tensors
@@ -18,6 +17,9 @@ from lit_isdpo.policy.loading import PolicyConfig, switch_length
 from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.vocabulary import num_tokens
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch
+
+if TYPE_CHECKING:
+    from lit_isdpo.training.language import LanguageModule
 
 WEIGHTS_PREFIX = "policy.model."  # of the model's tensors in a checkpoint
 BASE_KEY = "base_fingerprint"  # of a checkpoint that holds only an adapter
@@ -129,16 +131,16 @@ def outline_source(source: PolicyConfig) -> PolicyConfig:
     return replace(source, attn_implementation="sdpa")
 
 
-def check_tensors(own: Mapping[str, Any], tensors: Mapping[str, Any], adapter: Adapter | None) -> None:
+def check_tensors(module: "LanguageModule", tensors: Mapping[str, Any]) -> None:
     """Compares names and shapes of a checkpoint's tensors with those of a module.
 
     Raises:
         InputError: the checkpoint is of another model.
     """
     try:
-        check_same_tensors(own, tensors)
+        check_same_tensors(module.state_dict(), tensors)
     except ValueError as error:
-        option = "model.policy.path" if adapter is None else "model.policy.peft"
+        option = "model.policy.path" if module.network.adapter is None else "model.policy.peft"
         raise InputError(
             f"ckpt_path: the checkpoint's tensors are not those of {option} ({error}); use the config.yaml of its own "
             "run."
@@ -187,22 +189,14 @@ def fit_length(source: PolicyConfig, architecture: PretrainedConfig, max_length:
 
 
 def check_positions(
-    source: PolicyConfig,
-    architecture: PretrainedConfig,
-    data: TextDataModule,
-    split: Split,
-    max_new_tokens: int,
-    option: str,
-    num_prompts: int | None = None,
+    module: "LanguageModule", split: Split, max_new_tokens: int, option: str, num_prompts: int | None = None
 ) -> None:
     """Raises for responses that may grow beyond the positions that the model knows.
 
     Learned positions end there with an index error, and rotary ones go on to values that were never trained.
 
     Args:
-        source: the model.
-        architecture: its configuration.
-        data: has the prompts.
+        module: has the model and, by its trainer, the prompts.
         split: whose prompts are answered; its rows were read.
         max_new_tokens: of a response.
         option: has that limit, for the message.
@@ -211,7 +205,8 @@ def check_positions(
     Raises:
         InputError: the longest prompt and a response of that length are more.
     """
-    positions = longest_input(source, architecture, data.max_length)
+    data = module.data
+    positions = longest_input(module.source, module.architecture, data.max_length)
     if num_prompts is None:
         longest = int(data.splits.rows[split].num_tokens()["prompt"].max())
     else:

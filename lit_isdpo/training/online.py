@@ -14,6 +14,7 @@ from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.training.comparison import Comparison, Mu, described
 from lit_isdpo.training.language import LanguageModule, Stage
+from lit_isdpo.training.models import check_positions
 from lit_isdpo.training.rollouts import (
     RolloutConfig,
     SampledResponses,
@@ -75,7 +76,7 @@ class OnlineModule(LanguageModule):
         policy: PolicyConfig = PolicyConfig(),
         reference: ReferenceConfig | None = ReferenceConfig(),
         objective: OnPolicyObjective = lazy_instance(RLOOObjective),
-        rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 - immutable
+        rollout: RolloutConfig = RolloutConfig(),
         missing_eos_penalty: float = 0.0,
         mu: Mu = "auto",
         **options: Any,
@@ -116,7 +117,7 @@ class OnlineModule(LanguageModule):
         if data.read_options.get("margin_column"):
             raise InputError("data.margin_column: online methods know no margins of pairs; leave the option out.")
         if stage == "fit":
-            self.check_positions("train", self.rollout.max_new_tokens, "model.rollout.max_new_tokens")
+            check_positions(self, "train", self.rollout.max_new_tokens, "model.rollout.max_new_tokens")
         self.comparison.check_data(data, stage, trains_on_pairs=False)
 
     def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:

@@ -1,16 +1,14 @@
-"""The optimizer and its schedule, and how a fit goes on from those of a checkpoint.
+"""The optimizer, and how a fit goes on from that of a checkpoint.
 
-A resumed fit takes over what an optimizer has learned (its state) and how many steps were made. All that is an option
-(learning rate, weight decay, betas, the schedule) is that of the config.
+A resumed fit takes over what an optimizer has learned (its state). Its options (learning rate, weight decay, betas) are
+those of the config.
 """
 
 import inspect
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -18,66 +16,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from lit_isdpo.types import InputError, check_least
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Learning rate over optimizer steps, as a factor of the optimizer's ``lr``.
-
-    Args:
-        decay: ``constant``, or ``linear`` or ``cosine`` down to ``final_factor`` at the last step.
-        warmup_steps: optimizer steps of linear rise from 0.
-        final_factor: where the decay ends, between 0 and 1.
-    """
-
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    final_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_least("schedule.warmup_steps", self.warmup_steps, 0)
-        if not 0 <= self.final_factor <= 1:
-            raise InputError(f"schedule.final_factor must lie between 0 and 1, not {self.final_factor}.")
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """Factor at the 0-based optimizer ``step``; the last one is ``total_steps - 1``.
-
-        >>> linear = Schedule(decay="linear", warmup_steps=2)
-        >>> [round(linear.factor(step, 13), 3) for step in (0, 1, 2, 7, 12)]
-        [0.5, 1.0, 1.0, 0.55, 0.1]
-        """
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps))
-        remaining = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.final_factor + (1 - self.final_factor) * remaining
+from lit_isdpo.types import InputError
 
 
-class ScheduledRate(LambdaLR):
-    """Sets the learning rate of each optimizer step.
-
-    Args:
-        optimizer: whose learning rates these are.
-        schedule: says how they change.
-        total_steps: optimizer steps of the whole fit.
-    """
-
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: int) -> None:
-        super().__init__(optimizer, lambda step: schedule.factor(step, total_steps))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at the checkpoint's step, with the rates that this optimizer and this schedule have there."""
-        step = state_dict["last_epoch"]
-        rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
-        own = {"base_lrs": self.base_lrs, "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
-        super().load_state_dict({**state_dict, **own})
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+def adamw(params: Any) -> Optimizer:
+    """The default optimizer."""
+    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
 
 
 def check_options(make_optimizer: OptimizerCallable) -> None:

@@ -16,6 +16,7 @@ from lit_isdpo.policy.loading import PolicyConfig, load_config
 from lit_isdpo.policy.reference import ReferenceConfig
 from lit_isdpo.training.comparison import Comparison, Mu, described, warn_of_vanishing_weights
 from lit_isdpo.training.language import LanguageModule, Stage
+from lit_isdpo.training.models import check_positions
 from lit_isdpo.training.rollouts import OnPolicyKL, check_rollouts, imitate_rollouts, sample_rollouts, score_rollouts
 from lit_isdpo.types import InputError, PreferenceBatch
 
@@ -115,7 +116,7 @@ class PreferenceModule(LanguageModule):
                 raise InputError(
                     "data.packing_length: model.on_policy_kl samples from single prompts; leave one of the options out."
                 )
-            self.check_positions("train", self.on_policy_kl.max_new_tokens, "model.on_policy_kl.max_new_tokens")
+            check_positions(self, "train", self.on_policy_kl.max_new_tokens, "model.on_policy_kl.max_new_tokens")
         self.comparison.check_data(data, stage)
 
     def step(self, batch: PreferenceBatch, stage: Stage) -> tuple[Tensor, Columns]:
@@ -143,11 +144,13 @@ class PreferenceModule(LanguageModule):
         losses = losses + batch.pair_weights * config.weight * kl
         return losses, self.comparison.columns(losses, pairs, weights) | {"kl/k1": kl.detach()}
 
-    def log_window(self) -> None:
-        """Looks at the weights too, where their values are logged: to do so makes the host wait for a GPU."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at the weights too if their values are logged: to do so makes the host wait for a GPU."""
         values = self.log_metrics("train")
-        self._not_looked_at = {} if self.logs_this_step else values
-        if self.logs_this_step:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_logged = every > 0 and (self.trainer.global_step + 1) % every == 0
+        self._not_looked_at = {} if is_logged else values
+        if is_logged:
             warn_of_vanishing_weights(self.comparison.weighting, values)
 
     def on_train_end(self) -> None:

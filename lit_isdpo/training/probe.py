@@ -14,6 +14,7 @@ from lit_isdpo.evaluation.rewards import LabReward
 from lit_isdpo.lab.folder import exact_evaluation_for
 from lit_isdpo.policy.generation import Sampling
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import check_positions
 from lit_isdpo.types import InputError, ProbePrompt, Prompt, Ranks, check_least
 
 
@@ -75,7 +76,7 @@ class SamplingProbe(Callback):
         assert isinstance(pl_module, LanguageModule)
         validates = stage in ("fit", "validate") and trainer.limit_val_batches
         if validates and self.num_prompts and pl_module.writes:
-            pl_module.check_positions("val", self.sampling.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
+            check_positions(pl_module, "val", self.sampling.max_new_tokens, "probe.max_new_tokens", self.num_prompts)
         self._evaluator = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

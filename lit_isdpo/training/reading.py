@@ -1,9 +1,9 @@
 """How a run and its data module agree: the run hands over what the data must know, and Lightning gets whole steps."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +14,23 @@ from lit_isdpo.data.sampling import limited_steps
 from lit_isdpo.policy.sharding import all_ranks
 from lit_isdpo.types import InputError, Ranks
 
-Limits = tuple[int | float, int | float]
-
 
 def find_data(trainer: Trainer) -> TextDataModule | None:
     """The trainer's data module; ``None`` if it was given loaders of the user's own, with batches of our types."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, TextDataModule) else None
+
+
+def data_of(trainer: Trainer) -> TextDataModule:
+    """The trainer's data module.
+
+    Raises:
+        InputError: it has none of ours.
+    """
+    data = find_data(trainer)
+    if data is None:
+        raise InputError("data: pass a PreferenceDataModule or an SFTDataModule to the trainer.")
+    return data
 
 
 def ranks_of(trainer: Trainer) -> Ranks:
@@ -102,32 +112,39 @@ def total_steps(trainer: Trainer, data: Callable[[], TextDataModule]) -> int:
     return min(limits)
 
 
-def limit_epoch(trainer: Trainer, data: TextDataModule) -> Limits:
-    """Makes Lightning's limits whole optimizer steps; it would make the last one of a part of its micro-batches.
+class WholeSteps(Callback):
+    """Makes Lightning's limits of a fit whole optimizer steps, and gives the trainer its own back after it.
 
-    Returns:
-        The limits as they were, for ``lift_limits``.
+    Lightning would make the last step of a part of its micro-batches.
     """
-    untyped: Any = trainer
-    before: Limits = untyped.limit_train_batches, untyped.overfit_batches
-    limit, micro_batches = before[0], trainer.accumulate_grad_batches
-    if not limit:
-        return before
-    steps = steps_per_epoch(trainer, data)
-    given = limit if isinstance(limit, int) else int(limit * data.order.steps_per_epoch * micro_batches)
-    if given < steps * micro_batches:
-        rank_zero_info(
-            f"An epoch is limited to {steps:,} optimizer step(s) of {micro_batches:,} micro-batches, and not to "
-            f"{given:,} micro-batches, which would cut the last step."
-        )
-    untyped.limit_train_batches = steps * micro_batches
-    # Lightning would put a sampler of its own in place of this order, and every rank would read the same rows.
-    data.order.num_repeated = steps if untyped.overfit_batches else None
-    untyped.overfit_batches = 0
-    return before
 
+    def __init__(self) -> None:
+        self._before: tuple[int | float, int | float] | None = None
 
-def lift_limits(trainer: Trainer, limits: Limits) -> None:
-    """Gives a trainer that goes on with other data its own limits back."""
-    untyped: Any = trainer
-    untyped.limit_train_batches, untyped.overfit_batches = limits
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sets the limits of a fit, by the order of its rows."""
+        data, untyped = find_data(trainer), cast(Any, trainer)
+        if stage != "fit" or data is None:
+            return
+        self._before = untyped.limit_train_batches, untyped.overfit_batches
+        limit, micro_batches = untyped.limit_train_batches, trainer.accumulate_grad_batches
+        if not limit:
+            return
+        steps = steps_per_epoch(trainer, data)
+        given = limit if isinstance(limit, int) else int(limit * data.order.steps_per_epoch * micro_batches)
+        if given < steps * micro_batches:
+            rank_zero_info(
+                f"An epoch is limited to {steps:,} optimizer step(s) of {micro_batches:,} micro-batches, and not to "
+                f"{given:,} micro-batches, which would cut the last step."
+            )
+        untyped.limit_train_batches = steps * micro_batches
+        # Lightning would put a sampler of its own in place of this order, and every rank would read the same rows.
+        data.order.num_repeated = steps if untyped.overfit_batches else None
+        untyped.overfit_batches = 0
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sets them back."""
+        if stage == "fit" and self._before is not None:
+            untyped: Any = trainer
+            untyped.limit_train_batches, untyped.overfit_batches = self._before
+            self._before = None

@@ -34,13 +34,13 @@ class SFTModule(LanguageModule):
         return -logps.logps, {"loss": Ratio(-logps.logps, logps.num_tokens), "logps/completion": logps.logps}
 
     def reduced(self, losses: Tensor) -> Tensor:
-        """Their sum, in nats; ``log_window`` divides its gradient by the tokens of the whole window.
+        """Their sum, in nats; ``on_before_optimizer_step`` divides its gradient by the tokens of the whole window.
 
         The mean over the tokens of a global batch is not the mean of its micro-batches' means: they differ in length.
         """
         return losses.sum()
 
-    def log_window(self) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the gradient of the window's sum into that of its mean over tokens, and logs the window."""
         with self.train_metrics.sync_context():
             num_tokens = self.train_metrics.totals()["loss"].denominator
@@ -54,4 +54,4 @@ class SFTModule(LanguageModule):
                 gradient.mul_(scale)
             else:  # these would round the scale to their own dtype first
                 gradient.copy_(gradient.float() * scale)
-        super().log_window()
+        super().on_before_optimizer_step(optimizer)

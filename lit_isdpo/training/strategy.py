@@ -24,6 +24,7 @@ from lit_isdpo.policy.logprob_model import LogProbModel
 from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.training.checkpoint_files import StoredCheckpoint, plain_values_only, unreadable
 from lit_isdpo.training.language import LanguageModule
+from lit_isdpo.training.models import check_tensors
 from lit_isdpo.training.optimization import as_one_group, check_state
 from lit_isdpo.types import InputError
 
@@ -155,7 +156,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Compares a checkpoint with what it is to be loaded into; whether it has any state of an optimizer."""
         stored, module = StoredCheckpoint(path), cast(LanguageModule, self.lightning_module)
         stored.check(self.global_rank, self.world_size)
-        module.check_tensors(stored.shapes)
+        check_tensors(module, stored.shapes)
         # A file numbers the parameters of its optimizer: as they are in the whole model where FSDP2 wrote it, else as
         # they are among those that are trained.
         trained = [parameter.requires_grad for parameter in module.parameters()]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_isdpo.data.tokenized_rows import Recipe
-from lit_isdpo.training.reading import hand_over, lift_limits, limit_epoch
+from lit_isdpo.training.reading import WholeSteps, hand_over
 from lit_isdpo.types import InputError, PreferenceBatch, SFTBatch, TokenizedPair
 from tests.data.conftest import RANKED, pairs
 
@@ -40,15 +40,7 @@ class Reader(LightningModule):
         hand_over(self.trainer, data, shares_prompts=lambda: self.shares_prompts, mixes_pairs=self.mixes_pairs)
         if self.ranks is not None:
             data.read_for(replace(data.reader, world_size=self.ranks[1], rank=lambda: self.ranks[0]))
-        return []
-
-    def setup(self, stage):
-        if stage == "fit":
-            self.limits = limit_epoch(self.trainer, self.trainer.datamodule)
-
-    def teardown(self, stage):
-        if stage == "fit":
-            lift_limits(self.trainer, self.limits)
+        return [WholeSteps()]
 
     def training_step(self, batch):
         self.seen["train"].append(batch.row_ids.tolist())

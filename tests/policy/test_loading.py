@@ -87,4 +87,4 @@ def test_a_fit_says_that_experts_are_not_balanced(
     main(["validate", *tiny, *options])
     assert "load-balancing" not in caplog.text
     main(["fit", *tiny, *options, "--trainer.max_steps=1"])
-    assert caplog.text.count("Its load-balancing loss (router_aux_loss_coef) is not added to the loss") == 1
+    assert caplog.text.count("load-balancing loss (router_aux_loss_coef) is not part of the loss") == 1

@@ -430,7 +430,7 @@ def test_the_kl_of_samples_is_added_with_its_weight(model_dir: str) -> None:
             assert losses[weight] - losses[None] == pytest.approx(weight * values["kl/k1"].item(), abs=1e-6)
             assert values["kl/k1"].abs() > 1e-3
             assert module.method[1]["on_policy_kl"] == weight
-            module.forget_window()
+            module.train_metrics.forget()
             assert not module.train_metrics.totals()
         else:
             assert "on_policy_kl" not in module.method[1]

@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
-from lit_isdpo.training.optimization import Schedule, ScheduledRate, build_optimizer, is_decayed
+from lit_isdpo.training.optimization import build_optimizer, is_decayed
+from lit_isdpo.training.optimizer_step import Schedule, ScheduledRate
 from lit_isdpo.types import InputError
 from tests.runs import read_metrics
 from tests.training.test_resume import checkpoint, fit

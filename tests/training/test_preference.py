@@ -41,7 +41,7 @@ def test_the_reference_is_no_part_of_the_module(module: PreferenceModule) -> Non
 
 def test_the_reference_follows_the_module_to_its_device(module: PreferenceModule) -> None:
     module.to("meta")
-    module.on_fit_start()
+    module.comparison.on_fit_start(module.trainer, module)
     assert {parameter.device.type for parameter in module.reference.model.parameters()} == {"meta"}
 
 
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_names_the_rows(module: PreferenceModule) -> N
     module.comparison.loss = BrokenLoss(0.1)
     module.training_step(collate_pairs(PAIRS, [3, 14], pad_token_id=0), 1)
     with pytest.raises(InputError, match=r"NaN or infinite at optimizer step 0 for training rows \[14\]"):
-        module.on_before_optimizer_step(None)  # type: ignore[arg-type]
+        module.guard.on_before_optimizer_step(module.trainer, module, None)  # type: ignore[arg-type]
 
 
 def test_prompts_come_back_out_of_a_batch() -> None:

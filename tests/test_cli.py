@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_isdpo import __version__
 from lit_isdpo.cli import main
+from lit_isdpo.cli.layers import SECTIONS
 from lit_isdpo.data.collation import collate_completions
 from lit_isdpo.objective import losses, on_policy, remedies, weights
 from lit_isdpo.objective.losses import PreferenceLoss
@@ -128,6 +129,30 @@ def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
     again = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     torch.testing.assert_close(again["state_dict"], before["state_dict"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("saved", ["fit", "validate", "predict", "plan"])
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict", "precompute", "inspect", "plan"])
+def test_a_config_of_one_verb_serves_every_verb(
+    verb: str, saved: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it has of options of its own, unset, is left out."""
+    printed = []
+    for each, arguments in ((saved, tiny), (verb, [f"--config={tmp_path / 'config.yaml'}"])):
+        with pytest.raises(SystemExit) as end:
+            main([each, *arguments, "--print_config"])
+        assert end.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "config.yaml").write_text(printed[0])
+    before, after = map(yaml.safe_load, printed)
+    assert {key: after[key] for key in SECTIONS} == {key: before[key] for key in SECTIONS}
+
+
+def test_an_option_of_another_verb_that_is_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("ckpt_path: last.ckpt\n")
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={tmp_path / 'config.yaml'}"])
+    assert "error: ckpt_path: there is no such option" in capsys.readouterr().err
 
 
 def test_the_saved_config_keeps_the_labs_names(tiny: list[str], tmp_path: Path) -> None:

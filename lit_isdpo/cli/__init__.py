@@ -11,6 +11,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ SECTIONS = {
 }
 LIGHTNINGS_VERBS = LightningCLI.subcommands()  # and what is not an option of each
 OWN_VERBS = {verb: getattr(IsdpoTrainer, verb) for verb in ("precompute", "inspect", "plan")}
+NO_OPTIONS = LIGHTNINGS_VERBS | {verb: {"model", "datamodule"} for verb in OWN_VERBS}
+DEFAULTS = {
+    verb: {
+        name: parameter.default
+        for name, parameter in inspect.signature(getattr(IsdpoTrainer, verb)).parameters.items()
+        if name not in ("self", *skipped)
+    }
+    for verb, skipped in NO_OPTIONS.items()
+}
+"""By verb of the trainer, the options that it has beside the sections of all verbs, with their defaults."""
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "study": study}  # they share no options
 VERBS = {
     "fit": "Trains; with --ckpt_path it goes on from a checkpoint. Options of the method and of the data: "
@@ -122,8 +133,7 @@ class IsdpoCLI(LightningCLI):
             parser.set_defaults({section: {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
         for section, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, section)
-        skipped = LIGHTNINGS_VERBS.get(self.verb, {"model", "datamodule"})
-        self.keywords = parser.add_method_arguments(IsdpoTrainer, self.verb, skip={*skipped})
+        self.keywords = parser.add_method_arguments(IsdpoTrainer, self.verb, skip={*NO_OPTIONS[self.verb]})
         if self.verb in ("validate", "test"):
             parser.set_defaults(verbose=False)  # our callbacks print what is measured
 
@@ -234,9 +244,19 @@ def _run(arguments: Sequence[str]) -> None:
 
 def _parser_options(verb: str) -> dict[str, Any]:
     """A parser that raises for a mistake, and takes no typo for an abbreviation."""
-    set_loader(YAML, lambda text: get_loader("yaml")(with_present_classes(text)))
+    set_loader(YAML, partial(_load, verb))
     options = {"prog": f"lit-isdpo {verb}", "description": VERBS[verb], "parser_mode": YAML}
     return {**options, "exit_on_error": False, "allow_abbrev": False}
+
+
+def _load(verb: str, text: str) -> Any:
+    """YAML of older versions, and configs that runs of other verbs saved, whose own options are left out if not set."""
+    content = get_loader("yaml")(with_present_classes(text))
+    if verb not in DEFAULTS or not isinstance(content, dict) or "seed_everything" not in content:  # no whole config
+        return content
+    own = DEFAULTS[verb]
+    others = {name: default for options in DEFAULTS.values() for name, default in options.items() if name not in own}
+    return {name: value for name, value in content.items() if name not in others or value not in (others[name], False)}
 
 
 def _parse(parser: LightningArgumentParser, arguments: Sequence[str]) -> Namespace:

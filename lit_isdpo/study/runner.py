@@ -242,8 +242,7 @@ def _config(run: Run, root: Path, cli: str) -> str:
     except SystemExit as end:
         if end.code:
             raise InputError(f"{run.name}: {said.getvalue().strip().removeprefix('error: ')}") from None
-    of_fit = ("ckpt_path: null\n", "weights_only: null\n")  # other verbs lack them, and take the rest
-    return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line not in of_fit)
+    return printed.getvalue()
 
 
 def _work(run: Run, root: Path, worker: int, num_workers: int, cli: str) -> None:

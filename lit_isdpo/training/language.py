@@ -91,7 +91,7 @@ class LanguageModule(LightningModule, ABC):
         self.samples = False
         self.micro_batch = 0
         self.train_metrics, self.val_metrics, self.test_metrics = RowMetrics(), RowMetrics(), RowMetrics()
-        self.guard = StepGuard(nonfinite, forget=lambda: self.train_metrics.forget())
+        self.guard = StepGuard(nonfinite)
         self._callbacks = [WholeSteps(), self.guard, *([] if comparison is None else [comparison])]
         self.tokenizer = load_tokenizer(
             model_path(source), revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -164,8 +164,10 @@ class LanguageModule(LightningModule, ABC):
         """The module's own; as this is the first hook of a run, the data module hears of it here."""
         if (data := find_data(self.trainer)) is not None:
             self.hand_over(data)
-        there: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in self._callbacks if callback not in there]  # after another run they are
+        untyped: Any = self.trainer  # it still has those of its run before, which may be another module's
+        kinds = (WholeSteps, StepGuard, Comparison)
+        untyped.callbacks = [callback for callback in untyped.callbacks if not isinstance(callback, kinds)]
+        return self._callbacks
 
     # Models
 
@@ -298,7 +300,7 @@ class LanguageModule(LightningModule, ABC):
     ) -> None:
         """Clips by norm, unless the guard ends the fit or skips the step."""
         parameters = [p for p in self.network.parameters() if p.grad is not None]
-        values = self.guard.clip(self.trainer, parameters, gradient_clip_val)
+        values = self.guard.clip(self, parameters, gradient_clip_val)
         rate = optimizer.param_groups[0]["lr"]
         self.log("train/lr", torch.full((), rate, dtype=torch.float64, device=self.device))
         self.log_dict({f"train/{key}": value for key, value in values.items()})

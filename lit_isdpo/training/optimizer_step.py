@@ -1,7 +1,7 @@
 """An optimizer step: its learning rate, its clipping, and whether it is made."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,16 +107,14 @@ class StepGuard(pl.Callback):
 
     Args:
         nonfinite: what to do if they are NaN or infinite.
-        forget: is called if a step is not made, so that later ones do not know of it.
 
     Attributes:
         num_skipped: steps of the fit that were left out.
     """
 
-    def __init__(self, nonfinite: NonFinite, forget: Callable[[], None]) -> None:
+    def __init__(self, nonfinite: NonFinite) -> None:
         self.nonfinite = nonfinite
         self.num_skipped = 0
-        self._forget = forget
         self._in_a_row = 0
         self._skips = False  # the current step
         self._losses: list[Tensor] = []
@@ -127,9 +125,7 @@ class StepGuard(pl.Callback):
         self._losses.append(losses.detach())
         self._row_ids.append(row_ids)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Looks at the losses since the last step, of all ranks.
 
         Raises:
@@ -139,13 +135,13 @@ class StepGuard(pl.Callback):
         bad = ~torch.isfinite(torch.cat(self._losses))
         # Together, or the others would wait for a rank that has stopped.
         if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
-            self._leave_out(trainer, "loss", torch.cat(self._row_ids)[bad])
+            self._leave_out(pl_module, "loss", torch.cat(self._row_ids)[bad])
 
-    def clip(self, trainer: pl.Trainer, parameters: Sequence[Parameter], max_norm: float | None) -> dict[str, Tensor]:
+    def clip(self, module: Any, parameters: Sequence[Parameter], max_norm: float | None) -> dict[str, Tensor]:
         """Clips the gradient by its norm, or drops it if the step is not to be made.
 
         Args:
-            trainer: of the fit.
+            module: whose ``train_metrics`` forget a step that is not made, so that later ones do not know of it.
             parameters: those with a gradient.
             max_norm: of the gradient of all together; ``None`` or 0 has no limit.
 
@@ -158,10 +154,10 @@ class StepGuard(pl.Callback):
         """
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))  # the same on all ranks
         if not self._skips and not torch.isfinite(norm):
-            self._leave_out(trainer, "gradient", torch.cat(self._row_ids))
+            self._leave_out(module, "gradient", torch.cat(self._row_ids))
         self._losses, self._row_ids = [], []
         if self._skips:
-            self._forget()
+            module.train_metrics.forget()
             for parameter in parameters:  # optimizers do not touch one without a gradient, nor their own state of it
                 parameter.grad = None
         else:
@@ -173,20 +169,21 @@ class StepGuard(pl.Callback):
             values["skipped_steps"] = torch.full((), float(self.num_skipped), device=norm.device)
         return values
 
-    def _leave_out(self, trainer: pl.Trainer, what: str, row_ids: Tensor) -> None:
+    def _leave_out(self, module: Any, what: str, row_ids: Tensor) -> None:
         """Marks the step as one to skip, or raises; every rank comes here."""
+        trainer = module.trainer
         rows = [row for part in ranks_of(trainer).gather(row_ids[row_ids >= 0].tolist()) for row in part]
         named = f"{'for' if what == 'loss' else 'in the step of'} {row_names(trainer, torch.tensor(rows))}"
         said = f"The {what} is NaN or infinite at optimizer step {trainer.global_step} {named}"
         if self.nonfinite.action == "stop":
-            self._forget()
+            module.train_metrics.forget()
             advice = "look at those rows" if what == "loss" else "float32 for the model's compute_dtype"
             raise NonFiniteError(
                 f"{said}; the weights are as they were before this step. Try a lower learning rate, or {advice}, or go "
                 "on without such steps by --model.nonfinite.action skip."
             )
         if self._in_a_row == self.nonfinite.max_in_a_row:
-            self._forget()
+            module.train_metrics.forget()
             raise NonFiniteError(
                 f"{said}, after {self._in_a_row} skipped steps in a row, which is model.nonfinite.max_in_a_row; the "
                 "weights are as they were before them. Try a lower learning rate."

@@ -1,27 +1,27 @@
-"""Names that outlive what they stand for: folders that this project makes, and classes that have moved.
+"""Names that outlive what they stand for: folders that this project makes, and classes and functions that have moved.
 
 Whoever makes folders registers a prefix here, as ``lit_isdpo.lab`` does for ``lab:posts``. So the rooms that read paths
 need not know who makes them, and nothing is made before a path is read. The command line knows the folder of the runs
 and makes the folders there; the names that come here are those of Python.
 
-An old run's ``config.yaml`` names classes by the modules that they were in. A class is found there by its bare name.
+An old run's ``config.yaml`` names classes and functions by the modules that they were in. The bare name finds them.
 """
 
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc import locate
-from typing import Literal
+from typing import Any, Literal
 
 Part = Literal["pairs", "reference"]
 NAMES: dict[str, Callable[[str, Part], Path]] = {}
 """By prefix, what makes a folder of a name: given the whole name, and the part that a name without one means."""
 PACKAGE = __name__.partition(".")[0]
-CLASS_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+\.[A-Z]\w*(?![\w/])")
+IMPORT_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?(?![\w/])")
 RENAMED = {"lit_isdpo.training.module.Sampling": "PredictSampling"}
-"""By former path, the bare names that classes have now. A class that only moved is not in here."""
+"""By former path, the bare names that classes have now. What only moved is not in here."""
 
 
 def named_path(path: str, part: Part) -> str:
@@ -41,26 +41,32 @@ def named_path(path: str, part: Part) -> str:
     return str(NAMES[prefix](path, part)) if colon and prefix in NAMES else path
 
 
-def with_present_classes(text: str) -> str:
-    """A text in which each class of this package that has moved is named by the module that it is in now.
+def with_present_paths(text: str) -> str:
+    """A text in which each class and function of this package is named by the module that it is in now.
 
     Args:
-        text: a config file or an argument. Other classes, and names that are no class, stay as they are.
+        text: a config file or an argument. Other names stay as they are.
 
-    >>> with_present_classes("class_path: lit_isdpo.former.types.InputError")
+    >>> with_present_paths("class_path: lit_isdpo.former.types.InputError")
     'class_path: lit_isdpo.types.InputError'
     """
-    return CLASS_PATH.sub(lambda found: _present_path(found[0]), text)
+    return IMPORT_PATH.sub(lambda found: _present_path(found[0]), text)
 
 
 def _present_path(path: str) -> str:
-    if locate(path) is not None:
-        return path
     name = RENAMED.get(path, path.rpartition(".")[2])
+    for found in _candidates(path, name):
+        if callable(found) and found.__module__.startswith(f"{PACKAGE}."):
+            return f"{found.__module__}.{name}"
+    return path
+
+
+def _candidates(path: str, name: str) -> Iterator[Any]:
+    """What has this path, perhaps as it is imported there; if there is nothing, what has this name in any module."""
+    if (found := locate(path)) is not None:
+        yield found
+        return
     package = importlib.import_module(PACKAGE)
     for module in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
         if not module.name.endswith(".__main__"):
-            found = vars(importlib.import_module(module.name)).get(name)
-            if isinstance(found, type) and found.__module__ == module.name:
-                return f"{module.name}.{name}"
-    return path
+            yield vars(importlib.import_module(module.name)).get(name)

@@ -136,7 +136,7 @@ def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
 def test_a_config_of_one_verb_serves_every_verb(
     verb: str, saved: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it has of options of its own, unset, is left out."""
+    """Its own options are left out."""
     printed = []
     for each, arguments in ((saved, tiny), (verb, [f"--config={tmp_path / 'config.yaml'}"])):
         with pytest.raises(SystemExit) as end:
@@ -148,11 +148,16 @@ def test_a_config_of_one_verb_serves_every_verb(
     assert {key: after[key] for key in SECTIONS} == {key: before[key] for key in SECTIONS}
 
 
-def test_an_option_of_another_verb_that_is_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.yaml").write_text("ckpt_path: last.ckpt\n")
+def test_the_config_of_a_run_from_a_checkpoint_serves_other_verbs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (run / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(whole.replace("ckpt_path: null", "ckpt_path: last.ckpt"))
+    main(["plan", f"--config={tmp_path / 'config.yaml'}"])
+    assert "TFLOP" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["plan", f"--config={tmp_path / 'config.yaml'}"])
-    assert "error: ckpt_path: there is no such option" in capsys.readouterr().err
+        main(["plan", f"--config={run / 'config.yaml'}", "--ckpt_path=last.ckpt"])
+    assert "error: --ckpt_path: there is no such option" in capsys.readouterr().err
 
 
 def test_the_saved_config_keeps_the_labs_names(tiny: list[str], tmp_path: Path) -> None:

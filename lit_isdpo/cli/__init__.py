@@ -12,6 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lit_isdpo.commands.trainer import IsdpoTrainer
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule, TextDataModule
 from lit_isdpo.evaluation.endpoint import hide_secrets
 from lit_isdpo.lab.folder import PREFIX, resolve
-from lit_isdpo.names import with_present_classes
+from lit_isdpo.names import with_present_paths
 from lit_isdpo.study.runner import study
 from lit_isdpo.training.checkpoint_files import CheckpointFiles
 from lit_isdpo.training.checkpoints import EX_TEMPFAIL, BestCheckpoint, LastCheckpoint
@@ -62,15 +63,11 @@ SECTIONS = {
 LIGHTNINGS_VERBS = LightningCLI.subcommands()  # and what is not an option of each
 OWN_VERBS = {verb: getattr(IsdpoTrainer, verb) for verb in ("precompute", "inspect", "plan")}
 NO_OPTIONS = LIGHTNINGS_VERBS | {verb: {"model", "datamodule"} for verb in OWN_VERBS}
-DEFAULTS = {
-    verb: {
-        name: parameter.default
-        for name, parameter in inspect.signature(getattr(IsdpoTrainer, verb)).parameters.items()
-        if name not in ("self", *skipped)
-    }
+OPTIONS = {
+    verb: inspect.signature(getattr(IsdpoTrainer, verb)).parameters.keys() - {"self", *skipped}
     for verb, skipped in NO_OPTIONS.items()
 }
-"""By verb of the trainer, the options that it has beside the sections of all verbs, with their defaults."""
+"""By verb of the trainer, its own options, beside the sections that all verbs have."""
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "study": study}  # they share no options
 VERBS = {
     "fit": "Trains; with --ckpt_path it goes on from a checkpoint. Options of the method and of the data: "
@@ -198,7 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     _quieten()
     try:
-        _run([with_present_classes(argument) for argument in (sys.argv[1:] if args is None else args)])
+        _run([with_present_paths(argument) for argument in (sys.argv[1:] if args is None else args)])
     except SIGTERMException:  # it came before the first step, which LastCheckpoint waits for
         raise SystemExit(EX_TEMPFAIL) from None
     except (KeyboardInterrupt, SystemExit) as end:
@@ -250,13 +247,12 @@ def _parser_options(verb: str) -> dict[str, Any]:
 
 
 def _load(verb: str, text: str) -> Any:
-    """YAML of older versions, and configs that runs of other verbs saved, whose own options are left out if not set."""
-    content = get_loader("yaml")(with_present_classes(text))
-    if verb not in DEFAULTS or not isinstance(content, dict) or "seed_everything" not in content:  # no whole config
+    """Reads YAML. Classes get their present names; what a run of another verb saved loses that verb's own options."""
+    content = get_loader("yaml")(with_present_paths(text))
+    if verb not in OPTIONS or not isinstance(content, dict) or "seed_everything" not in content:  # no whole config
         return content
-    own = DEFAULTS[verb]
-    others = {name: default for options in DEFAULTS.values() for name, default in options.items() if name not in own}
-    return {name: value for name, value in content.items() if name not in others or value not in (others[name], False)}
+    foreign = {*chain(*OPTIONS.values())} - OPTIONS[verb]
+    return {name: value for name, value in content.items() if name not in foreign}
 
 
 def _parse(parser: LightningArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -242,7 +242,8 @@ def _config(run: Run, root: Path, cli: str) -> str:
     except SystemExit as end:
         if end.code:
             raise InputError(f"{run.name}: {said.getvalue().strip().removeprefix('error: ')}") from None
-    return printed.getvalue()
+    unset = ("ckpt_path: null\n", "weights_only: null\n")  # they would undo a flag before the file
+    return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line not in unset)
 
 
 def _work(run: Run, root: Path, worker: int, num_workers: int, cli: str) -> None:

@@ -147,7 +147,7 @@ class Comparison(pl.Callback):
             reference = CachedReference(logps, make)
         self.reference = reference
 
-    # It is no submodule of the policy's module, so Lightning does not move it.
+    # The reference is no submodule, so Lightning does not move it.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the reference to the policy's device."""
@@ -165,6 +165,8 @@ class Comparison(pl.Callback):
         """Holds no more of the reference than a step needs."""
         if self.reference is not None:
             self.reference.release()
+
+    on_test_end = on_validation_end
 
     def outline(self, source: PolicyConfig, policy: LogProbModel) -> None:
         """Does as ``load`` for models without weights; the configuration tells whether they share prompts."""

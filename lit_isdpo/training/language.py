@@ -1,7 +1,7 @@
 """The base of all modules: the step and its logs, checkpoints and sampling.
 
-Callbacks come with each module: ``WholeSteps`` for the trainer's limits, its guard, which looks at an optimizer step
-before it is made, and for methods with a reference the comparison with it.
+Three callbacks come with a module. ``WholeSteps`` sets the trainer's limits. The guard looks at an optimizer step
+before it is made. A method that scores pairs adds its ``Comparison``.
 """
 
 from abc import ABC, abstractmethod
@@ -161,7 +161,7 @@ class LanguageModule(LightningModule, ABC):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        """The module's own; as this is the first hook of a run, the data module hears of it here."""
+        """Returns the module's own. This is the first hook of a run, so the data module hears of the run here."""
         if (data := find_data(self.trainer)) is not None:
             self.hand_over(data)
         untyped: Any = self.trainer  # it still has those of its run before, which may be another module's
@@ -298,7 +298,7 @@ class LanguageModule(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by norm, unless the guard ends the fit or skips the step."""
+        """Clips by norm. The guard may then end the fit, or drop the gradient and so skip the step."""
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         values = self.guard.clip(self, parameters, gradient_clip_val)
         rate = optimizer.param_groups[0]["lr"]

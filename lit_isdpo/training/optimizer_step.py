@@ -120,6 +120,10 @@ class StepGuard(pl.Callback):
         self._losses: list[Tensor] = []
         self._row_ids: list[Tensor] = []
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forgets what is left of a fit that stopped."""
+        self._losses, self._row_ids, self._skips = [], [], False
+
     def add(self, losses: Tensor, row_ids: Tensor) -> None:
         """Keeps a micro-batch's losses, ``(B,)``, and its rows."""
         self._losses.append(losses.detach())
@@ -131,7 +135,6 @@ class StepGuard(pl.Callback):
         Raises:
             NonFiniteError: one is not finite, and the fit ends.
         """
-        self._skips = False
         bad = ~torch.isfinite(torch.cat(self._losses))
         # Together, or the others would wait for a rank that has stopped.
         if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
@@ -146,8 +149,7 @@ class StepGuard(pl.Callback):
             max_norm: of the gradient of all together; ``None`` or 0 has no limit.
 
         Returns:
-            What is logged. How often clipping acts is worth a look: all the time, it divides small weights away, as
-            Adam does.
+            What is logged. If clipping acts at every step, it cancels small weights, as Adam does.
 
         Raises:
             NonFiniteError: the gradient is NaN or infinite, and the fit ends.
@@ -155,8 +157,9 @@ class StepGuard(pl.Callback):
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))  # the same on all ranks
         if not self._skips and not torch.isfinite(norm):
             self._leave_out(module, "gradient", torch.cat(self._row_ids))
-        self._losses, self._row_ids = [], []
-        if self._skips:
+        skips = self._skips
+        self._losses, self._row_ids, self._skips = [], [], False
+        if skips:
             module.train_metrics.forget()
             for parameter in parameters:  # optimizers do not touch one without a gradient, nor their own state of it
                 parameter.grad = None
@@ -202,7 +205,7 @@ class StepGuard(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restores them; checkpoints of older versions have none."""
+        """Restores them; a checkpoint of an older version may have none."""
         if COUNTS_KEY in checkpoint:
             self.num_skipped, self._in_a_row = (checkpoint[COUNTS_KEY][key] for key in ("num_skipped", "in_a_row"))
 

@@ -148,3 +148,7 @@ class WholeSteps(Callback):
             untyped: Any = trainer
             untyped.limit_train_batches, untyped.overfit_batches = self._before
             self._before = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Does the same after a fit that failed, of which Lightning tears nothing down."""
+        self.teardown(trainer, pl_module, "fit")

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils.hub import cached_file
 
 from lit_isdpo.evaluation.store import naming
-from lit_isdpo.names import with_present_classes
+from lit_isdpo.names import with_present_paths
 from lit_isdpo.policy.loading import PolicyConfig, model_path
 from lit_isdpo.types import InputError, first_line
 
@@ -96,7 +96,7 @@ def saved_config(file: Path) -> Any:
         InputError: it is none.
     """
     try:
-        return yaml.safe_load(with_present_classes(file.read_text()))
+        return yaml.safe_load(with_present_paths(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{str(file)!r} is no config of a run: {first_line(error)}.") from error
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_isdpo.cli import main
-from lit_isdpo.names import with_present_classes
+from lit_isdpo.names import with_present_paths
 from tests.conftest import write_pairs
 from tests.runs import read_metrics
 
@@ -35,7 +35,7 @@ def test_a_former_run_goes_on_as_it_would_have(
     assert "trainer.max_steps: 2 -> 4" in caplog.text
     assert "class_path" not in caplog.text, "the same class at another place is no change"
     saved = (run / "config.yaml").read_text()
-    assert saved == with_present_classes(saved)
+    assert saved == with_present_paths(saved)
     assert "tests.kept.KeptCheckpoint" in saved
 
 
@@ -53,8 +53,25 @@ def test_the_other_verbs_read_its_config(verb: str, options: list[str], capsys: 
 
 @pytest.mark.parametrize("path", CLASSES, ids=lambda path: path.rpartition(".")[2])
 def test_every_class_that_a_former_config_may_name_is_found(path: str) -> None:
-    module, _, name = with_present_classes(path).rpartition(".")
+    module, _, name = with_present_paths(path).rpartition(".")
     assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_a_function_that_has_moved_is_no_change(
+    tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Named by a module that imports it, too."""
+    for former in ("lit_isdpo.training.language.adamw", "lit_isdpo.optimizers.adamw"):
+        assert with_present_paths(f"optimizer: {former}") == "optimizer: lit_isdpo.training.optimization.adamw"
+    options = [option for option in tiny if not option.startswith("--model.optimizer")]
+    main(["fit", *options, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}"])
+    config = tmp_path / "version_0" / "config.yaml"
+    assert "optimizer: lit_isdpo.training.optimization.adamw" in config.read_text()
+    config.write_text(config.read_text().replace("training.optimization.adamw", "training.language.adamw"))
+    last = config.parent / "checkpoints" / "last.ckpt"
+    main(["fit", f"--config={config}", f"--ckpt_path={last}", "--trainer.max_steps=2"])
+    assert "trainer.max_steps: 1 -> 2" in caplog.text
+    assert "adamw" not in caplog.text
 
 
 def test_flags_may_name_classes_so_too(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +91,8 @@ def test_flags_may_name_classes_so_too(tiny: list[str], capsys: pytest.CaptureFi
         "class_path: lit_isdpo.losses.NoSuchLoss",
         "path: /runs/lit_isdpo.losses.IPOLoss/model",
         "path: lit_isdpo.old",
+        "module: lit_isdpo.training.language",
     ],
 )
 def test_what_is_no_class_of_this_package_stays(text: str) -> None:
-    assert with_present_classes(text) == text
+    assert with_present_paths(text) == text

@@ -20,7 +20,11 @@ NAMES: dict[str, Callable[[str, Part], Path]] = {}
 """By prefix, what makes a folder of a name: given the whole name, and the part that a name without one means."""
 PACKAGE = __name__.partition(".")[0]
 IMPORT_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?(?![\w/])")
-RENAMED = {"lit_isdpo.training.module.Sampling": "PredictSampling"}
+RENAMED = {
+    "lit_isdpo.training.module.Sampling": "PredictSampling",
+    "lit_isdpo.training.failures.Peers": "RankWatch",
+    "lit_isdpo.cli.failures.Peers": "RankWatch",
+}
 """By former path, the bare names that classes have now. What only moved is not in here."""
 
 

@@ -330,8 +330,8 @@ class Ranks(NamedTuple):
     size: int = 1
     gather: Callable[[Any], list[Any]] = lambda own: [own]
 
-    def agree(self, compute: Callable[[], Any]) -> list[Any]:
-        """What each rank computes; where one of them fails for the user's input, all do, and none waits for it.
+    def on_all(self, compute: Callable[[], Any]) -> list[Any]:
+        """What each rank computes. If one fails for the user's input, all fail, and none waits for it.
 
         Raises:
             InputError: that of the first rank that failed.

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
-from lit_isdpo.cli.failures import Peers, explain
+from lit_isdpo.cli.failures import RankWatch, explain
 from lit_isdpo.cli.layers import as_options, changed, flags, left_out
 from lit_isdpo.cli.options import check, is_sharded
 from lit_isdpo.cli.parser_errors import check_config_files, explain_option, explain_verb
@@ -119,7 +119,7 @@ class IsdpoCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module's own order knows ranks, and resumes
                 "num_sanity_val_steps": 0,  # RunReport validates before the first step, and logs it
                 "enable_model_summary": False,
-                "callbacks": [RunReport(), Throughput(), PredictionWriter(), Peers()],
+                "callbacks": [RunReport(), Throughput(), PredictionWriter(), RankWatch()],
             },
             parser_kwargs=_parser_options(verb),
         )

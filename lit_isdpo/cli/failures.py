@@ -54,7 +54,7 @@ class RankDiedError(Exception):
     """Ranks are no more; the message names them."""
 
 
-class Peers(Callback):
+class RankWatch(Callback):
     """Knows the processes of the other ranks, and says which of them died when one is waited for in vain.
 
     The process group tells that a connection broke, and not whose. Processes of other machines cannot be looked at.

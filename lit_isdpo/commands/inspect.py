@@ -245,7 +245,10 @@ def show_row(datamodule: TextDataModule, split: Split, row_id: int, *, separator
     head = Text(datamodule.splits.row_name(split, row_id), "bold")
     if isinstance(batch, PreferenceBatch):
         weight, margin = float(batch.pair_weights[0]), float(batch.margins[0])
-        head.append(f", weight {weight:g}" * (weight != 1) + f", margin {margin:g}" * (margin != 0))
+        if weight != 1:
+            head.append(f", weight {weight:g}")
+        if margin:
+            head.append(f", margin {margin:g}")
         if not batch.behavior_logps.isnan().any():
             head.append(", behavior log-probs {:.2f} and {:.2f}".format(*batch.behavior_logps.tolist()))
     lines = [head]
@@ -270,7 +273,7 @@ def _part(name: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, separat
         ends = ids[-1] in terminator_ids(tokenizer)
         heading = f"  {name}, {len(ids)} tokens, trained on, {'ends' if ends else 'cut, so that nothing ends it'}"
     text = Text()
-    for number, (piece, special) in enumerate(pieces(ids, tokenizer)):
+    for number, (piece, special) in enumerate(token_texts(ids, tokenizer)):
         if len(ids) > _SHOWN_TOKENS and abs(number - len(ids) / 2) < (len(ids) - _SHOWN_TOKENS) / 2:
             if not text.plain.endswith(" ... "):
                 text.append(" ... ", "dim")
@@ -287,7 +290,7 @@ def _visible(text: str) -> str:
     return "".join(shown).replace("\n", "⏎\n")
 
 
-def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """The text of each token, and whether it is a special one; a character of several tokens is one piece.
 
     A token is decoded behind the one before it: by itself SentencePiece's would lose its blank.

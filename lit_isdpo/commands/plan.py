@@ -312,8 +312,7 @@ def _longest_batch(module: LanguageModule, datamodule: TextDataModule, rows: int
     table = datamodule.splits.rows["train"]
     if len(table) < rows:
         raise InputError(f"data.batch_size: a micro-batch has {rows} rows, and data.train only {len(table)}.")
-    longest = table.lengths().argsort(descending=True, stable=True)[:rows]
-    return collate(table.__getitems__(longest.tolist()))
+    return collate(table.__getitems__(table.lengths().argsort(descending=True, stable=True)[:rows].tolist()))
 
 
 def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Lengths) -> None:
@@ -324,27 +323,28 @@ def print_plan(plan: Plan, module: LanguageModule, *, devices: int, lengths: Len
             table.add_row(kind, f"{plan.memory[kind] / GIB:,.3f}")
     table.add_section()
     table.add_row("all", f"{plan.memory.total() / GIB:,.3f}")
-    dtype = DTYPES[module.source.compute_dtype]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = matmul_rate(device, dtype)
+    rate = matmul_rate(device, DTYPES[module.source.compute_dtype])
     length, num_rows = plan.positions
     rows = "the longest training rows" if lengths == "data" else "rows as long as the limits of data allow"
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    for line in (
-        f"Of {devices} rank(s) each: {plan.micro_batches} micro-batch(es) of {plan.rows} row(s) an optimizer step, "
+    lines = [
+        f"Each of {devices} rank(s) makes {plan.micro_batches} micro-batch(es) of {plan.rows} row(s) per step, "
         f"here with {rows}: {num_rows} x {length} positions.",
-        f"{plan.flops_per_step / 1e12:,.4g} TFLOP an optimizer step and rank ({plan.forward_flops / 1e12:,.4g} forward "
-        f"and {plan.backward_flops / 1e12:,.4g} backward a micro-batch); at this machine's {rate / 1e12:,.3g} TFLOP/s "
-        f"of {module.source.compute_dtype} matrix products at least {plan.flops_per_step / rate:,.3g} s.",
-        *([f"{plan.traffic / GIB:,.4g} GiB are sent to other ranks in that time, by each."] if plan.traffic else []),
-        *([f"Of these {', '.join(OFFLOADED)} are in the host's memory (cpu_offload)."] if plan.offloaded else []),
-        "Not counted: what libraries take for themselves, and validation and sampling. Attention is taken to be fused.",
-        *(["Sampled responses are taken to be as long as they may be; their reward is not counted."] * module.samples),
-    ):
-        console.print(line, markup=False)
+        f"A step of a rank takes {plan.flops_per_step / 1e12:,.4g} TFLOP ({plan.forward_flops / 1e12:,.4g} forward and "
+        f"{plan.backward_flops / 1e12:,.4g} backward per micro-batch). At this machine's {rate / 1e12:,.3g} TFLOP/s of "
+        f"{module.source.compute_dtype} matrix products that is at least {plan.flops_per_step / rate:,.3g} s.",
+        "Not counted: the libraries' own memory, validation and sampling. Attention is taken to be fused.",
+    ]
+    if plan.traffic:
+        lines.append(f"Each rank sends {plan.traffic / GIB:,.4g} GiB to other ranks in a step.")
+    if plan.offloaded:
+        lines.append(f"The host's memory holds {', '.join(OFFLOADED)} (cpu_offload).")
+    if module.samples:
+        lines.append("Sampled responses are taken to be as long as they may be; their reward is not counted.")
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         of_gpu = sum(size for kind, size in plan.memory.items() if not (plan.offloaded and kind in OFFLOADED))
-        verdict = "fits" if of_gpu < 0.95 * total else "does not fit"
-        console.print(f"It {verdict} into this GPU's {total / GIB:.1f} GiB.", markup=False)
+        lines.append(f"It {'fits' if of_gpu < 0.95 * total else 'does not fit'} into this GPU's {total / GIB:.1f} GiB.")
+    console.print("\n".join(lines), markup=False)

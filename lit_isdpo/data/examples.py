@@ -58,12 +58,12 @@ def detect_format(columns: Sequence[str], rows: Iterable[Row], *, kind: Kind = "
         hint = f"lacks {', '.join(missing[nearest])}"
     else:
         hint = f"has {FORMATS[nearest].looks} in them, and no row at the beginning has"
+    near = f", the nearest, {nearest!r}, {hint}" if missing[nearest] != required[nearest] else ""
     formats = "; ".join(f"{key} ({known.columns(kind)})" for key, known in FORMATS.items())
     raise InputError(
-        f"{name or 'the data set'}: the format of its columns {', '.join(columns) or '(none)'} is not known"
-        + f", the nearest, {nearest!r}, {hint}" * (missing[nearest] != required[nearest])
-        + f"; known for {kind}: {formats}; if yours have other names, map them with data.columns, as in "
-        + "{prompt: question}"
+        f"{name or 'the data set'}: the format of its columns {', '.join(columns) or '(none)'} is not known{near}; "
+        f"known for {kind}: {formats}; if yours have other names, map them with data.columns, as in "
+        "{prompt: question}"
     )
 
 

@@ -161,7 +161,8 @@ def _turn(turn: object, where: str) -> Message:
         raise malformed(f"{where} {kind_of(turn)} and no message")
     role = turn.get("role")
     if role not in ROLES:
-        raise malformed(f"{where}.role {kind_of(role)}" + " that is no role" * isinstance(role, str), role)
+        problem = "is no role" if isinstance(role, str) and role else kind_of(role)
+        raise malformed(f"{where}.role {problem}", role)
     fields = {} if turn.keys() == {"role", "content"} else _fields(turn, where)
     content = turn.get("content")
     if content is None and role == "assistant" and len(fields) > ("name" in fields):

@@ -130,9 +130,9 @@ class ReferenceLogps:
         if todo:
             self._compute(rows, keys, todo, label)
         self.ranks.gather(None)  # all files are there
-        self.ranks.agree(lambda: self._wait_for(keys, known))
+        self.ranks.on_all(lambda: self._wait_for(keys, known))
         values = torch.tensor([known[key] for key in keys.tolist()], dtype=torch.float32)
-        self.ranks.agree(lambda: self._check(rows, values))
+        self.ranks.on_all(lambda: self._check(rows, values))
         table = torch.full((len(rows.table), 2), torch.nan)
         table[rows.positions] = values
         return table

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lit_isdpo.policy.logprob_model import LogProbModel, whole
+from lit_isdpo.policy.logprob_model import LogProbModel, full_tensor
 from lit_isdpo.policy.reward_model import ScoreModel
 from lit_isdpo.types import InputError, ProbePrompt, Ranks, Response
 
@@ -131,7 +131,7 @@ def weights_fingerprint(model: LogProbModel | ScoreModel, *, with_adapter: bool 
     value = blake2b(digest(about).encode(), digest_size=8)
     for name, tensor in sorted(_tensors(model, with_adapter=with_adapter)):
         value.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        value.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        value.update(full_tensor(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return value.hexdigest()
 
 
@@ -246,7 +246,7 @@ class ResponseSet:
                 parts[shard] = self._write(name, shard, compute(shard))
             return {shard: part for shard, part in parts.items() if part is not None}
 
-        parts = {shard: part for own in self.ranks.agree(own_shards) for shard, part in own.items()}
+        parts = {shard: part for own in self.ranks.on_all(own_shards) for shard, part in own.items()}
         self._parts[name] = [parts[shard] for shard in range(len(self.shards))]
 
     def fill_at_once(
@@ -271,7 +271,7 @@ class ResponseSet:
             parts = [{title: [column[i] for i in some] for title, column in columns.items()} for some in places]
             return [self._write(name, shard, part) for shard, part in enumerate(parts)]
 
-        self._parts[name] = self.ranks.agree(first_rank)[0]
+        self._parts[name] = self.ranks.on_all(first_rank)[0]
 
     def responses(self, shard: int) -> list[Response]:
         """The responses of a shard, n for each of its prompts."""

@@ -255,7 +255,7 @@ def _wrapped(model: PreTrainedModel, config: PolicyConfig) -> LogProbModel:
     return LogProbModel(model, compute_dtype=compute_dtype, chunk_size=config.chunk_size, adapter=adapter)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of a model, of which a rank may hold a shard; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -97,7 +97,7 @@ class Sharding:
         self.shard(model)
         if folder is not None and buffers is not None and None not in folders:
             self._allocate(model, buffers)
-            all_ranks().agree(lambda: _read_slices(model.model, folder, config, option))
+            all_ranks().on_all(lambda: _read_slices(model.model, folder, config, option))
         else:
             self._receive(model, config, option)
         model.model.tie_weights()
@@ -146,7 +146,7 @@ class Sharding:
                 )
             return None if loaded is None or loaded.adapter is None else loaded.adapter.base_fingerprint
 
-        base_fingerprint = all_ranks().agree(load)[0]
+        base_fingerprint = all_ranks().on_all(load)[0]
         if model.adapter is not None:
             model.adapter.base_fingerprint = base_fingerprint
         self._allocate(model, {})

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from lit_isdpo.types import InputError
+from lit_isdpo.types import InputError, first_line
 
 SEED = "seed"  # in braces it stands for the run's seed
 EXPORTED = "exported"  # the folder of a preparation's model, in that of its run
@@ -276,8 +276,7 @@ def _read(file: str) -> Any:
     try:
         return yaml.safe_load(Path(file).read_text())
     except (OSError, yaml.YAMLError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"config: cannot read {file!r}, named from the current folder: {reason}") from error
+        raise InputError(f"config: cannot read {file!r}, named from the current folder: {first_line(error)}") from error
 
 
 def _flow(name: str) -> Any:

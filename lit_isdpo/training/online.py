@@ -134,7 +134,7 @@ class OnlineModule(LanguageModule):
             return losses, self.comparison.columns(losses, pairs, self.comparison.weighting(pairs))
         sampled = sample_rollouts(self, batch, self.micro_batch, self.rollout)
         # Together, or the others would wait for one whose reward fails.
-        rewards = self.ranks.agree(lambda: self._rewards(batch, sampled))[self.ranks.rank]
+        rewards = self.ranks.on_all(lambda: self._rewards(batch, sampled))[self.ranks.rank]
         rollouts = score_rollouts(self.policy, self.reference, sampled, self.vocabulary.pad_token_id, rewards)
         if self.is_first_micro_batch:
             largest = rollouts.logratios.abs().amax(dim=1)

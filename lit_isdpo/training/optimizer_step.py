@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_isdpo.policy.logprob_model import whole
+from lit_isdpo.policy.logprob_model import full_tensor
 from lit_isdpo.training.reading import find_data, ranks_of
 from lit_isdpo.types import InputError, check_least
 
@@ -154,7 +154,7 @@ class StepGuard(pl.Callback):
         Raises:
             NonFiniteError: the gradient is NaN or infinite, and the fit ends.
         """
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))  # the same on all ranks
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))  # the same on all ranks
         if not self._skips and not torch.isfinite(norm):
             self._leave_out(module, "gradient", torch.cat(self._row_ids))
         skips = self._skips

@@ -135,7 +135,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         assert isinstance(self.lightning_module, LanguageModule)
         path = Path(self.broadcast(checkpoint_path))
-        has_state = all(self.lightning_module.ranks.agree(lambda: self._check(path)))
+        has_state = all(self.lightning_module.ranks.on_all(lambda: self._check(path)))
         optimizers = self.optimizers
         if not has_state:  # PyTorch and Lightning would look for some; the optimizer begins with its own
             self.optimizers = []

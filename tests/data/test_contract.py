@@ -468,7 +468,7 @@ def test_special_tokens_in_text_are_counted(
             "messages",
             "prompt[0].content is a list of parts that",
         ),
-        (pair([turn("narrator", "a")]), "messages", "prompt[0].role is a text that is no role"),
+        (pair([turn("narrator", "a")]), "messages", "prompt[0].role is no role"),
         (pair([turn("user", None)]), "messages", "prompt[0].content is missing"),
         (pair(["a"]), "messages", "prompt[0] is a text and no message"),
         (pair([turn("user", "a")], []), "messages", "chosen is an empty list"),

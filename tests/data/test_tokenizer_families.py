@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from lit_isdpo.commands.inspect import pieces
+from lit_isdpo.commands.inspect import token_texts
 from lit_isdpo.data.encoding import pad_token_id, terminator_ids
 from lit_isdpo.data.outcomes import Reason, RowError
 from lit_isdpo.data.tokenization import Limits, TextEncoder, tokenize_pair
@@ -230,7 +230,7 @@ def test_tokens_shown_one_by_one_are_the_text(family):
     texts = [PAIR.prompt, "caf\u00e9 \u65e5\u672c \U0001f600" if family == "byte-level BPE" else PAIR.rejected]
     for text in texts:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        shown = list(pieces(ids, tokenizer))
+        shown = list(token_texts(ids, tokenizer))
         assert shown[0] == ("<bos>", True)
         assert shown[-1] == ("<eos>", True)
         text = "".join(piece for piece, _ in shown[1:-1])

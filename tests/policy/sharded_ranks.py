@@ -15,7 +15,7 @@ from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.policy import sharding as sharding_module
 from lit_isdpo.policy.attention import why_not_shared
 from lit_isdpo.policy.loading import PolicyConfig
-from lit_isdpo.policy.logprob_model import LogProbModel, load_logprob_model, whole
+from lit_isdpo.policy.logprob_model import LogProbModel, full_tensor, load_logprob_model
 from lit_isdpo.policy.reference import AdapterOffReference
 from lit_isdpo.policy.sharding import Sharding
 from lit_isdpo.types import InputError, TokenizedPair
@@ -33,7 +33,7 @@ def assert_is(model: LogProbModel, expected: LogProbModel) -> None:
     for name, tensor in ours.items():
         assert tensor.device == CPU, name
         assert tensor.requires_grad == theirs[name].requires_grad, name
-        torch.testing.assert_close(whole(tensor.detach()), theirs[name].detach(), atol=0, rtol=0, msg=name)
+        torch.testing.assert_close(full_tensor(tensor.detach()), theirs[name].detach(), atol=0, rtol=0, msg=name)
     local = sum(tensor.to_local().numel() for tensor in model.parameters() if isinstance(tensor, DTensor))
     assert local < 0.75 * sum(tensor.numel() for tensor in expected.parameters())
     assert model.tried(why_not_shared) == expected.tried(why_not_shared)
@@ -72,7 +72,7 @@ def same_gradients(model: LogProbModel, expected: LogProbModel) -> None:
         gradient = theirs[name]
         assert (parameter.grad is None) == (gradient is None), name
         if gradient is not None and parameter.grad is not None:
-            torch.testing.assert_close(whole(parameter.grad), gradient, atol=1e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(full_tensor(parameter.grad), gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def run(cases: list[tuple[str, dict[str, Any], str]]) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lit_isdpo.cli import main
 from lit_isdpo.commands.trainer import IsdpoTrainer
-from lit_isdpo.policy.logprob_model import whole
+from lit_isdpo.policy.logprob_model import full_tensor
 from lit_isdpo.training import online, preference
 from lit_isdpo.training.rollouts import SampledResponses, sample_rollouts
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
     def recorded(self: IsdpoTrainer, model: Any, *args: Any, **kwargs: Any) -> None:
         fit(self, model, *args, **kwargs)
-        weights = {name: whole(tensor.detach()).clone() for name, tensor in model.policy.model.named_parameters()}
+        weights = {name: full_tensor(tensor.detach()).clone() for name, tensor in model.policy.model.named_parameters()}
         torch.save(
             {
                 "weights": weights,

@@ -582,7 +582,7 @@ def test_a_plan_of_each(online: list[str], hypo: list[str], tmp_path: Path, caps
         printed = capsys.readouterr().out
         for kind in ("parameters", "reference", "optimizer state", "gradients", "activations"):
             assert f"│ {kind} " in printed, kind
-        assert "2 micro-batch(es) of 4 row(s) an optimizer step" in printed
+        assert "2 micro-batch(es) of 4 row(s) per step" in printed
 
 
 def test_the_other_verbs_take_its_checkpoint(run: Path, online: list[str], pairs_file: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lit_isdpo.types import InputError
 _SHOWN = 3  # options that are suggested
 _IS_MISTAKE = r"Parser key|Option|Group|the following arguments|unrecognized"
 _MEANT = {"task": "a task of the lab: lab:posts, lab:verbosity or lab:length"}
+_EXAMPLES = {"model.optimizer": "torch.optim.AdamW", "trainer.strategy": "FSDP2Strategy"}
 _NO_CLASS = re.compile(
     r"Expected a dot import path string|Problem with given class_path|does not correspond to a subclass"
     r"|Not a valid subclass|expects a function or a callable class"
@@ -100,9 +101,9 @@ def explain_option(message: str, arguments: Sequence[str], parser: ArgumentParse
         dashes = "--" if said.startswith("unrecognized") else _dashes(name, arguments)
         close = [dashes + option for option in _options_like(name, known)]
         return f"{dashes}{name}: there is no such option{_did_you_mean(close)}"
-    if inner := re.search(r"Dict must include a class_path .*NestedArg\(key='(\w+)'", said):
-        dashes = _dashes(f"{key}.{inner[1]}", arguments)
-        return f"{dashes}{key}.{inner[1]}: name the class first, as in {dashes}{key} torch.optim.AdamW"
+    if inner := re.search(r"NestedArg\(key='(\w+)'", said):
+        dashes, example = _dashes(f"{key}.{inner[1]}", arguments), _EXAMPLES.get(key, "CLASS")
+        return f"{dashes}{key}.{inner[1]}: name the class first, as in {dashes}{key} {example}"
     if key:
         hint = arguments_of(cls).get(key.rpartition(".")[2])
         return f"{_dashes(key, arguments)}{key}: {_explain_value(key, said, hint, _known_options(parser, arguments))}"

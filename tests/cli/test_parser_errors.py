@@ -98,6 +98,10 @@ def test_flags(
             "fit --model.optimizer.lr 1",
             "--model.optimizer.lr: name the class first, as in --model.optimizer torch.optim.AdamW",
         ),
+        (
+            "fit --trainer.strategy fsdp2 --trainer.strategy.cpu_offload true",
+            "--trainer.strategy.cpu_offload: name the class first, as in --trainer.strategy FSDP2Strategy",
+        ),
         ("--trainer.max_steps 3 fit", "the verb comes first, its options behind it: lit-isdpo fit --..."),
         ("", "a verb is missing"),
         ("export", "the following arguments are required: ckpt_path, output_dir"),

@@ -19,7 +19,7 @@ Part = Literal["pairs", "reference"]
 NAMES: dict[str, Callable[[str, Part], Path]] = {}
 """By prefix, what makes a folder of a name: given the whole name, and the part that a name without one means."""
 PACKAGE = __name__.partition(".")[0]
-IMPORT_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?(?![\w/])")
+IMPORT_PATH = re.compile(rf"(?<![\w./]){PACKAGE}(?:\.[a-z_]\w*)+\.[A-Za-z_]\w*(?![\w/])")
 RENAMED = {
     "lit_isdpo.training.module.Sampling": "PredictSampling",
     "lit_isdpo.training.failures.Peers": "RankWatch",
@@ -66,7 +66,7 @@ def _present_path(path: str) -> str:
 
 
 def _candidates(path: str, name: str) -> Iterator[Any]:
-    """What has this path, perhaps as it is imported there; if there is nothing, what has this name in any module."""
+    """Yields what a path names, even if that module only imports it; if it names nothing, all that have the name."""
     if (found := locate(path)) is not None:
         yield found
         return

@@ -160,6 +160,15 @@ def test_the_config_of_a_run_from_a_checkpoint_serves_other_verbs(
     assert "error: --ckpt_path: there is no such option" in capsys.readouterr().err
 
 
+def test_an_option_of_another_verb_in_a_file_of_ones_own_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text(f"{(CONFIGS / 'quickstart.yaml').read_text()}devices: 8\n")
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={tmp_path / 'own.yaml'}", "--print_config"])
+    assert "error: devices: there is no such option; did you mean trainer.devices" in capsys.readouterr().err
+
+
 def test_the_saved_config_keeps_the_labs_names(tiny: list[str], tmp_path: Path) -> None:
     """They mean the same on every machine; the folders that they stand for do not."""
     main(

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_isdpo import __version__
 from lit_isdpo.cli.failures import RankWatch, explain
+from lit_isdpo.cli.layers import SECTIONS as ALL_SECTIONS
 from lit_isdpo.cli.layers import as_options, changed, flags, left_out
 from lit_isdpo.cli.options import check, is_sharded
 from lit_isdpo.cli.parser_errors import check_config_files, explain_option, explain_verb
@@ -60,14 +61,14 @@ SECTIONS = {
     "checkpoint": BestCheckpoint,
     "last": LastCheckpoint,
 }
-LIGHTNINGS_VERBS = LightningCLI.subcommands()  # and what is not an option of each
+LIGHTNINGS_VERBS = LightningCLI.subcommands()  # each with the parameters that are no options
 OWN_VERBS = {verb: getattr(IsdpoTrainer, verb) for verb in ("precompute", "inspect", "plan")}
 NO_OPTIONS = LIGHTNINGS_VERBS | {verb: {"model", "datamodule"} for verb in OWN_VERBS}
 OPTIONS = {
     verb: inspect.signature(getattr(IsdpoTrainer, verb)).parameters.keys() - {"self", *skipped}
     for verb, skipped in NO_OPTIONS.items()
 }
-"""By verb of the trainer, its own options, beside the sections that all verbs have."""
+"""Maps each verb of the trainer to the options that only some verbs have; all verbs have the sections."""
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "study": study}  # they share no options
 VERBS = {
     "fit": "Trains; with --ckpt_path it goes on from a checkpoint. Options of the method and of the data: "
@@ -249,7 +250,8 @@ def _parser_options(verb: str) -> dict[str, Any]:
 def _load(verb: str, text: str) -> Any:
     """Reads YAML. Classes get their present names; what a run of another verb saved loses that verb's own options."""
     content = get_loader("yaml")(with_present_paths(text))
-    if verb not in OPTIONS or not isinstance(content, dict) or "seed_everything" not in content:  # no whole config
+    # Only what a run saved has every section; in a file that was written by hand such an option is a mistake.
+    if verb not in OPTIONS or not isinstance(content, dict) or not {"seed_everything", *ALL_SECTIONS} <= content.keys():
         return content
     foreign = {*chain(*OPTIONS.values())} - OPTIONS[verb]
     return {name: value for name, value in content.items() if name not in foreign}

@@ -103,7 +103,9 @@ def explain_option(message: str, arguments: Sequence[str], parser: ArgumentParse
         return f"{dashes}{name}: there is no such option{_did_you_mean(close)}"
     if inner := re.search(r"NestedArg\(key='(\w+)'", said):
         dashes, example = _dashes(f"{key}.{inner[1]}", arguments), _EXAMPLES.get(key, "CLASS")
-        return f"{dashes}{key}.{inner[1]}: name the class first, as in {dashes}{key} {example}"
+        if re.search(r"class_path|import path string|instantiatable class", said):
+            return f"{dashes}{key}.{inner[1]}: name the class first, as in {dashes}{key} {example}"
+        return f"{dashes}{key}.{inner[1]}: there is no such option; {dashes}{key} takes a value"
     if key:
         hint = arguments_of(cls).get(key.rpartition(".")[2])
         return f"{_dashes(key, arguments)}{key}: {_explain_value(key, said, hint, _known_options(parser, arguments))}"

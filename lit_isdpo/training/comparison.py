@@ -114,7 +114,7 @@ class Comparison(pl.Callback):
         """Loads the reference, and decides whether prompts are shared.
 
         Args:
-            module: has the policy, and what a model is loaded by.
+            module: has the policy, and loads models.
             is_new: whether the policy has learned nothing yet.
         """
         # What is cached is of one data module's rows, and may be asked for those of another.

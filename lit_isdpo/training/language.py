@@ -1,7 +1,7 @@
 """The base of all modules: the step and its logs, checkpoints and sampling.
 
-Three callbacks come with a module. ``WholeSteps`` sets the trainer's limits. The guard looks at an optimizer step
-before it is made. A method that scores pairs adds its ``Comparison``.
+Callbacks come with a module. ``WholeSteps`` sets the trainer's limits. The guard looks at an optimizer step before it
+is made. A method that scores pairs adds its ``Comparison``.
 """
 
 from abc import ABC, abstractmethod

@@ -146,10 +146,11 @@ class StepGuard(pl.Callback):
         Args:
             module: whose ``train_metrics`` forget a step that is not made, so that later ones do not know of it.
             parameters: those with a gradient.
-            max_norm: of the gradient of all together; ``None`` or 0 has no limit.
+            max_norm: limit of the norm over all parameters together; ``None`` or 0 sets none.
 
         Returns:
-            What is logged. If clipping acts at every step, it cancels small weights, as Adam does.
+            What is logged. ``grad_clipped`` shows how often clipping acts: at every step it would cancel small weights,
+            as Adam does.
 
         Raises:
             NonFiniteError: the gradient is NaN or infinite, and the fit ends.

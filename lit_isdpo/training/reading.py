@@ -49,7 +49,8 @@ def hand_over(
 ) -> None:
     """Tells a data module who reads its rows, and the trainer how many micro-batches a step of the data has.
 
-    A module does so in ``configure_callbacks``: of all hooks that one comes first, on every rank and for every verb.
+    A module does so in ``configure_callbacks``: of all hooks that one comes first, on every rank and for every verb. It
+    also returns a ``WholeSteps`` there.
 
     Args:
         trainer: of the run.
@@ -150,5 +151,5 @@ class WholeSteps(Callback):
             self._before = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Does the same after a fit that failed, of which Lightning tears nothing down."""
+        """Does the same after a fit that failed: Lightning calls no ``teardown`` hook then."""
         self.teardown(trainer, pl_module, "fit")

@@ -139,7 +139,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         optimizers = self.optimizers
         if not has_state:  # PyTorch and Lightning would look for some; the optimizer begins with its own
             self.optimizers = []
-        # Of a policy with an adapter a checkpoint has the adapter alone; the names were compared above.
+        # Of a policy with an adapter a checkpoint has only the adapter; the names were compared above.
         self.lightning_module.strict_loading = False
         try:
             with plain_values_only(), ExitStack() as one_group:

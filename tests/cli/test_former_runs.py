@@ -91,6 +91,8 @@ def test_flags_may_name_classes_so_too(tiny: list[str], capsys: pytest.CaptureFi
         "class_path: lit_isdpo.losses.NoSuchLoss",
         "path: /runs/lit_isdpo.losses.IPOLoss/model",
         "path: lit_isdpo.old",
+        "name: lit_isdpo.main",
+        "output_dir: lit_isdpo.export",
         "module: lit_isdpo.training.language",
     ],
 )

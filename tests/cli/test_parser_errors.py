@@ -102,6 +102,10 @@ def test_flags(
             "fit --trainer.strategy fsdp2 --trainer.strategy.cpu_offload true",
             "--trainer.strategy.cpu_offload: name the class first, as in --trainer.strategy FSDP2Strategy",
         ),
+        (
+            "fit --trainer.max_steps.x 1",
+            "--trainer.max_steps.x: there is no such option; --trainer.max_steps takes a value",
+        ),
         ("--trainer.max_steps 3 fit", "the verb comes first, its options behind it: lit-isdpo fit --..."),
         ("", "a verb is missing"),
         ("export", "the following arguments are required: ckpt_path, output_dir"),

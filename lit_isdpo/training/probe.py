@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_isdpo.data.datamodule import TextDataModule
 from lit_isdpo.data.outcomes import Split
 from lit_isdpo.evaluation.evaluator import Evaluator, SampledText
 from lit_isdpo.evaluation.rewards import LabReward
@@ -104,22 +105,22 @@ class SamplingProbe(Callback):
         log_texts(trainer, "val", self.samples[: self.num_shown])
 
 
-def find_gold_reward(datamodule: Any, stage: str, prompt: Prompt) -> LabReward | None:
-    """The gold reward of a split's prompts; where there is none, says so.
+def find_gold_reward(data: TextDataModule, split: Split, prompt: Prompt) -> LabReward | None:
+    """The gold reward of a split's prompts. If none is known, a line says so.
 
     Args:
-        datamodule: with the split set up.
-        stage: the split.
-        prompt: one of its prompts as the data has it.
+        data: with the split set up.
+        split: whose prompts are answered.
+        prompt: one of them, as the data has it.
     """
-    rewards = [LabReward.for_folder(folder) for folder in datamodule.splits.folders(stage)]
+    rewards = [LabReward.for_folder(folder) for folder in data.splits.folders(split)]
     # In a mixture of tasks each reward reads only the prompts of its task.
     if len({reward and reward.identity for reward in rewards}) == 1 and rewards[0] is not None:
         with suppress(InputError):
             rewards[0]([prompt], [""], [True])
             return rewards[0]
     rank_zero_info(
-        f"The {stage} prompts are not the lab's as they were written, so no gold reward is known for them: "
+        f"The {split} prompts are not the lab's as they were written, so no gold reward is known for them: "
         "gold_reward and win_rate are not logged; KL and samples are."
     )
     return None

@@ -26,6 +26,7 @@ from lit_isdpo.policy.loading import read_config, switch_length, unpin_rope
 from lit_isdpo.training.language import LanguageModule
 from lit_isdpo.training.models import Prediction
 from lit_isdpo.training.probe import SamplingProbe
+from lit_isdpo.training.reading import find_data
 from lit_isdpo.training.run_folder import copy_code, run_dir
 
 ROWS = (
@@ -78,8 +79,9 @@ class RunReport(Callback):
         folder = run_dir(trainer)
         if trainer.is_global_zero:
             write_model_folder(pl_module, folder / "model")
-        for logger in trainer.loggers:
-            logger.log_metrics(outcomes.metrics(trainer.datamodule.splits.counts), step=trainer.global_step)  # type: ignore[attr-defined]
+        if (data := find_data(trainer)) is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(outcomes.metrics(data.splits.counts), step=trainer.global_step)
         if trainer.global_step == 0 and trainer.enable_validation:
             trainer.validating = True  # as Lightning does between two batches
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -230,15 +232,15 @@ def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
 def _log_hyperparameters(trainer: Trainer, module: LanguageModule) -> None:
     """Fills the table of runs: what distinguishes them, against what the last validation of each measured."""
     optimizer, adapter = trainer.optimizers[0], module.network.adapter
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    data = find_data(trainer)
     method, numbers = module.method
     values = {
         "method": method,
         "lr": optimizer.defaults["lr"],
-        "seed": getattr(datamodule, "seed", None),
+        "seed": None if data is None else data.seed,
         # The tab shows the first five by name: what matters less stands behind.
         **{key if key in SHOWN else f"setup.{key}": number for key, number in numbers.items()},
-        "setup.batch_size": getattr(datamodule, "batch_size", None),
+        "setup.batch_size": None if data is None else data.batch_size,
         "setup.optimizer": type(optimizer).__name__,
         "setup.policy": module.source.path,
         "setup.peft": None if adapter is None else getattr(adapter.config.peft_type, "value", None),

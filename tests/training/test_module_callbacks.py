@@ -1,12 +1,16 @@
 """The callbacks that come with a module: one trainer may fit several modules, and one module may fail and go on."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
+from lit_isdpo.data.collation import collate_pairs
 from lit_isdpo.data.datamodule import PreferenceDataModule, SFTDataModule
 from lit_isdpo.policy.loading import PolicyConfig
 from lit_isdpo.policy.reference import CachedReference
@@ -14,7 +18,9 @@ from lit_isdpo.training.comparison import Comparison
 from lit_isdpo.training.optimizer_step import NonFinite, NonFiniteError, StepGuard
 from lit_isdpo.training.preference import PreferenceModule
 from lit_isdpo.training.reading import WholeSteps
+from lit_isdpo.training.run_report import RunReport
 from lit_isdpo.training.sft import SFTModule
+from lit_isdpo.types import TokenizedPair
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -111,3 +117,17 @@ def test_a_reference_that_a_test_loaded_is_released(model_dir: str) -> None:
     module.comparison.reference, reference._loaded = reference, reference
     module.comparison.on_test_end(Trainer(**QUIET), module)
     assert reference._loaded is None
+
+
+def test_the_run_report_needs_no_data_module(
+    model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = TokenizedPair([1, 5], [6, 2], [7, 2])
+    loader = DataLoader([collate_pairs([pair] * 2, [0, 1], pad_token_id=0)] * 2, batch_size=None)
+    options = QUIET | {"logger": CSVLogger(tmp_path, name=""), "log_every_n_steps": 1}
+    trainer = Trainer(max_steps=2, callbacks=[RunReport()], **options)
+    trainer.fit(PreferenceModule(PolicyConfig(path=model_dir)), loader, loader)
+    printed = capsys.readouterr().out
+    assert "Trained for 2 optimizer steps" in printed
+    assert "reward accuracy" in printed
+    assert (tmp_path / "version_0" / "model" / "config.json").is_file()

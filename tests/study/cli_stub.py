@@ -1,9 +1,11 @@
-"""Stands for the command line in tests of the runner: logs its calls, and fails or lasts as its flags say."""
+"""Stands for the command line in tests of the runner: logs its calls, and fails, waits or lasts as its flags say."""
 
 import json
 import sys
 import time
 from pathlib import Path
+
+LONGEST_WAIT = 120  # seconds
 
 
 def main(arguments: list[str]) -> None:
@@ -31,6 +33,11 @@ def main(arguments: list[str]) -> None:
         print("error: no such data", file=sys.stderr)
         raise SystemExit(2)
     time.sleep(float(flags.get("lasts", 0)))
+    started = time.monotonic()
+    while "waits_for" in flags and not Path(flags["waits_for"]).exists():
+        if time.monotonic() - started > LONGEST_WAIT:
+            raise SystemExit(f"error: {flags['waits_for']} does not come")
+        time.sleep(0.05)
     (folder / "ended.txt").write_text("")
     last = folder / "version_0" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True, exist_ok=True)

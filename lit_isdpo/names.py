@@ -25,7 +25,7 @@ RENAMED = {
     "lit_isdpo.training.failures.Peers": "RankWatch",
     "lit_isdpo.cli.failures.Peers": "RankWatch",
 }
-"""By former path, the bare names that classes have now. What only moved is not in here."""
+"""Maps former paths to the bare names that classes have now. A class that only moved is not in here."""
 
 
 def named_path(path: str, part: Part) -> str:
@@ -46,7 +46,7 @@ def named_path(path: str, part: Part) -> str:
 
 
 def with_present_paths(text: str) -> str:
-    """A text in which each class and function of this package is named by the module that it is in now.
+    """Names each class and function of this package in a text by the module that it is in now.
 
     Args:
         text: a config file or an argument. Other names stay as they are.

@@ -136,7 +136,7 @@ def weights_fingerprint(model: LogProbModel | ScoreModel, *, with_adapter: bool 
 
 
 def _tensors(model: LogProbModel | ScoreModel, *, with_adapter: bool) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors; of a base alone, under the names that they have without PEFT's layers around them."""
+    """Yields the model's tensors, or only its base's, which then have the names of a model without PEFT's layers."""
     for name, tensor in model.model.state_dict().items():
         if model.adapter is None or with_adapter:
             yield name, tensor

@@ -201,7 +201,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate([*_SPECIALS, *byte_tokens, *words])}
     # No merges: a piece of text is one of the words or it is spelled in bytes.
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, ignore_merges=True, unk_token=_UNK))
-    # A piece is a word with at most one space before it. "<" stands alone, so that a text that spells "<0x41>" is not
+    # A piece is a word with at most one space before it. "<" is a piece of its own: a text that spells "<0x41>" is not
     # taken for the byte token of that name.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s<]+|[\s<]"), behavior="isolated")
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

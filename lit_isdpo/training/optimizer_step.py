@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import pytorch as pl
@@ -16,6 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_isdpo.policy.logprob_model import full_tensor
 from lit_isdpo.training.reading import find_data, ranks_of
 from lit_isdpo.types import InputError, check_least
+
+if TYPE_CHECKING:
+    from lit_isdpo.training.language import LanguageModule
 
 COUNTS_KEY = "skipped_steps"  # of a checkpoint
 
@@ -140,7 +143,9 @@ class StepGuard(pl.Callback):
         if trainer.strategy.reduce_boolean_decision(bool(bad.any()), all=False):
             self._leave_out(pl_module, "loss", torch.cat(self._row_ids)[bad])
 
-    def clip(self, module: Any, parameters: Sequence[Parameter], max_norm: float | None) -> dict[str, Tensor]:
+    def clip(
+        self, module: "LanguageModule", parameters: Sequence[Parameter], max_norm: float | None
+    ) -> dict[str, Tensor]:
         """Clips the gradient by its norm, or drops it if the step is not to be made.
 
         Args:
@@ -173,7 +178,7 @@ class StepGuard(pl.Callback):
             values["skipped_steps"] = torch.full((), float(self.num_skipped), device=norm.device)
         return values
 
-    def _leave_out(self, module: Any, what: str, row_ids: Tensor) -> None:
+    def _leave_out(self, module: "LanguageModule", what: str, row_ids: Tensor) -> None:
         """Marks the step as one to skip, or raises; every rank comes here."""
         trainer = module.trainer
         rows = [row for part in ranks_of(trainer).gather(row_ids[row_ids >= 0].tolist()) for row in part]

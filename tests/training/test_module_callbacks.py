@@ -94,7 +94,7 @@ def test_a_nan_of_a_fit_that_stopped_is_not_that_of_the_next(model_dir: str) -> 
 def test_one_skipped_step_skips_no_other_where_the_guard_is_no_callback(model_dir: str) -> None:
     """Tuners put callbacks of their own in the place of all others."""
 
-    class Alone(Fault):
+    class Tuner(Fault):
         def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
             trainer.callbacks = [self]  # type: ignore[attr-defined]
             self.weights = [weight_of(module)]
@@ -106,8 +106,8 @@ def test_one_skipped_step_skips_no_other_where_the_guard_is_no_callback(model_di
         return next(module.parameters()).detach().double().sum().item()
 
     module = PreferenceModule(PolicyConfig(path=model_dir), nonfinite=NonFinite(action="skip"))
-    Trainer(max_steps=4, callbacks=[alone := Alone()], **QUIET).fit(module, pairs())
-    made = [before != after for before, after in pairwise(alone.weights)]
+    Trainer(max_steps=4, callbacks=[tuner := Tuner()], **QUIET).fit(module, pairs())
+    made = [before != after for before, after in pairwise(tuner.weights)]
     assert made == [True, False, True, True]
 
 

@@ -29,15 +29,15 @@ def code_lines(source: str) -> int:
     >>> code_lines('"A docstring."\n# a comment\nx = 1\n')
     1
     """
-    alone: set[int] = set()
+    strings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            alone.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            strings.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in IGNORED:
             lines.update(range(token.start[0], token.end[0] + 1))
-    return len(lines - alone)
+    return len(lines - strings)
 
 
 def assertions(source: str) -> int:
